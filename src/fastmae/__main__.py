@@ -1,0 +1,5 @@
+"""`python -m fastmae` is `fastmae`."""
+
+from fastmae.cli import main
+
+main()

@@ -1,0 +1,21 @@
+"""The two ways in which a command ends early, and the exit code of each.
+
+A message is one line: it names the file or the option, the cause, and the way out.
+"""
+
+
+def first_line(error: BaseException) -> str:
+    """A library's message, cut to what fits into one of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+class InputError(ValueError):
+    """What the user gave can't be used as it is: exit code 2."""
+
+
+class InterruptedRunError(Exception):
+    """The user or the scheduler stopped the command; its work is saved: exit code 130."""
+
+
+class FailedCheckError(Exception):
+    """The input was fine, but what came of it is not (a loss that is not a number): exit code 1."""
