@@ -1,0 +1,89 @@
+"""A run and what it trained, back from the disk: the student, or its encoder alone."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmae.config import PretrainConfig
+from fastmae.model import Encoder, Student, build_encoder, without_masking
+from fastmae.training.run_folder import CHECKPOINT_FILE, load_checkpoint, read_run
+
+
+def build_student(config: PretrainConfig, patch_size: int, target_dim: int, channels: int, on: str = "cpu") -> Student:
+    """The student at random, on a device ('meta' checks the sizes without allocating)."""
+    with torch.device(on):
+        encoder = build_encoder(
+            config.encoder,
+            config.image_size,
+            patch_size,
+            config.encoder_width,
+            config.encoder_depth,
+            config.encoder_heads,
+            channels,
+        )
+        return Student(
+            encoder,
+            target_dim,
+            mask_ratio=config.mask_ratio,
+            all_layers=config.all_layers,
+            fusion=config.fusion,
+            decoder_depth=config.decoder_depth,
+            decoder_width=config.decoder_width,
+            decoder_heads=config.decoder_heads,
+            predict_visible=config.loss_on == "all",
+            checkpoint_activations=config.checkpoint_activations,
+        )
+
+
+def load_run(run: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A run's description and its student's weights (their moving average where the run kept one), from its folder or checkpoint.
+
+    Raises:
+        InputError: neither, or damaged.
+    """
+    if run.is_dir():
+        read_run(run)
+        run = run / CHECKPOINT_FILE
+    saved = load_checkpoint(run)
+    return saved["run"], saved.get("ema", saved["model"])
+
+
+def options_of_run(run: Path, description: dict[str, Any]) -> PretrainConfig:
+    """The options that a run was made with; its stores are not among them."""
+    return PretrainConfig(stores=(), run=run, **description["options"])
+
+
+def load_student(run: Path) -> tuple[dict[str, Any], Student]:
+    """A run's description and its student: the encoder with what was trained around it, in evaluation mode."""
+    description, weights = load_run(run)
+    config = options_of_run(run, description)
+    student = build_student(config, description["store"]["patch_size"], sum(description["target_dims"]), description["store"]["channels"])
+    student.load_state_dict(weights)
+    return description, student.eval()
+
+
+def load_encoder(run: str | Path, image_size: int | None = None, trained: bool = True) -> Encoder:
+    """A run's encoder as a timm VisionTransformer, in evaluation mode.
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        image_size: another image size than the run's views, in pixels; position embeddings are resampled.
+        trained: False gives the same architecture at random.
+
+    Raises:
+        InputError: no such run, or a damaged checkpoint.
+    """
+    description, weights = load_run(Path(run))
+    options = description["options"]
+    encoder = build_encoder(
+        options["encoder"], options["image_size"], description["store"]["patch_size"],
+        options["encoder_width"], options["encoder_depth"], options["encoder_heads"],
+        description["store"]["channels"],
+    )  # fmt: skip
+    if trained:
+        encoder.load_state_dict({name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")})
+    without_masking(encoder)
+    if image_size is not None and image_size != options["image_size"]:
+        encoder.set_input_size(img_size=(image_size, image_size))
+    return encoder.eval()

@@ -1,0 +1,261 @@
+"""The training loop: one for every task. It counts steps, saves, logs and stops; what a step computes is the task's."""
+
+import contextlib
+import itertools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+from fastmae.durable import write_whole
+from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
+from fastmae.loading import STOP_SIGNALS
+from fastmae.progress import Progress
+from fastmae.training.engine import bare, on_first_process, scales_gradients
+from fastmae.training.run_folder import RunFolder, load_checkpoint
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+AGREE_EVERY = 10
+"""Steps between two agreements of several processes on whether to save or stop."""
+
+StepFunction = Callable[[nn.Module, Any], Mapping[str, torch.Tensor]]
+"""(model, batch) -> scalars to log; 'loss' is the one that is minimised."""
+
+
+@dataclass
+class TrainState:
+    """All that a checkpoint must hold for the run to go on as if it had not stopped.
+
+    What a step draws (shuffle, views, masks, drop path) follows from the seed and the step's number; no generator's state is kept.
+    Weights and optimizer state are kept whole and by name, so a run may go on with other devices and another strategy.
+
+    Attributes:
+        network: the bare module.
+        model: the same, set up by Fabric.
+        optimizer: set up by Fabric.
+        run: the run's description (`RunFolder`), so that a checkpoint can stand alone.
+        ema: moving average of the network, where asked for.
+        step: steps done.
+        seconds: of training, over all calls.
+        sums: of the scalars since the last log entry.
+    """
+
+    network: nn.Module
+    model: Any
+    optimizer: Any
+    run: dict[str, Any]
+    ema: ModelEmaV3 | None = None
+    step: int = 0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def save(self, fabric: Fabric, folder: RunFolder) -> None:
+        """Write the checkpoint, whole or not at all."""
+        held = self._as_dict(fabric)
+
+        def write(aside: Path) -> None:
+            with aside.open("wb") as file:
+                torch.save(held, file)
+
+        on_first_process(fabric, lambda: write_whole(folder.checkpoint, write))
+
+    def restore(self, fabric: Fabric, folder: RunFolder) -> None:
+        """Go on from the folder's checkpoint, where there is one.
+
+        Raises:
+            InputError: a damaged checkpoint, or one that only some of the processes find.
+        """
+        if folder.checkpoint.exists():
+            saved = load_checkpoint(folder.checkpoint)
+            set_state_dict(
+                self.network, bare(self.optimizer), options=WHOLE, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
+            )
+            if self.ema is not None:
+                self.ema.module.load_state_dict(saved["ema"])
+            fabric.strategy.precision.load_state_dict(saved["precision"])
+            self.step, self.seconds, self.sums = saved["step"], saved["seconds"], saved["sums"]
+        found: Any = fabric.all_gather(torch.tensor(self.step, device=fabric.device))
+        if (found != self.step).any():
+            raise InputError(f"{folder.path}: processes find different checkpoints there; it must lie on a disk that all of them share")
+
+    def _as_dict(self, fabric: Fabric) -> dict[str, Any]:
+        weights, optimizer = get_state_dict(self.network, bare(self.optimizer), options=WHOLE)  # every process takes part
+        return {
+            "precision": fabric.strategy.precision.state_dict(),  # a gradient scaler's, in 16-mixed
+            "model": weights,
+            "optimizer": optimizer,
+            **({"ema": self.ema.module.state_dict()} if self.ema is not None else {}),
+            "run": self.run,
+            "step": self.step,
+            "seconds": self.seconds,
+            "sums": self.sums,
+        }
+
+
+def fit(
+    fabric: Fabric,
+    state: TrainState,
+    schedule: Scheduler,
+    loader: Iterable[Any],
+    step_function: StepFunction,
+    folder: RunFolder,
+    *,
+    what: str,
+    steps: int,
+    steps_an_epoch: float,
+    batch_size: int,
+    seed: int,
+    clip_grad: float,
+    save_every: float,
+    log_every: int,
+    parts: int = 1,
+) -> dict[str, float]:
+    """Train from `state.step` to `steps`, saving and logging on the way.
+
+    Args:
+        fabric: launched.
+        state: restored.
+        schedule: of the learning rate, by step.
+        loader: gives `parts` batches a step, from `state.step` on, on the device.
+        step_function: computes a step's scalars.
+        folder: of the run.
+        what: the command's name, for progress.
+        steps: in the whole run.
+        steps_an_epoch: for the log.
+        batch_size: views a step over all processes.
+        seed: of what is drawn inside the model.
+        clip_grad: largest gradient norm, 0 for none.
+        save_every: minutes between checkpoints.
+        log_every: steps between log entries.
+        parts: batches of equal size whose gradients are accumulated to a step.
+
+    Returns:
+        The last log entry.
+
+    Raises:
+        InterruptedRunError: on SIGINT, SIGTERM or SIGUSR1, after saving.
+        FailedCheckError: the loss is no longer a number; the last good checkpoint stays.
+    """
+    log = folder.metrics(state.step) if fabric.is_global_zero else None
+    last_saved = last_logged = begun = time.monotonic()
+    last_logged_step = state.step
+    seconds_before = state.seconds
+    sums = {name: torch.tensor(value, device=fabric.device) for name, value in state.sums.items()}
+    entry: dict[str, float] = {}
+    state.model.train()
+    progress = Progress(what, "steps", steps, state.step, not fabric.is_global_zero, scale=batch_size, rate_unit="images")
+    with StopRequest() as stop, progress, contextlib.closing(log) if log else contextlib.nullcontext():
+        batches = iter(loader)
+        for first in batches:
+            schedule.step_update(state.step)
+            torch.manual_seed((seed * steps + state.step) * fabric.world_size + fabric.global_rank)
+            scalars: dict[str, torch.Tensor] = {}
+            for part, batch in enumerate(itertools.chain([first], itertools.islice(batches, parts - 1)), 1):
+                with fabric.no_backward_sync(state.model, enabled=fabric.world_size > 1 and part < parts):
+                    found = step_function(state.model, batch)
+                    fabric.backward(found["loss"] / parts)
+                for name, value in found.items():
+                    scalars[name] = scalars.get(name, 0.0) + value.detach() / parts
+            norm = _clip(fabric, state, clip_grad)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            if state.ema is not None:
+                state.ema.update(state.network, state.step)
+            for name, value in {**scalars, "grad_norm": norm}.items():
+                sums[name] = sums[name] + value if name in sums else value
+
+            now = time.monotonic()
+            state.seconds = seconds_before + now - begun
+            if state.step % log_every == 0 or state.step == steps:
+                count = (state.step - 1) % log_every + 1
+                entry = _mean_over_processes(fabric, sums, count)
+                _check_finite(fabric, entry, state.step, folder)
+                entry |= {
+                    "epoch": round(state.step / steps_an_epoch, 4),
+                    "lr": state.optimizer.param_groups[0]["lr"],
+                    "images_per_second": round(batch_size * (state.step - last_logged_step) / (now - last_logged), 2),
+                    "seconds": round(state.seconds, 3),
+                }
+                sums, last_logged, last_logged_step = {}, now, state.step
+                if log is not None:
+                    log.write(state.step, entry)
+                progress.advance(0, loss=f"{entry['loss']:.4f}", lr=f"{entry['lr']:.2e}")
+            progress.advance(1)
+
+            must_stop, must_save = _agree(fabric, state.step, stop.requested, now - last_saved >= 60 * save_every)
+            if must_stop or must_save or state.step == steps:
+                state.sums = _mean_over_processes(fabric, sums, 1) if sums else {}
+                _check_finite(fabric, state.sums, state.step, folder)
+                state.save(fabric, folder)
+                last_saved = time.monotonic()
+            if must_stop and state.step < steps:
+                raise InterruptedRunError(f"stopped after step {state.step} of {steps}, and saved; the same call continues")
+    return entry
+
+
+class StopRequest:
+    """Turns Ctrl-C and a scheduler's signals into a flag, so that the step in hand is finished and saved.
+
+    A second Ctrl-C is not held back; a second signal of a scheduler, which comes while the run saves itself, is.
+    """
+
+    def __enter__(self) -> "StopRequest":
+        self.requested = False
+        self.previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def _clip(fabric: Fabric, state: TrainState, clip_grad: float) -> torch.Tensor:
+    """Clip where asked; the gradient's norm in any case, for the log."""
+    largest = clip_grad if clip_grad > 0 else math.inf
+    norm: Any = fabric.clip_gradients(state.model, state.optimizer, max_norm=largest, error_if_nonfinite=False)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _mean_over_processes(fabric: Fabric, sums: Mapping[str, torch.Tensor], count: int) -> dict[str, float]:
+    means = torch.stack([value.float() for value in sums.values()]) / count
+    reduced: Any = fabric.all_reduce(means, reduce_op="mean")
+    return dict(zip(sums, reduced.tolist(), strict=True))
+
+
+def _check_finite(fabric: Fabric, values: Mapping[str, float], step: int, folder: RunFolder) -> None:
+    # With scaled gradients an infinite norm now and then is how the scale is found; such a step is not taken.
+    skipped = {"grad_norm"} if scales_gradients(fabric) else set()
+    bad = next((name for name, value in values.items() if name not in skipped and not math.isfinite(value)), None)
+    if bad is not None:
+        kept = f"{folder.checkpoint} is from before it" if folder.checkpoint.exists() else "nothing was saved yet"
+        raise FailedCheckError(
+            f"{bad} is no longer a number at step {step}; {kept}; try a lower --base-lr, --clip-grad 1, or --precision 32-true"
+        )
+
+
+def _agree(fabric: Fabric, step: int, stop: bool, save: bool) -> tuple[bool, bool]:
+    """Whether to stop and to save: at once in one process; several ask each other every few steps."""
+    if fabric.world_size == 1:
+        return stop, save
+    if step % AGREE_EVERY:
+        return False, False
+    votes: Any = fabric.all_reduce(torch.tensor([float(stop), float(save)], device=fabric.device), reduce_op="sum")
+    return bool(votes[0] > 0), bool(votes[1] > 0)
