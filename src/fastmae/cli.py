@@ -1,0 +1,268 @@
+"""The commands: nothing but parsing and calling. Each stage's module is imported when its command runs."""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import importlib
+import io
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from fastmae import config as configs
+from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
+
+COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
+    "tokenize": (configs.TokenizeConfig, "fastmae.tokenize:tokenize"),
+    "inspect": (configs.InspectConfig, "fastmae.tokenize:inspect"),
+    "pretrain": (configs.PretrainConfig, "fastmae.pretrain:pretrain"),
+    "knn": (configs.KnnConfig, "fastmae.evaluate.knn:knn"),
+    "ablate": (configs.AblateConfig, "fastmae.ablate:ablate"),
+    "recipes": (configs.RecipesConfig, "fastmae.recipes:list_recipes"),
+    "demo": (configs.DemoConfig, "fastmae.demo:demo"),
+}
+"""Name -> its options, and the function that does it: takes the config, returns the keys of its JSON."""
+
+SETTABLE_BY_FLAG_ONLY = {"json", "config", "print_config"}
+OK = 0
+EXIT_CODES: dict[type[BaseException], int] = {
+    FailedCheckError: 1,
+    InputError: 2,
+    OSError: 2,
+    InterruptedRunError: 130,
+    KeyboardInterrupt: 130,
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of the `fastmae` command; exits with the contract's code."""
+    sys.exit(run(sys.argv[1:] if args is None else list(args)))
+
+
+def run(args: list[str]) -> int:
+    """Run one command.
+
+    Returns:
+        0 done, 1 failed check, 2 bad input or usage (one line on standard error for both), 130 interrupted.
+    """
+    if not args or args[0] in {"-h", "--help"}:
+        print(overview())
+        return OK
+    if args[0] == "--version":
+        print(importlib.import_module("fastmae").__version__)
+        return OK
+    try:
+        _do(args[0], args[1:])
+    except (InputError, FailedCheckError, OSError, KeyboardInterrupt, InterruptedRunError) as error:
+        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        message = _os_message(error) if isinstance(error, OSError) else str(error) or "interrupted"
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one speaks
+            print(f"fastmae {args[0]}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        return code
+    return OK
+
+
+def overview() -> str:
+    """The text of `fastmae --help`."""
+    lines = [f"  {name:10} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
+    return "\n".join(["usage: fastmae COMMAND ...; fastmae COMMAND --help for its options", "", *lines])
+
+
+def parse(command: str, args: list[str]) -> Any:
+    """Resolve a command's options: defaults, target, recipe, config file, flags, each over the one before.
+
+    Raises:
+        InputError: an unknown command, option, recipe or key, or a value of the wrong type.
+        SystemExit: with code 0, after --help.
+    """
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        raise InputError(f"no such command{f'; did you mean {near[0]!r}' if near else ''}; commands: {', '.join(COMMANDS)}")
+    kind = COMMANDS[command][0]
+    prog = f"fastmae {command}"
+    _check_flags(kind, args)
+    layers = _layers(kind, args)
+    complete = "--print-config" in args  # then the places to read and write need not be named
+    default: Any = cast(Any, kind)(**{name: _placeholder(kind, name) if complete else tyro.MISSING for name in _positionals(kind)})
+    for source, values in layers:
+        default = _apply(kind, prog, default, source, values)
+    return _parse_args(kind, prog, default, args)
+
+
+def as_yaml(config: configs.Common) -> str:
+    """Every option that can stand in a --config file, as YAML."""
+    values = {
+        name: _plain(value)
+        for name, value in vars(config).items()
+        if name not in SETTABLE_BY_FLAG_ONLY and (name not in _positionals(type(config)) or value != _placeholder(type(config), name))
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _positional(kind: type, name: str, given: Any) -> Any:
+    """A positional argument's value out of what a YAML file gives for it."""
+    hint = get_type_hints(kind)[name]
+    if get_origin(hint) is tuple:
+        return tuple(Path(str(part)) for part in (given if isinstance(given, list) else [given]))
+    return Path(str(given)) if hint is Path else str(given)
+
+
+def _placeholder(kind: type, name: str) -> Any:
+    """Stands for a positional argument that is not given yet, or that --print-config leaves out: STORE, say."""
+    hint = get_type_hints(kind)[name]
+    return get_args(hint)[0] if get_origin(hint) is Literal else _positional(kind, name, name.upper())
+
+
+def _do(command: str, args: list[str]) -> None:
+    config = parse(command, args)
+    if config.seed < 0:
+        raise InputError(f"--seed {config.seed}: give 0 or more")
+    if config.print_config:
+        print(as_yaml(config), end="")
+        return
+    result = _call(command, config)
+    if config.json and result is not None:
+        print(json.dumps(result), flush=True)
+
+
+def _call(command: str, config: configs.Common) -> Any:
+    module, function = COMMANDS[command][1].split(":")
+    # Human-readable lines are for people: with --json they move to standard error, and the last line stays JSON.
+    with contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext():
+        return getattr(importlib.import_module(module), function)(config)
+
+
+def _layers(kind: type, args: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The layers below the flags, lowest first: (where from, option -> value)."""
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    file = _peek(args, "--config")
+    if file is not None:
+        layers.append((file, _read_yaml(Path(file))))
+    names = {field.name for field in dataclasses.fields(kind)}
+    if {"recipe", "target"} <= names:  # of pretrain; ablate takes a recipe to lay its rows' values over
+        from fastmae.recipes import load_recipe
+
+        recipe = _peek(args, "--recipe") or next((str(v["recipe"]) for _, v in layers if v.get("recipe")), None)
+        if recipe is not None:
+            layers.insert(0, (f"recipe {recipe}", {**load_recipe(recipe), "recipe": recipe}))
+    if "target" in names:
+        target = _peek(args, "--target") or next((str(v["target"]) for _, v in reversed(layers) if "target" in v), "tokens")
+        layers.insert(0, ("target", configs.TARGET_DEFAULTS.get(target, {})))
+    return layers
+
+
+def _peek(args: Sequence[str], flag: str) -> str | None:
+    """The value of a flag, before the parser runs; the last one where it stands twice."""
+    value = None
+    for here, following in zip(args, [*args[1:], None], strict=False):
+        if here == flag:
+            value = following
+        elif here.startswith(f"{flag}="):
+            value = here.split("=", 1)[1]
+    return value
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: can't be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"{path}: not a list of `option: value` lines; see --print-config")
+    return values
+
+
+def _apply(kind: type, prog: str, default: Any, source: str, values: Mapping[str, Any]) -> Any:
+    """Lay one layer over the defaults, checked by the same parser as flags are."""
+    known = {field.name for field in dataclasses.fields(kind)} - SETTABLE_BY_FLAG_ONLY
+    args: list[str] = []
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise InputError(f"{source}: no option '{key}'{f'; did you mean {near[0]!r}' if near else ''}")
+        if name in _positionals(kind):
+            default = dataclasses.replace(default, **{name: _positional(kind, name, value)})
+        elif isinstance(value, bool):
+            args.append(f"--{'' if value else 'no-'}{name}".replace("_", "-"))
+        else:
+            args.append("--" + name.replace("_", "-"))
+            args += [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
+    missing = {name: _placeholder(kind, name) for name in _positionals(kind) if getattr(default, name) is tyro.MISSING}
+    try:
+        parsed = _parse_args(kind, prog, dataclasses.replace(default, **missing), args)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return dataclasses.replace(parsed, **dict.fromkeys(missing, tyro.MISSING))
+
+
+def _positionals(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+
+
+def _parse_args(kind: type, prog: str, default: Any, args: list[str]) -> Any:
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, prog=prog, default=default, args=_positionals_last(kind, args))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError(_one_line(complaint.getvalue())) from None
+
+
+def _positionals_last(kind: type, args: Sequence[str]) -> list[str]:
+    """Options first: of several positional arguments in a row the parser gives the last one its own place only at the end."""
+    hints = get_type_hints(kind)
+    options: list[str] = []
+    positionals: list[str] = []
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            positionals.append(word)
+            continue
+        hint = hints.get(word[2:].replace("-", "_"), bool)  # --no-name and --help take no value either
+        values = 0 if hint is bool or "=" in word else len(get_args(hint)) if get_origin(hint) is tuple else 1
+        if len(rest) < values:  # left for the parser to say
+            return list(args)
+        options += [word, *rest[:values]]
+        del rest[:values]
+    return [*options, *positionals]
+
+
+def _check_flags(kind: type, args: Sequence[str]) -> None:
+    """A mistyped flag is named as such: the parser would first miss what the flag pushed out of its place."""
+    names = {field.name for field in dataclasses.fields(kind)} - set(_positionals(kind))
+    flags = {f"--{prefix}{name.replace('_', '-')}" for name in names for prefix in ("", "no-")} | {"--help"}
+    for given in (arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")):
+        if given not in flags:
+            near = difflib.get_close_matches(given, flags, 1)
+            raise InputError(f"no option {given}{f'; did you mean {near[0]}' if near else ''}; see --help")
+
+
+def _one_line(panel: str) -> str:
+    """The parser's framed message as one line: frame and rules go, the sentences stay."""
+    lines = [line.strip(" │╭╮╰╯─") for line in panel.splitlines()]
+    sentences = [line for line in lines if line and not line.startswith(("For full helptext", "fastmae ", "Argument helptext"))]
+    return ": ".join([*sentences[:1], " ".join(sentences[1:])]) or "can't read the command line; see --help"
+
+
+def _os_message(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename is not None else ""
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    way_out = "; free some space and give the same command again, it continues" if full else ""
+    return f"{place}{error.strerror or error}{way_out}"

@@ -1,0 +1,1 @@
+"""What an encoder's features are worth."""

@@ -1,0 +1,168 @@
+"""`fastmae knn`: weighted k-nearest-neighbour accuracy of frozen features (Wu et al. 2018; k = 20, T = 0.07 as in DINO)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastmae.config import KnnConfig
+from fastmae.device import resolve_device
+from fastmae.errors import InputError
+from fastmae.evaluate.features import Embed, embed_files, embed_with_encoder, embed_with_teacher
+from fastmae.images.sources import labelled_split
+from fastmae.loading import worker_count
+from fastmae.runs import load_encoder, load_run
+from fastmae.teachers import Teacher
+from fastmae.teachers.efficientnet_lite import LITES
+from fastmae.teachers.factory import load_network, teacher_of_store
+
+CHUNK = 1024
+"""Validation images compared with all training images at a time."""
+TEACHER_PATCH = 16
+"""Pixels a patch for a teacher given by name, without a store."""
+
+
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """A way to embed pictures: the function, the side in pixels and the channels that it takes, and how they come to that size."""
+
+    embed: Embed
+    image_size: int
+    resize: str
+    channels: int = 3
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features of a labelled folder: float32 [n, D] and [m, D], their classes' numbers, and how many classes there are."""
+
+    train: torch.Tensor
+    train_labels: torch.Tensor
+    val: torch.Tensor
+    val_labels: torch.Tensor
+    classes: int
+    image_size: int
+
+
+def knn(config: KnnConfig) -> dict[str, Any]:
+    """Accuracy on val/ by the votes of train/; the command's JSON."""
+    if config.k < 1:
+        raise InputError(f"--k {config.k}: give 1 or more")
+    if not config.temperature > 0:
+        raise InputError(f"--temperature {config.temperature}: give more than 0")
+    found = labelled_features(config)
+    top1, top5 = accuracy_of(found, config.k, config.temperature)
+    what = config.run if config.features == "encoder" else f"{config.run}, {config.features}"
+    n, m = len(found.train), len(found.val)
+    print(f"{what}: kNN top-1 {top1:.1f} %, top-5 {top5:.1f} % ({n} train, {m} val images, {found.classes} classes)")
+    return {
+        "top1": round(top1, 3), "top5": round(top5, 3), "features": config.features,
+        "train": n, "val": m, "classes": found.classes, "dim": found.train.shape[1], "image_size": found.image_size,
+    }  # fmt: skip
+
+
+def labelled_features(config: KnnConfig) -> LabelledFeatures:
+    """Embed train/ and val/.
+
+    Raises:
+        InputError: options or data that can't be used.
+    """
+    device, workers = resolve_device(config.device), worker_count(config.workers)
+    for name in ("batch_size", "image_size"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    (train_paths, train_names), (val_paths, val_names) = (labelled_split(config.data, split) for split in ("train", "val"))
+    classes = sorted(set(train_names))
+    unknown = sorted(set(val_names) - set(classes))
+    if unknown:
+        raise InputError(f"{config.data / 'val' / unknown[0]}: a class that train/ does not have")
+    frozen = frozen_features(config, device)
+    train, val = (
+        embed_files(
+            paths, frozen.embed, frozen.image_size, frozen.resize, device, config.batch_size, workers, f"features {split}", frozen.channels
+        )
+        for split, paths in (("train", train_paths), ("val", val_paths))
+    )
+    train_labels, val_labels = (torch.tensor([classes.index(name) for name in names]) for names in (train_names, val_names))
+    return LabelledFeatures(train, train_labels, val, val_labels, len(classes), frozen.image_size)
+
+
+def accuracy_of(found: LabelledFeatures, k: int = 20, temperature: float = 0.07) -> tuple[float, float]:
+    """k-NN top-1 and top-5 of embedded data, in percent."""
+    return knn_accuracy(found.train, found.train_labels, found.val, found.val_labels, found.classes, k, temperature)
+
+
+def knn_accuracy(
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    val: torch.Tensor,
+    val_labels: torch.Tensor,
+    classes: int,
+    k: int,
+    temperature: float,
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy, in percent.
+
+    The k training features of the largest cosine vote for their classes, each with the weight exp(cosine / temperature)
+    (relative to the nearest one's, which changes no order and can't overflow).
+
+    Args:
+        train: float32 [n, D].
+        train_labels: int64 [n].
+        val: float32 [m, D].
+        val_labels: int64 [m].
+        classes: how many there are.
+        k: neighbours; all of `train` where it has fewer.
+        temperature: of the weights.
+    """
+    train, val = F.normalize(train, dim=1), F.normalize(val, dim=1)
+    correct = torch.zeros(2)
+    for part, labels in zip(val.split(CHUNK), val_labels.split(CHUNK), strict=True):
+        cosine, nearest = (part @ train.T).topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(part), classes).scatter_add_(1, train_labels[nearest], ((cosine - cosine[:, :1]) / temperature).exp())
+        ranked = votes.topk(min(5, classes), dim=1).indices == labels[:, None]
+        correct += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum()])
+    return tuple((100 * correct / len(val)).tolist())
+
+
+def frozen_features(config: KnnConfig, device: torch.device) -> FrozenFeatures:
+    """What `RUN` names: a run (its encoder, the same at random, or its teacher), a timm name, or a teacher.
+
+    Raises:
+        InputError: none of these, or options that don't go with it.
+    """
+    if config.run in LITES or config.run.startswith(("timm/", "hf/", "clip/", "file/")):
+        return _of_name(config, device)
+    run = Path(config.run)
+    description, _ = load_run(run)
+    store, options = description["store"], description["options"]
+    if config.features == "teacher":
+        size = store["middle_sizes"][-1]
+        teacher = teacher_of_store(store["teachers"][0], size, size // store["patch_size"]).to(device)
+        return FrozenFeatures(embed_with_teacher(teacher), size, store["resize"], store["channels"])
+    torch.manual_seed(config.seed)
+    size = config.image_size or options["image_size"]
+    encoder = load_encoder(run, size, trained=config.features == "encoder").to(device)
+    mean, std = store["normalisation"]
+    return FrozenFeatures(embed_with_encoder(encoder, config.pool, config.block, mean, std), size, store["resize"], store["channels"])
+
+
+def _of_name(config: KnnConfig, device: torch.device) -> FrozenFeatures:
+    if config.features != "encoder":
+        raise InputError(f"--features {config.features} goes with a run; for a network at random give timm/NAME --no-pretrained")
+    torch.manual_seed(config.seed)
+    network: Any
+    network, _ = load_network(config.run, config.weights, config.pretrained)
+    own = getattr(network, "pretrained_cfg", {})  # transformers' models have none
+    size = int(config.image_size or (own["input_size"][-1] if own else network.native_size))
+    if hasattr(network, "num_prefix_tokens") and hasattr(network, "set_input_size"):  # a ViT
+        network.set_input_size(img_size=(size, size))
+        embed = embed_with_encoder(network.eval().to(device), config.pool, config.block, own["mean"], own["std"])
+        return FrozenFeatures(embed, size, "whole")
+    if config.pool == "class":
+        raise InputError(f"--pool class: {config.run} has no class token; take --pool mean")
+    teacher = Teacher(config.run, network, size, max(1, size // TEACHER_PATCH), config.block)
+    return FrozenFeatures(embed_with_teacher(teacher.to(device)), size, "whole")

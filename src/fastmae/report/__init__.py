@@ -1,0 +1,1 @@
+"""Pictures of what was learnt, and the HTML page that shows them."""
