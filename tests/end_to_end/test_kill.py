@@ -1,0 +1,163 @@
+"""Killed at any moment, continued, and equal to the run that was not."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from fastmae.training.run_folder import read_metrics
+
+
+def start(command, args):
+    return subprocess.Popen([*command, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def kill_when(process, ready, then=signal.SIGKILL, timeout=120):
+    """Send a signal at a random moment after `ready()`; returns the exit code."""
+    end = time.monotonic() + timeout
+    while not ready() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.4))
+    if process.poll() is None:
+        os.killpg(process.pid, then) if then == signal.SIGINT else process.send_signal(then)  # Ctrl-C reaches the workers too
+    process.communicate(timeout=timeout)
+    return process.returncode
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_store_killed_while_it_is_built_ends_in_the_same_bytes(photos, vit_store, vit_weights, tmp_path, fastmae_command):
+    store = tmp_path / "s"
+    args = (
+        f"tokenize {photos / 'train'} {store} --teacher timm/vit_tiny_patch16_224 --teacher-weights {vit_weights} --middle-size 96 "
+        "--shard-size 8 --codec fp32 --pixels raw --workers 1"
+    ).split()
+    done = -1
+    for then in (signal.SIGINT, signal.SIGKILL):
+        process = start(fastmae_command, args)
+        code = kill_when(process, lambda before=done: len(list(store.glob("shards/*.safetensors"))) > before, then)
+        assert code in (0, 130 if then == signal.SIGINT else -then)
+        done = len(list(store.glob("shards/*.safetensors")))
+    last = start(fastmae_command, args)
+    out, _ = last.communicate(timeout=120)
+    assert last.returncode == 0, out
+    assert contents(store) == contents(vit_store)
+
+
+def test_two_processes_fill_one_store_at_once(photos, vit_store, vit_weights, tmp_path, fastmae_command):
+    store = tmp_path / "s"
+    args = (
+        f"tokenize {photos / 'train'} {store} --teacher timm/vit_tiny_patch16_224 --teacher-weights {vit_weights} --middle-size 96 "
+        "--shard-size 8 --codec fp32 --pixels raw --workers 0 --world-size 2 --rank"
+    ).split()
+    for process in [start(fastmae_command, [*args, str(rank)]) for rank in range(2)]:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, out
+    assert contents(store) == contents(vit_store)
+
+
+@pytest.fixture(scope="module")
+def pretrain_args(vit_store, tiny_student):
+    return [
+        "pretrain",
+        str(vit_store),
+        *tiny_student,
+        "--epochs",
+        "10",
+        "--workers",
+        "1",
+        "--save-every",
+        "0",
+        "--log-every",
+        "3",
+    ]
+
+
+@pytest.fixture(scope="module")
+def unbroken(pretrain_args, fastmae_command, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    process = start(fastmae_command, [*pretrain_args[:2], str(run), *pretrain_args[2:]])
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    return read_metrics(run)
+
+
+def losses(entries):
+    return [(entry["step"], entry["loss"], entry["lr"]) for entry in entries]
+
+
+def assert_same(entries, expected, tolerance=1e-6):
+    assert [entry["step"] for entry in entries] == [entry["step"] for entry in expected]
+    for mine, theirs in zip(entries, expected, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=tolerance)
+        assert mine["lr"] == pytest.approx(theirs["lr"], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("then", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGUSR1, 130)]
+)
+def test_a_run_stopped_in_the_middle_reaches_the_same_loss(then, code, pretrain_args, unbroken, fastmae_command, tmp_path):
+    run = tmp_path / "run"
+    args = [*pretrain_args[:2], str(run), *pretrain_args[2:]]
+    returned = kill_when(start(fastmae_command, args), lambda: len(read_metrics(run)) >= 3, then)
+    stopped_at = len(read_metrics(run))
+    assert 3 <= stopped_at < len(unbroken)
+    assert returned == code
+    last = start(fastmae_command, args)
+    out, _ = last.communicate(timeout=200)
+    assert last.returncode == 0, out
+    assert "from step" in out
+    assert_same(read_metrics(run), unbroken)
+
+
+@pytest.mark.parametrize("launcher", ["devices", "torchrun", "fsdp"])
+def test_two_processes_reach_the_loss_of_one_on_the_same_global_batch(launcher, pretrain_args, unbroken, fastmae_command, tmp_path):
+    run = tmp_path / "run"
+    args = [*pretrain_args[:2], str(run), *pretrain_args[2:]]
+    if launcher in ("devices", "fsdp"):
+        command, args = fastmae_command, [*args, "--devices", "2", "--strategy", "fsdp" if launcher == "fsdp" else "ddp"]
+    else:
+        command = [
+            fastmae_command[0],
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "fastmae",
+        ]
+    process = start(command, args)
+    out, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, out
+    assert_same(read_metrics(run), unbroken, tolerance=2e-5)  # another order of summation, over 38 steps
+
+
+def test_one_of_two_processes_killed_ends_the_other_and_the_run_goes_on(pretrain_args, unbroken, fastmae_command, tmp_path):
+    run = tmp_path / "run"
+    args = [*pretrain_args[:2], str(run), *pretrain_args[2:], "--devices", "2"]
+    process = start(fastmae_command, args)
+    end = time.monotonic() + 120
+    while len(read_metrics(run)) < 5 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    second = next(int(pid) for pid in children if b"pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes() and _is_rank_one(pid))
+    os.kill(second, signal.SIGKILL)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    print(out)
+    assert "Traceback" not in out
+    last = start(fastmae_command, args)
+    out, _ = last.communicate(timeout=200)
+    assert last.returncode == 0, out
+    assert_same(read_metrics(run), unbroken, tolerance=2e-5)
+
+
+def _is_rank_one(pid):
+    return b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()

@@ -1,0 +1,168 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmae.images import decode
+from fastmae.images.decode import UndecodableError, decode_bands, decode_image, to_rgb
+
+
+def gradient(height=24, width=40):
+    values = np.add.outer(np.arange(height) * 5, np.arange(width) * 3)
+    return np.stack([values, values[::-1], values[:, ::-1]], -1).clip(0, 255).astype(np.uint8)
+
+
+def decoded(image, path, **options):
+    image.save(path, **options)
+    rgb, size = decode_image(path)
+    assert rgb.mode == "RGB"
+    return np.asarray(rgb).astype(int), size
+
+
+def test_rgb_is_kept_exactly(tmp_path):
+    pixels, size = decoded(Image.fromarray(gradient()), tmp_path / "x.png")
+    assert (pixels == gradient()).all()
+    assert size == (40, 24)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_comes_out_upright(orientation, tmp_path):
+    upright = Image.fromarray(gradient())
+    # How a camera in that orientation would have stored the picture: the inverse of what a viewer must do.
+    stored = {
+        1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels, size = decoded(upright.transpose(stored) if stored is not None else upright, tmp_path / "x.png", exif=exif)
+    assert (pixels == gradient()).all()
+    assert size == (40, 24)
+
+
+def test_grey_palette_and_one_bit_become_rgb(tmp_path):
+    grey = Image.fromarray(gradient()[..., 0])
+    pixels, _ = decoded(grey, tmp_path / "grey.png")
+    assert (pixels == gradient()[..., :1]).all()
+    pixels, _ = decoded(Image.fromarray(gradient()).quantize(256), tmp_path / "palette.png")
+    assert abs(pixels - gradient()).mean() < 12
+    pixels, _ = decoded(grey.point(lambda v: 255 * (v > 128)).convert("1"), tmp_path / "bits.png")
+    assert set(np.unique(pixels)) == {0, 255}
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path):
+    values = (np.arange(24 * 40).reshape(24, 40) * 68).astype(np.uint16)
+    pixels, _ = decoded(Image.fromarray(values), tmp_path / "x.png")
+    assert (pixels == (values >> 8)[..., None]).all()
+
+
+def test_transparent_pixels_lie_on_white(tmp_path):
+    rgba = np.dstack([gradient(), np.zeros((24, 40), np.uint8)])
+    rgba[:, :20, 3] = 255
+    pixels, _ = decoded(Image.fromarray(rgba), tmp_path / "x.png")
+    assert (pixels[:, :20] == gradient()[:, :20]).all()
+    assert (pixels[:, 20:] == 255).all()
+
+
+def test_cmyk_and_lab_come_near_their_rgb(tmp_path):
+    photo = Image.fromarray(gradient()).convert("CMYK")
+    pixels, _ = decoded(photo, tmp_path / "x.jpg", quality=100, subsampling=0)
+    assert abs(pixels - gradient()).mean() < 6
+    white = to_rgb(Image.new("LAB", (4, 4), (255, 128, 128)))  # Pillow: L to 255, a and b neutral at 128
+    assert np.asarray(white).min() > 245
+
+
+def test_a_large_jpeg_is_reduced_while_decoding_and_its_own_size_is_told(tmp_path):
+    path = tmp_path / "x.jpg"
+    Image.fromarray(gradient()).resize((1600, 960)).save(path)
+    image, size = decode_image(path, at_least=100)
+    assert size == (1600, 960)
+    assert min(image.size) >= 200
+    assert image.size[0] < 1600
+
+
+def test_a_truncated_file_is_refused_not_half_decoded(tmp_path):
+    whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
+    Image.fromarray(gradient(200, 200)).save(whole)
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
+    with pytest.raises(UndecodableError, match="truncated"):
+        decode_image(cut)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>no</html>", b"\xff\xd8\xff\xe0" + b"\0" * 40])
+def test_what_is_no_image_is_refused_with_a_reason(content, tmp_path):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UndecodableError, match=r"not an image|damaged"):
+        decode_image(path)
+
+
+def test_more_pixels_than_allowed_are_refused_unread(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    Image.fromarray(gradient()).save(path)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 24 * 40 - 1)
+    with pytest.raises(UndecodableError, match="40 x 24"):
+        decode_image(path)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        decode_image(tmp_path / "none.jpg")
+
+
+def test_a_failing_disk_is_not_the_images_fault(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    Image.fromarray(gradient()).save(path)
+
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        decode_image(path)
+    assert caught.value.errno == 5
+
+
+def test_npy_arrays_of_any_number_of_channels_are_read_as_eight_bits(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (20, 30, 5), dtype=np.uint8)
+    for name, array in {"8.npy": values, "16.npy": values.astype(np.uint16) * 256 + 7, "float.npy": values / 255}.items():
+        np.save(tmp_path / name, array)
+        bands, size = decode_bands(tmp_path / name, 5)
+        assert size == (30, 20)
+        assert (np.stack([np.asarray(band) for band in bands], axis=2) == values).all()
+    np.save(tmp_path / "rgb.npy", values[..., :3])
+    (rgb,), _ = decode_bands(tmp_path / "rgb.npy", 3)
+    assert (rgb.mode, rgb.size) == ("RGB", (30, 20))
+    np.save(tmp_path / "flat.npy", values[..., 0])
+    (grey,), _ = decode_bands(tmp_path / "flat.npy", 1)
+    assert (np.asarray(grey) == values[..., 0]).all()
+
+
+def test_grey_is_the_luma_of_colours_and_four_bands_stay_as_they_are(tmp_path):
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "red.png")
+    (grey,), _ = decode_bands(tmp_path / "red.png", 1)
+    assert np.asarray(grey)[0, 0] == 76  # 0.299 of 255
+    Image.new("RGBA", (4, 3), (1, 2, 3, 4)).save(tmp_path / "four.png")
+    bands, size = decode_bands(tmp_path / "four.png", 4)
+    assert ([band.getpixel((0, 0)) for band in bands], size) == ([1, 2, 3, 4], (4, 3))
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((4, 4, 2), np.uint8), "has 2 channels, not 5"),
+        (np.zeros((4, 4, 5)) + 3.0, "neither 8 nor 16 bits"),
+        (np.zeros((4, 4, 5), np.int64), "neither 8 nor 16 bits"),
+        (np.zeros((4,), np.uint8), "not \\[H, W, channels\\]"),
+        (np.array([{"a": 1}], dtype=object), "not a plain .npy array"),
+    ],
+)
+def test_an_array_that_is_no_image_says_why(array, says, tmp_path):
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    with pytest.raises(UndecodableError, match=says):
+        decode_bands(tmp_path / "x.npy", 5)
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(UndecodableError, match="not a plain"):
+        decode_bands(tmp_path / "x.npy", 5)
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with pytest.raises(UndecodableError, match="has 3 channels, not 5"):
+        decode_bands(tmp_path / "x.png", 5)

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmae.images.middle import decode_middle_jpeg, make_middle_image
+
+
+@pytest.fixture
+def picture(photos):
+    return photos / "train" / "china" / "01.png"
+
+
+@pytest.mark.parametrize("quality", [None, 90])
+def test_a_middle_image_has_the_asked_size_and_tells_the_pictures_own(picture, quality):
+    middle = make_middle_image(picture, 96, "whole", quality)
+    assert middle.pixels.shape == (3, 96, 96)
+    assert middle.pixels.dtype == torch.uint8
+    assert (middle.width, middle.height) == Image.open(picture).size
+
+
+def test_the_teacher_sees_the_pixels_that_the_jpeg_gives_back(picture):
+    middle = make_middle_image(picture, 96, "whole", 80)
+    assert torch.equal(decode_middle_jpeg(middle.jpeg), middle.pixels)
+    raw = make_middle_image(picture, 96, "whole", None).pixels
+    assert not torch.equal(raw, middle.pixels)
+    assert (raw.int() - middle.pixels.int()).abs().float().mean() < 6
+
+
+def test_whole_squeezes_and_center_crop_cuts(tmp_path):
+    stripes = np.zeros((50, 100, 3), np.uint8)
+    stripes[:, 50:] = 255  # left half black, right half white
+    stripes[:, :10, 0] = 255  # a red rim
+    Image.fromarray(stripes).save(tmp_path / "x.png")
+    whole = make_middle_image(tmp_path / "x.png", 40, "whole", None).pixels
+    cut = make_middle_image(tmp_path / "x.png", 40, "center-crop", None).pixels
+    assert whole[0, :, 0].float().mean() > 200  # the rim is there
+    assert cut[0, :, 0].float().mean() < 20  # the rim is cut away
+    assert (whole[:, :, :18].float().mean() < 90) and (whole[:, :, 22:].float().mean() > 240)
+    assert (cut[:, :, :18].float().mean() < 10) and (cut[:, :, 22:].float().mean() > 240)

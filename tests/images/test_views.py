@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+
+from fastmae.images.views import ViewDraws, normalise
+
+
+def draw_view(seed, epoch, index, grid, size, flip, mask="random"):
+    return ViewDraws(size, flip, mask, size * size // 4, seed).draw(epoch, index, [grid])
+
+
+def test_every_aligned_offset_is_drawn_equally_often_and_half_are_flipped():
+    draws = [draw_view(seed=1, epoch=0, index=i, grid=6, size=4, flip=True) for i in range(9000)]
+    counts = np.zeros((3, 3))
+    for draw in draws:
+        counts[draw.row, draw.col] += 1
+    assert abs(counts - 1000).max() < 150  # 5 standard deviations of a binomial
+    assert abs(np.mean([draw.flipped for draw in draws]) - 0.5) < 0.03
+
+
+def test_a_draw_depends_on_seed_epoch_and_index_alone():
+    first = draw_view(3, 5, 7, 22, 14, True)
+    again = draw_view(3, 5, 7, 22, 14, True)
+    assert (first.row, first.col, first.flipped) == (again.row, again.col, again.flipped)
+    assert (first.order == again.order).all()
+    others = [draw_view(*key, 22, 14, True).order for key in ((4, 5, 7), (3, 6, 7), (3, 5, 8))]
+    assert not any((other == first.order).all() for other in others)
+
+
+def test_the_order_is_a_permutation_and_every_patch_is_visible_equally_often():
+    visible = np.zeros(16)
+    for index in range(4000):
+        order = draw_view(0, 0, index, 4, 4, False).order
+        assert sorted(order) == list(range(16))
+        visible[order[:4]] += 1
+    assert abs(visible - 1000).max() < 140
+
+
+def test_a_block_mask_hides_exactly_its_share_in_fewer_pieces_than_a_random_one():
+    def borders(order):
+        hidden = np.ones(196, dtype=bool)
+        hidden[order[:49]] = False
+        hidden = hidden.reshape(14, 14)
+        return (hidden[1:] != hidden[:-1]).sum() + (hidden[:, 1:] != hidden[:, :-1]).sum()
+
+    blocks, scattered = ([draw_view(0, 0, i, 14, 14, False, mask).order for i in range(200)] for mask in ("block", "random"))
+    assert all(sorted(order) == list(range(196)) for order in blocks)
+    assert np.mean([borders(order) for order in blocks]) < 0.6 * np.mean([borders(order) for order in scattered])
+    visible = np.zeros(196)
+    for order in blocks:
+        visible[order[:49]] += 1
+    assert (visible > 0).all()  # every place is seen in some view
+    again = draw_view(0, 0, 3, 14, 14, False, "block").order
+    assert (again == blocks[3]).all()
+
+
+def test_a_view_draws_its_scale_and_every_scale_is_as_likely():
+    draws = ViewDraws(4, True, "random", 4, seed=0)
+    drawn = [draws.draw(0, index, (4, 6, 9)) for index in range(3000)]
+    assert np.bincount([d.scale for d in drawn]).tolist() == pytest.approx([1000, 1000, 1000], abs=130)
+    assert max(d.row for d in drawn if d.scale == 2) == 5
+    assert all((d.row, d.col) == (0, 0) for d in drawn if d.scale == 0)
+
+
+def test_without_flip_nothing_is_flipped():
+    assert not any(draw_view(0, 0, index, 8, 4, False).flipped for index in range(50))
+
+
+def test_normalise_is_imagenets():
+    grey = normalise(torch.full((3, 1, 1), 255, dtype=torch.uint8))[:, 0, 0]
+    torch.testing.assert_close(grey, (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))

@@ -1,0 +1,130 @@
+"""The command line's contract: exit codes, one line an error, --json, --config, --print-config."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastmae.cli import COMMANDS, parse, run
+from fastmae.recipes import load_recipe, recipe_names
+
+# (arguments, what the one line must name)
+BAD_USAGE = [
+    (["tokenise"], "did you mean 'tokenize'"),
+    (["pretrain", "a.tokens", "run", "--epohcs", "3"], "did you mean --epochs"),
+    (["pretrain", "a.tokens"], "RUN"),
+    (["inspect", "a.tokens", "extra"], "extra"),
+    (["pretrain", "run"], "give a token store and a folder for the run"),
+    (["pretrain", "a.tokens", "run", "--epochs", "many"], "--epochs"),
+    (["pretrain", "a.tokens", "run", "--norm", "patc"], "'patch'"),
+    (["pretrain", "a.tokens", "run", "--recipe", "vit_tiny_cpuu"], "did you mean 'vit_tiny_cpu'"),
+    (["pretrain", "no-such.tokens", "run"], "no-such.tokens: not a token store"),
+    (["tokenize", "no-such-folder", "out"], "no-such-folder: does not exist"),
+    (["knn", "no-such-run", "data", "--device", "cpu"], "no folder 'train'"),
+    (["inspect", "."], "not a token store"),
+    (["pretrain", "a", "b", "--config", "no-such.yaml"], "no-such.yaml"),
+    (["inspect", "a", "--device"], "--device"),
+    (["inspect", "a", "--seed", "-1"], "--seed -1"),
+]
+
+
+@pytest.mark.parametrize(("args", "named"), BAD_USAGE, ids=[" ".join(args) for args, _ in BAD_USAGE])
+def test_bad_usage_is_one_line_and_code_2(args, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert named in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_the_common_flags(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run([command, "--help"])
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    assert all(flag in out for flag in ("--json", "--seed", "--device", "--config", "--print-config"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_print_config_prints_what_config_reads_back(command, capsys, tmp_path):
+    assert run([command, "--print-config", "--seed", "7"]) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["seed"] == 7
+    file = tmp_path / "options.yaml"
+    file.write_text(printed)
+    assert run([command, "--print-config", "--config", str(file)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_each_layer_of_options_goes_over_the_one_before(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("epochs: 7\nbatch-size: 32\nflip: false\nbetas: [0.8, 0.9]\nstores: from-file.tokens\n")
+    config = parse("pretrain", ["--recipe", "vit_tiny_cpu", "--config", str(file), "--print-config", "--batch-size", "16"])
+    assert config.image_size == load_recipe("vit_tiny_cpu")["image_size"]  # recipe over default
+    assert config.epochs == 7  # file over recipe
+    assert config.batch_size == 16  # flag over file
+    assert config.flip is False
+    assert config.betas == (0.8, 0.9)
+    assert config.stores == (Path("from-file.tokens"),)
+
+
+@pytest.mark.parametrize("args", ["a b run --epochs 3 --no-flip", "a --epochs 3 b --no-flip run", "--no-flip --epochs=3 a b run"])
+def test_several_stores_and_the_run_may_stand_among_the_options(args):
+    config = parse("pretrain", args.split())
+    assert (config.stores, config.run, config.epochs, config.flip) == ((Path("a"), Path("b")), Path("run"), 3, False)
+
+
+def test_the_pixel_target_brings_maes_decoder_and_loss_unless_told_otherwise():
+    config = parse("pretrain", ["a", "b", "--target", "pixels"])
+    assert (config.decoder_depth, config.loss, config.all_layers) == (8, "mse", False)
+    assert parse("pretrain", ["a", "b", "--target", "pixels", "--decoder-depth", "2"]).decoder_depth == 2
+    assert parse("pretrain", ["a", "b"]).decoder_depth == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("epcohs: 3\n", "did you mean 'epochs'"),
+        ("epochs: many\n", "--epochs"),
+        ("- a\n- b\n", "option: value"),
+        ("a: [", "YAML"),
+    ],
+)
+def test_a_bad_config_file_is_named_with_the_way_out(text, named, tmp_path, capsys):
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    assert run(["pretrain", "a", "b", "--config", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert str(file) in err
+    assert named in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_resolves(name, capsys):
+    assert run(["pretrain", "--recipe", name, "--print-config"]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    for key, value in load_recipe(name).items():
+        assert resolved[key] == (float(value) if isinstance(resolved[key], float) else value)
+
+
+def test_recipes_as_json_end_with_one_object(capsys):
+    assert run(["recipes", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1])["recipes"] == recipe_names()
+    assert len(out.splitlines()) == 1
+
+
+def test_help_imports_no_heavy_library(fastmae_command):
+    probe = "import sys, fastmae.cli; fastmae.cli.run(['--help']); print(sorted({'torch', 'timm', 'lightning_fabric'} & set(sys.modules)))"
+    begun = time.monotonic()
+    out = subprocess.run([fastmae_command[0], "-c", probe], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    assert "tokenize" in out
+    assert time.monotonic() - begun < 30
