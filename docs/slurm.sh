@@ -12,6 +12,7 @@
 #SBATCH --signal=USR1@180            # 180 s before the limit: fastmae finishes its step, saves, and ends with code 130
 set -uo pipefail
 
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun no longer takes it over by itself
 srun --kill-on-bad-exit=0 fastmae pretrain "$@"
 code=$?
 if [ "$code" -eq 130 ]; then         # interrupted, and saved: the same command continues

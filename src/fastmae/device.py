@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from fastmae.errors import InputError
+from fastmae.processes import this_process
 
 
 def resolve_device(name: str) -> torch.device:
@@ -33,14 +34,14 @@ def cores() -> int:
 
 
 def own_device(name: str) -> torch.device:
-    """As `resolve_device`; of several processes on a machine under torchrun, each takes a GPU of its own.
+    """As `resolve_device`; of several processes on a machine, each takes a GPU of its own.
 
     Raises:
         InputError: as `resolve_device`.
     """
     device = resolve_device(name)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return resolve_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
+    if device.type == "cuda" and device.index is None:
+        return resolve_device(f"cuda:{this_process().local_rank % torch.cuda.device_count()}")
     return device
 
 

@@ -41,7 +41,7 @@ def test_a_store_killed_while_it_is_built_ends_in_the_same_bytes(photos, vit_sto
     done = -1
     for then in (signal.SIGINT, signal.SIGKILL):
         process = start(fastmae_command, args)
-        code = kill_when(process, lambda before=done: len(list(store.glob("shards/*.safetensors"))) > before, then)
+        code = kill_when(process, lambda before=done: store.exists() and len(list(store.glob("shards/*.safetensors"))) > before, then)
         assert code in (0, 130 if then == signal.SIGINT else -then)
         done = len(list(store.glob("shards/*.safetensors")))
     last = start(fastmae_command, args)
@@ -137,6 +137,31 @@ def test_two_processes_reach_the_loss_of_one_on_the_same_global_batch(launcher, 
     out, _ = process.communicate(timeout=250)
     assert process.returncode == 0, out
     assert_same(read_metrics(run), unbroken, tolerance=2e-5)  # another order of summation, over 38 steps
+
+
+def test_two_tasks_as_srun_starts_them_reach_the_loss_of_one(pretrain_args, unbroken, fastmae_command, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    job = {
+        "JOB_ID": str(os.getpid()),
+        "JOB_NAME": "train",
+        "NNODES": "1",
+        "NTASKS": "2",
+        "NTASKS_PER_NODE": "2",
+        "NODELIST": "localhost",
+        "NODEID": "0",
+    }
+    step = {"STEP_NUM_TASKS": "2", "STEP_TASKS_PER_NODE": "2"}
+    for name, value in {**job, **step}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    tasks = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        monkeypatch.setenv("SLURM_LOCALID", rank)
+        tasks.append(start(fastmae_command, [*pretrain_args[:2], str(run), *pretrain_args[2:]]))
+    outs = [task.communicate(timeout=250)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outs
+    assert outs[1] == ""  # one of them speaks
+    assert_same(read_metrics(run), unbroken, tolerance=2e-5)
 
 
 def test_one_of_two_processes_killed_ends_the_other_and_the_run_goes_on(pretrain_args, unbroken, fastmae_command, tmp_path):

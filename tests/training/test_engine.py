@@ -26,3 +26,27 @@ def test_launch_seeds_and_stays_on_fp32_where_there_is_no_gpu():
 def test_what_is_not_there_is_an_input_error(device, devices, says):
     with pytest.raises(InputError, match=says):
         launch(device, "auto", devices, seed=0)
+
+
+def test_a_launcher_that_has_started_processes_knows_how_many(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="torchrun has started 2 processes on this machine; leave --devices out"):
+        launch("cpu", "auto", 4, seed=0)
+
+
+def test_a_batch_script_of_slurm_is_one_process_whatever_its_job_asks_for(monkeypatch):
+    for name, value in {
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NNODES": "2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert launch("cpu", "auto", 1, seed=0).world_size == 1
+
+
+def test_sharded_gradients_are_not_scaled():
+    with pytest.raises(InputError, match="--strategy fsdp"):
+        launch("cpu", "16-mixed", 2, seed=0, strategy="fsdp")

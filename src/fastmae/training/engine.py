@@ -1,14 +1,13 @@
 """The Fabric that a run stands on: device, precision, processes."""
 
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import SLURMEnvironment
+from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,7 +15,15 @@ from torch.distributed.fsdp import fully_shard
 
 from fastmae.config import Precision
 from fastmae.device import cores, resolve_device
-from fastmae.errors import InputError
+from fastmae.errors import InputError, first_line
+from fastmae.processes import this_process
+
+ENVIRONMENTS: dict[str, type[ClusterEnvironment]] = {
+    "": LightningEnvironment,
+    "torchrun": TorchElasticEnvironment,
+    "srun": SLURMEnvironment,
+}
+"""Launcher -> what tells Fabric of its processes; named here, since Fabric's own choice takes a SLURM batch script for an srun task."""
 
 
 def launch(device: str, precision: Precision, devices: int, seed: int, strategy: str = "ddp", blocks: tuple[type, ...] = ()) -> Fabric:
@@ -25,38 +32,44 @@ def launch(device: str, precision: Precision, devices: int, seed: int, strategy:
     Args:
         device: as `--device`.
         precision: as `--precision`.
-        devices: processes on this machine; torchrun's number goes before it.
+        devices: processes on this machine, where neither torchrun nor srun has started them.
         seed: for what is drawn before the first step (weights).
         strategy: of several processes, 'ddp' or 'fsdp'.
         blocks: modules that FSDP shards one by one.
 
     Raises:
-        InputError: more devices than there are.
+        InputError: more devices than there are, or a strategy or precision that does not go with them.
     """
     # Fabric's tips and notes are about its own use, not the user's.
     for name in ("lightning.fabric", "lightning_fabric", "lightning_utilities"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning_fabric")
     chosen = resolve_device(device)
-    nodes = 1
-    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // devices
-    elif SLURMEnvironment.detect():  # srun: a task for each process
-        nodes = int(os.environ.get("SLURM_NNODES", "1"))
-        devices = int(os.environ["SLURM_NTASKS"]) // nodes
+    process, nodes = this_process(), 1
+    if process.launcher:
+        if devices not in (1, process.local_world_size):
+            started = f"{process.launcher} has started {process.local_world_size} processes on this machine"
+            raise InputError(f"--devices {devices}: {started}; leave --devices out")
+        devices, nodes = process.local_world_size, process.world_size // process.local_world_size
     if chosen.index is not None and devices * nodes > 1:
         raise InputError(f"--device {device}: names one device, for {devices * nodes} processes; take --device {chosen.type}")
     available = torch.cuda.device_count() if chosen.type == "cuda" else cores()
     if not 1 <= devices <= available:
         raise InputError(f"--devices {devices}: this machine has {available} of {chosen.type}")
-    fabric = Fabric(
-        accelerator=chosen.type,
-        devices=[chosen.index] if chosen.index is not None else devices,
-        num_nodes=nodes,
-        strategy=_strategy(strategy, devices * nodes, blocks),
-        precision=_precision(precision, chosen),
-    )
+    settled = _precision(precision, chosen)
+    if settled == "16-mixed" and strategy == "fsdp" and devices * nodes > 1:
+        raise InputError("--strategy fsdp: goes with --precision bf16-mixed or 32-true; 16-mixed would scale each shard alone")
+    try:
+        fabric = Fabric(
+            accelerator=chosen.type,
+            devices=[chosen.index] if chosen.index is not None else devices,
+            num_nodes=nodes,
+            strategy=_strategy(strategy, devices * nodes, blocks),
+            precision=settled,
+            plugins=ENVIRONMENTS[process.launcher](),
+        )
+    except (ValueError, RuntimeError) as error:  # a SLURM job of unequal machines, say
+        raise InputError(f"--devices {devices}: the processes can't be set up ({first_line(error)})") from error
     fabric.launch()
     torch.manual_seed(seed)
     if chosen.type == "cuda":
@@ -117,4 +130,4 @@ def _precision(wanted: Precision, device: torch.device) -> Literal["32-true", "b
         return wanted
     if device.type != "cuda":
         return "32-true"  # measured: on CPUs without bf16 units fp32 is the faster one
-    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

@@ -27,8 +27,8 @@ from fastmae.training.engine import bare, on_first_process, scales_gradients
 from fastmae.training.run_folder import RunFolder, load_checkpoint
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-AGREE_EVERY = 10
-"""Steps between two agreements of several processes on whether to save or stop."""
+AGREE_EVERY = 1.0
+"""Seconds, about, between two agreements of several processes on whether to save or stop."""
 
 StepFunction = Callable[[nn.Module, Any], Mapping[str, torch.Tensor]]
 """(model, batch) -> scalars to log; 'loss' is the one that is minimised."""
@@ -84,7 +84,8 @@ class TrainState:
             )
             if self.ema is not None:
                 self.ema.module.load_state_dict(saved["ema"])
-            fabric.strategy.precision.load_state_dict(saved["precision"])
+            if saved["precision"]:  # none where the run went on so far without a scaler
+                fabric.strategy.precision.load_state_dict(saved["precision"])
             self.step, self.seconds, self.sums = saved["step"], saved["seconds"], saved["sums"]
         found: Any = fabric.all_gather(torch.tensor(self.step, device=fabric.device))
         if (found != self.step).any():
@@ -155,6 +156,7 @@ def fit(
     sums = {name: torch.tensor(value, device=fabric.device) for name, value in state.sums.items()}
     entry: dict[str, float] = {}
     state.model.train()
+    agreement = _Agreement(fabric)
     progress = Progress(what, "steps", steps, state.step, not fabric.is_global_zero, scale=batch_size, rate_unit="images")
     with StopRequest() as stop, progress, contextlib.closing(log) if log else contextlib.nullcontext():
         batches = iter(loader)
@@ -195,7 +197,7 @@ def fit(
                 progress.advance(0, loss=f"{entry['loss']:.4f}", lr=f"{entry['lr']:.2e}")
             progress.advance(1)
 
-            must_stop, must_save = _agree(fabric, state.step, stop.requested, now - last_saved >= 60 * save_every)
+            must_stop, must_save = agreement.on(stop.requested, now - last_saved >= 60 * save_every)
             if must_stop or must_save or state.step == steps:
                 state.sums = _mean_over_processes(fabric, sums, 1) if sums else {}
                 _check_finite(fabric, state.sums, state.step, folder)
@@ -251,11 +253,26 @@ def _check_finite(fabric: Fabric, values: Mapping[str, float], step: int, folder
         )
 
 
-def _agree(fabric: Fabric, step: int, stop: bool, save: bool) -> tuple[bool, bool]:
-    """Whether to stop and to save: at once in one process; several ask each other every few steps."""
-    if fabric.world_size == 1:
-        return stop, save
-    if step % AGREE_EVERY:
-        return False, False
-    votes: Any = fabric.all_reduce(torch.tensor([float(stop), float(save)], device=fabric.device), reduce_op="sum")
-    return bool(votes[0] > 0), bool(votes[1] > 0)
+class _Agreement:
+    """Whether to stop and to save: at once in one process; several ask each other, at the same steps, about once a second."""
+
+    def __init__(self, fabric: Fabric):
+        self.fabric = fabric
+        self.asked = time.monotonic()
+        self.steps = self.last = 1
+
+    def on(self, stop: bool, save: bool) -> tuple[bool, bool]:
+        """Called by every process after every step; the answer is the same in all."""
+        if self.fabric.world_size == 1:
+            return stop, save
+        self.steps -= 1
+        if self.steps:
+            return False, False
+        now = time.monotonic()
+        votes: Any = self.fabric.all_reduce(
+            torch.tensor([float(stop), float(save), now - self.asked], device=self.fabric.device), reduce_op="sum"
+        )
+        stops, saves, seconds = votes.tolist()
+        self.steps = self.last = min(2 * self.last, max(1, int(self.last * AGREE_EVERY * self.fabric.world_size / max(seconds, 1e-9))))
+        self.asked = now
+        return stops > 0, saves > 0

@@ -8,6 +8,7 @@ RUN/replaced-1/ ...         what --no-resume set aside
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,10 @@ class MetricsLog:
         self.board = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add an entry for a step."""
+        """Add an entry for a step; JSON has no word for infinity (a gradient's norm, while its scale is being found), so that is null."""
+        entry = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **entry}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
