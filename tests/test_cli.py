@@ -87,6 +87,20 @@ def test_the_pixel_target_brings_maes_decoder_and_loss_unless_told_otherwise():
     assert parse("pretrain", ["a", "b"]).decoder_depth == 1
 
 
+def test_another_target_than_the_recipes_brings_its_own_values_over_the_recipe(tmp_path):
+    def values(*args):
+        config = parse("pretrain", ["a", "b", *args])
+        return config.decoder_depth, config.loss, config.norm, config.all_layers
+
+    assert values("--recipe", "vit_base_60ep", "--target", "pixels") == (8, "mse", "none", False)
+    assert values("--recipe", "vit_base_60ep", "--target", "pixels", "--decoder-depth", "2") == (2, "mse", "none", False)
+    assert values("--recipe", "mae_300ep", "--target", "teacher") == (1, "smooth-l1", "auto", True)
+    assert values("--recipe", "mae_300ep", "--target", "pixels") == values("--recipe", "mae_300ep")
+    file = tmp_path / "options.yaml"
+    file.write_text("recipe: mae_300ep\ntarget: tokens\nloss: cosine\n")
+    assert values("--config", str(file)) == (1, "cosine", "auto", True)
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

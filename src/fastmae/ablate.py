@@ -8,13 +8,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fastmae.config import TARGET_DEFAULTS, AblateConfig, KnnConfig, PretrainConfig, TokenizeConfig
+from fastmae.config import AblateConfig, KnnConfig, PretrainConfig, TokenizeConfig, implied_values
 from fastmae.durable import write_json
 from fastmae.errors import InputError
 from fastmae.evaluate.knn import accuracy_of, labelled_features
 from fastmae.evaluate.linear import linear_accuracy
 from fastmae.images.sources import labelled_split
-from fastmae.pretrain import pretrain
+from fastmae.pretrain import plan, pretrain
 from fastmae.recipes import load_recipe
 from fastmae.report.page import Section, write_page
 from fastmae.report.pictures import bars
@@ -106,15 +106,16 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     """Run the rows that are missing, then print and draw the table; the command's JSON."""
     if config.seeds < 1 or config.epochs < 1:
         raise InputError("--seeds and --epochs: give 1 or more")
-    for split in ("train", "val"):
-        labelled_split(config.images, split)  # fails now, not after the training
+    (_, train_classes), _ = (labelled_split(config.images, split) for split in ("train", "val"))  # fails now, not after the training
+    if len(set(train_classes)) < 2:
+        raise InputError(f"{config.images / 'train'}: has one class; accuracy needs two or more")
     title, make_rows = TABLES[config.table]
     rows = make_rows(config)
     stores = _tokenize_all(config, {row.teacher for row in rows})
-    results = []
-    for row in rows:
-        found = [_measure(config, row, stores[row.teacher], config.seed + number) for number in range(config.seeds)]
-        results.append(_table_row(row, found))
+    runs = {row.name: [_run_of(config, row, stores[row.teacher], config.seed + number) for number in range(config.seeds)] for row in rows}
+    for options in runs.values():
+        plan(options[0])  # so that the last row's mistake does not wait for the others to be trained
+    results = [_table_row(row, [_measure(config, row.name, options) for options in runs[row.name]]) for row in rows]
     _write(config, title, results)
     return {"rows": results, "html": str(config.out / f"{config.table}.html")}
 
@@ -142,22 +143,27 @@ def _tokenize_all(config: AblateConfig, wanted: set[int]) -> dict[int, Path]:
     return stores
 
 
-def _measure(config: AblateConfig, row: Row, store: Path, seed: int) -> dict[str, float]:
-    """One run and its accuracies: made, or read back from an earlier call."""
+def _run_of(config: AblateConfig, row: Row, store: Path, seed: int) -> PretrainConfig:
+    """A row's options, for one seed."""
     run = config.out / config.table / f"{_as_name(row.name)}-seed{seed}"
-    file = run.with_suffix(".json")
-    target = row.options.get("target", "tokens")
-    values = {**TARGET_DEFAULTS[target], **load_recipe(config.recipe), "epochs": config.epochs, **row.options, "target": target}
+    recipe = load_recipe(config.recipe)
+    target = row.options.get("target", recipe.get("target", "tokens"))
+    values = {**recipe, **implied_values(target, recipe), "epochs": config.epochs, **row.options, "target": target}
     options = PretrainConfig(
         stores=(store,), run=run, **{**values, "seed": seed, "device": config.device, "workers": config.workers, "flip": config.flip}
     )
-    options = replace(options, warmup_epochs=min(options.warmup_epochs, options.epochs / 5))
-    print(f"{row.name}, seed {seed}:")
+    return replace(options, warmup_epochs=min(options.warmup_epochs, options.epochs / 5))
+
+
+def _measure(config: AblateConfig, name: str, options: PretrainConfig) -> dict[str, float]:
+    """One run and its accuracies: made, or read back from an earlier call."""
+    print(f"{name}, seed {options.seed}:")
     trained = pretrain(options)  # a finished run says so and does nothing; one with other settings is an error
     assert trained is not None  # one process
+    file = options.run.with_name(f"{options.run.name}.json")
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
-    found = labelled_features(KnnConfig(run=str(run), data=config.images, device=config.device, workers=config.workers))
+    found = labelled_features(KnnConfig(run=str(options.run), data=config.images, device=config.device, workers=config.workers))
     linear, _ = linear_accuracy(found.train, found.train_labels, found.val, found.val_labels, found.classes)
     result = {"knn": round(accuracy_of(found)[0], 2), "linear": round(linear, 2), "seconds": trained["seconds"], "loss": trained["loss"]}
     write_json(file, result)

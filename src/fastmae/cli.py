@@ -18,6 +18,7 @@ import yaml
 
 from fastmae import config as configs
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
+from fastmae.processes import this_process
 
 COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
     "tokenize": (configs.TokenizeConfig, "fastmae.tokenize:tokenize"),
@@ -63,7 +64,7 @@ def run(args: list[str]) -> int:
     except (InputError, FailedCheckError, OSError, KeyboardInterrupt, InterruptedRunError) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         message = _os_message(error) if isinstance(error, OSError) else str(error) or "interrupted"
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one speaks
+        if int(os.environ.get("LOCAL_RANK", this_process().local_rank)) == 0:  # of several processes on a machine, one speaks
             print(f"fastmae {args[0]}: {' '.join(message.split())}", file=sys.stderr, flush=True)
         return code
     return OK
@@ -128,8 +129,8 @@ def _placeholder(kind: type, name: str) -> Any:
 
 def _do(command: str, args: list[str]) -> None:
     config = parse(command, args)
-    if config.seed < 0:
-        raise InputError(f"--seed {config.seed}: give 0 or more")
+    if not 0 <= config.seed < 2**31:
+        raise InputError(f"--seed {config.seed}: give 0 to {2**31 - 1}")
     if config.print_config:
         print(as_yaml(config), end="")
         return
@@ -151,16 +152,26 @@ def _layers(kind: type, args: Sequence[str]) -> list[tuple[str, Mapping[str, Any
     file = _peek(args, "--config")
     if file is not None:
         layers.append((file, _read_yaml(Path(file))))
-    names = {field.name for field in dataclasses.fields(kind)}
-    if {"recipe", "target"} <= names:  # of pretrain; ablate takes a recipe to lay its rows' values over
-        from fastmae.recipes import load_recipe
+    if {"recipe", "target"} <= {field.name for field in dataclasses.fields(kind)}:  # of pretrain; ablate lays its rows over a recipe itself
+        layers[:0] = _recipe_and_target(args, layers)
+    return layers
 
-        recipe = _peek(args, "--recipe") or next((str(v["recipe"]) for _, v in layers if v.get("recipe")), None)
-        if recipe is not None:
-            layers.insert(0, (f"recipe {recipe}", {**load_recipe(recipe), "recipe": recipe}))
-    if "target" in names:
-        target = _peek(args, "--target") or next((str(v["target"]) for _, v in reversed(layers) if "target" in v), "tokens")
-        layers.insert(0, ("target", configs.TARGET_DEFAULTS.get(target, {})))
+
+def _recipe_and_target(args: Sequence[str], above: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The layers of a recipe and of a target, asked for in a flag or in the layers above them."""
+    from fastmae.recipes import load_recipe
+
+    def asked(name: str) -> str | None:
+        return _peek(args, f"--{name}") or next((str(values[name]) for _, values in reversed(above) if values.get(name)), None)
+
+    name, target = asked("recipe"), asked("target")
+    recipe = {} if name is None else load_recipe(name)
+    own = recipe.get("target", "tokens")
+    layers: list[tuple[str, Mapping[str, Any]]] = [(f"target {own}", configs.implied_values(own))]
+    if name is not None:
+        layers.append((f"recipe {name}", {**recipe, "recipe": name}))
+    if target is not None:
+        layers.append((f"target {target}", configs.implied_values(target, recipe)))
     return layers
 
 

@@ -1,9 +1,11 @@
 """What can be set, one typed dataclass a command; the fields' docstrings are the command line's help.
 
-A value comes from, each over the one before: the default here, what the target implies (`TARGET_DEFAULTS`), the recipe
-(recipes/*.yaml), `--config FILE`, the flag. Constants of the paper stand here with their section, and nowhere else.
+A value comes from, each over the one before: the default here, the recipe (recipes/*.yaml) on top of what its target implies
+(`TARGET_DEFAULTS`), what another target implies that is asked for instead, `--config FILE`, the flag. Constants of the paper
+stand here with their section, and nowhere else.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -79,9 +81,10 @@ class TokenizeConfig(Common):
     workers: int = -1
     """Decoding processes; -1: the cores but one, at most 8."""
     rank: int | None = None
-    """Number of this process among several that fill one store, from 0. Default: torchrun's, or 0."""
+    """Number of this process among several that fill one store, from 0. Default: torchrun's or srun's, or 0."""
     world_size: int | None = None
-    """How many processes or machines fill the store together, with nothing between them but its folder. Default: torchrun's, or 1."""
+    """How many processes or machines fill the store together, with nothing between them but its folder. Default: torchrun's
+    or srun's, or 1."""
     strict: bool = False
     """Stop at the first file that can't be decoded, instead of skipping it."""
 
@@ -173,7 +176,7 @@ class PretrainConfig(Common):
     checkpoint_activations: bool = False
     """Keep no activations of the blocks but compute them again: less memory, about a third more time."""
     devices: int = 1
-    """Processes, a device each; or start under torchrun."""
+    """Processes on this machine, a device each; or start them with torchrun or srun."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Of several processes: each with the whole student, or with a part of its weights and optimizer (CUDA only)."""
     workers: int = -1
@@ -274,3 +277,19 @@ TARGET_DEFAULTS: dict[str, dict[str, Any]] = {
     # MaskFeat: mean squared error on histograms that are L2-normalised already.
     "hog": {"loss": "mse"},
 }
+
+
+def implied_values(target: str, recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What asking for a target sets, above a recipe.
+
+    A recipe's values fit its own target: under another one, what either of the two targets implies is set anew.
+
+    Args:
+        target: asked for.
+        recipe: its values; none: nothing lies below.
+    """
+    implied = TARGET_DEFAULTS.get(target, {})
+    own = TARGET_DEFAULTS[(recipe or {}).get("target", "tokens")]
+    if recipe is not None and implied == own:
+        return {}
+    return {name: implied.get(name, getattr(PretrainConfig, name)) for name in own | implied}

@@ -136,7 +136,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
         )
     if not fabric.is_global_zero:
         return None
-    entry = entry or read_metrics(folder.path)[-1]
+    entry = entry or _last_entry(folder)
     print(f"{config.run}: {steps} steps, loss {entry['loss']:.4f}, {entry['seconds']:.0f} s; next: fastmae knn {config.run} DATA")
     return {
         "epochs": config.epochs,
@@ -146,6 +146,15 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
         "images_per_second": entry["images_per_second"],
         "checkpoint": str(folder.checkpoint),
     }
+
+
+def _last_entry(folder: RunFolder) -> dict[str, Any]:
+    entries = read_metrics(folder.path)
+    if not entries:
+        raise InputError(
+            f"{folder.path}: the run is finished and its checkpoint whole, but its metrics.jsonl is gone; --no-resume trains again"
+        )
+    return entries[-1]
 
 
 def open_stores(config: PretrainConfig) -> list[list[TokenStore]]:
@@ -278,6 +287,10 @@ def describe(config: PretrainConfig, made: Plan) -> dict[str, Any]:
             "middle_sizes": [store.info.middle_size for store in scales],
             "patch_size": info.patch_size,
             "channels": info.channels,
+            "codec": info.codec,
+            "flips": info.flips,
+            "pixels": info.pixels,
+            "jpeg_quality": info.jpeg_quality,
             "normalisation": [list(values) for values in scales[-1].normalisation],
             "resize": info.resize,
             "teachers": [stores[-1].info.teacher for stores in made.stores],
@@ -306,19 +319,27 @@ def _weights(config: PretrainConfig, count: int) -> tuple[float, ...]:
     return weights
 
 
+LEAST_ONE = (
+    "encoder_width", "encoder_depth", "encoder_heads", "epochs", "batch_size", "image_size", "decoder_depth", "decoder_width",
+    "decoder_heads", "log_every",
+)  # fmt: skip
+LEAST_ZERO = ("warmup_epochs", "min_lr", "weight_decay", "clip_grad", "save_every", "all_layers_weight", "micro_batch")
+
+
 def _check(config: PretrainConfig) -> None:
+    for least, names in ((1, LEAST_ONE), (0, LEAST_ZERO)):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not value >= least:
+                raise InputError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+    if not config.base_lr > 0:
+        raise InputError(f"--base-lr {config.base_lr}: give more than 0")
+    if config.store_weights and config.target in ("pixels", "hog"):
+        raise InputError(f"--store-weights: weighs the tokens of several stores; --target {config.target} reads none")
     if config.ema and not 0 < config.ema < 1:
         raise InputError(f"--ema {config.ema}: give more than 0 and less than 1, 0.9999 say")
     if config.ema and config.strategy == "fsdp":
         raise InputError("--ema: a sharded student has no moving average; take --strategy ddp")
-    for name in ("epochs", "batch_size", "image_size", "decoder_depth", "decoder_width", "decoder_heads", "log_every"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: give 1 or more")
-    if not config.base_lr > 0:
-        raise InputError(f"--base-lr {config.base_lr}: give more than 0")
-    for name in ("warmup_epochs", "min_lr", "weight_decay", "clip_grad", "save_every", "all_layers_weight", "micro_batch"):
-        if not getattr(config, name) >= 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: give 0 or more")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise InputError(f"--betas {config.betas[0]} {config.betas[1]}: give two numbers from 0 to below 1")
     if config.decoder_width % config.decoder_heads:

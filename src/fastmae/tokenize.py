@@ -3,7 +3,6 @@
 Image files -> middle images (in worker processes) -> teacher (here) -> shards (written by a thread). The three overlap.
 """
 
-import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
@@ -23,6 +22,7 @@ from fastmae.images.decode import UndecodableError
 from fastmae.images.middle import MiddleImage, make_middle_image
 from fastmae.images.sources import list_digest, list_images
 from fastmae.loading import guarded, heed_only_the_parent, worker_count
+from fastmae.processes import this_process
 from fastmae.progress import Progress
 from fastmae.teachers import Teacher
 from fastmae.teachers.factory import load_network
@@ -199,12 +199,17 @@ class _MiddleImages(Dataset):
         return len(self.paths)
 
     def __getitem__(self, place: int) -> MiddleImage | _Skipped:
+        path = self.folder / self.paths[place]
         try:
-            return make_middle_image(self.folder / self.paths[place], self.size, self.resize, self.jpeg_quality, self.channels)
+            return make_middle_image(path, self.size, self.resize, self.jpeg_quality, self.channels)
         except UndecodableError as error:
             return _Skipped(str(error))
         except PermissionError as error:
             return _Skipped(f"can't be read: {error.strerror}")
+        except FileNotFoundError:
+            if path.is_symlink():
+                return _Skipped("a link to a file that is not there")
+            raise
         # Any other OSError (a failing disk, a lost mount) stops the command: it says nothing about the image.
 
 
@@ -335,10 +340,10 @@ def _store_info(config: TokenizeConfig, size: int, paths: list[str], teacher: Te
 
 
 def _share(config: TokenizeConfig) -> tuple[int, int]:
-    """(rank, world size), from the flags or torchrun's variables."""
+    """(rank, world size), from the flags, or as torchrun or srun has started this process."""
     rank, world_size = config.rank, config.world_size
     if rank is None and world_size is None:
-        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world_size = this_process().rank, this_process().world_size
     if rank is None or world_size is None:
         raise InputError("--rank and --world-size go together; give both or neither")
     if not 0 <= rank < world_size:

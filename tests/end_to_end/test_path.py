@@ -63,6 +63,8 @@ def test_the_whole_path_with_a_cnn_teacher(cnn_store, photos, tmp_path, tiny_stu
         assert accuracy["val"] == 10
         assert accuracy["top1"] >= 50
 
+    assert run(["knn", str(tmp_path / "run"), str(photos), "--image-size", "4"]) == 2
+    assert "take 16" in capsys.readouterr().err
     encoder = fastmae.load_encoder(tmp_path / "run", image_size=96)
     assert encoder.forward_features(torch.zeros(1, 3, 96, 96)).shape == (1, 37, 64)
     by_file = fastmae.load_encoder(tmp_path / "run" / "checkpoint.pt")
@@ -87,6 +89,9 @@ def test_a_second_call_of_a_finished_run_does_nothing_and_says_the_same(vit_stor
     assert run(args) == 0
     assert result(capsys) == first
     assert (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns == written
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert run(args) == 2
+    assert "its metrics.jsonl is gone" in capsys.readouterr().err
     assert run([*args, "--epochs", "3"]) == 2
     assert "options epochs: 2, not 3" in capsys.readouterr().err
     assert run([*args, "--epochs", "3", "--no-resume"]) == 0
@@ -246,6 +251,9 @@ def test_the_other_targets_norms_and_losses_train(options, vit_store, tmp_path, 
         (["--target", "hog", "--norm", "store"], "--norm store"),
         (["--store-weights", "1,2"], "--store-weights 1,2"),
         (["--store-weights", "a"], "--store-weights a"),
+        (["--target", "pixels", "--store-weights", "2"], "reads none"),
+        (["--encoder-width", "0"], "--encoder-width 0"),
+        (["--seed", "99999999999"], "--seed"),
         (["--ema", "1.5"], "--ema 1.5"),
     ],
 )
@@ -274,3 +282,14 @@ def test_a_loss_that_is_no_number_stops_with_code_1_and_keeps_the_last_checkpoin
     assert "no longer a number" in capsys.readouterr().err
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["step"] >= 1
+
+
+def test_a_link_to_nothing_is_skipped_and_named(photos, vit_weights, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(photos / "train" / "china", images)
+    (images / "00-gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    args = ["tokenize", str(images), str(tmp_path / "s"), "--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", str(vit_weights)]
+    assert run([*args, "--middle-size", "32", "--workers", "0", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["skipped"] == 1
+    assert "00-gone.jpg: a link to a file that is not there" in err

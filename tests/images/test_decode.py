@@ -160,6 +160,10 @@ def test_an_array_that_is_no_image_says_why(array, says, tmp_path):
     np.save(tmp_path / "x.npy", array, allow_pickle=True)
     with pytest.raises(UndecodableError, match=says):
         decode_bands(tmp_path / "x.npy", 5)
+    header = "{'descr': '<u1', 'fortran_order': False, 'shape': (" + "(" * 300
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+    with pytest.raises(UndecodableError, match="not a plain"):
+        decode_bands(tmp_path / "x.npy", 5)
     (tmp_path / "x.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(UndecodableError, match="not a plain"):
         decode_bands(tmp_path / "x.npy", 5)

@@ -105,8 +105,16 @@ def test_a_cnn_sees_at_least_its_own_size_and_its_map_is_brought_to_the_grid(pix
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "regnetx_002", "mobilenetv3_small_050", "swin_tiny_patch4_window7_224"])
-def test_other_families_give_a_grid_too(name, pixels):
-    assert Teacher("timm/" + name, network(name), middle_size=64, grid=8)(pixels).shape[:3] == (2, 8, 8)
+@pytest.mark.parametrize("grid", [8, 12])  # 12: swin looks at 352 px, not at its own 224
+def test_other_families_give_a_grid_too(name, grid, pixels):
+    teacher = Teacher("timm/" + name, network(name), middle_size=352 if grid == 12 else 64, grid=grid)
+    assert teacher(pixels if grid == 8 else F.interpolate(pixels, 352)).shape[:3] == (2, grid, grid)
+
+
+@pytest.mark.parametrize("name", ["gmlp_s16_224", "hiera_tiny_224"])  # made for one size only, each in its own way
+def test_a_model_that_can_not_look_at_another_size_is_one_line_with_its_name(name):
+    with pytest.raises(InputError, match=rf"timm/{name}: can't be a teacher here \(.+\); take another"):
+        Teacher(f"timm/{name}", network(name), middle_size=96, grid=6)
 
 
 def test_what_a_teacher_does_not_have_is_an_input_error():
@@ -182,3 +190,11 @@ def test_a_stores_description_makes_the_same_teacher_again_or_says_that_it_chang
     assert torch.equal(teacher_of_store(teacher.describe(), 64, 4)(pixels), teacher(pixels))
     with pytest.raises(InputError, match="SHA-256 differs"):
         teacher_of_store({**teacher.describe(), "weights_sha256": "0" * 64}, 64, 4)
+
+
+def test_a_file_named_from_another_folder_is_found_again(tmp_path, pixels, monkeypatch):
+    torch.save(network("vit_tiny_patch16_224").state_dict(), tmp_path / "vit.pth")
+    monkeypatch.chdir(tmp_path)
+    teacher = load_teacher("file/vit.pth", 64, 4)
+    monkeypatch.chdir("/")
+    assert torch.equal(teacher_of_store(teacher.describe(), 64, 4)(pixels), teacher(pixels))

@@ -144,7 +144,9 @@ def frozen_features(config: KnnConfig, device: torch.device) -> FrozenFeatures:
         teacher = teacher_of_store(store["teachers"][0], size, size // store["patch_size"]).to(device)
         return FrozenFeatures(embed_with_teacher(teacher), size, store["resize"], store["channels"])
     torch.manual_seed(config.seed)
-    size = config.image_size or options["image_size"]
+    size, patch = config.image_size or options["image_size"], store["patch_size"]
+    if size % patch:
+        raise InputError(f"--image-size {size}: not a multiple of the run's patch size {patch}; take {max(patch, size // patch * patch)}")
     encoder = load_encoder(run, size, trained=config.features == "encoder").to(device)
     mean, std = store["normalisation"]
     return FrozenFeatures(embed_with_encoder(encoder, config.pool, config.block, mean, std), size, store["resize"], store["channels"])

@@ -1,5 +1,6 @@
 """One image file -> upright 8-bit RGB, grey or n channels, or a reason why not. Pillow decodes, NumPy reads .npy; nothing here resizes."""
 
+import errno
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from PIL import Image, ImageCms, ImageFile, ImageOps
 
 MAX_PIXELS = 1 << 27
 """134 megapixels, 400 MB as RGB: a larger image is refused unread (a few bytes can declare gigabytes)."""
+
+BY_A_BAD_FILE = {None, errno.EINVAL, errno.EOVERFLOW}
+"""Of an OSError: a codec's own (no number), and what the system answers when a header sends the reader to an impossible place."""
 
 
 class UndecodableError(Exception):
@@ -93,8 +97,8 @@ def _read_npy(path: Path) -> np.ndarray:
     """uint8 [H, W, K] of an array of 8 or 16 bits, or of floats from 0 to 1."""
     try:
         array: np.ndarray = np.lib.format.open_memmap(path, mode="r")  # never unpickles
-    except (ValueError, EOFError, TypeError) as error:
-        raise UndecodableError(f"not a plain .npy array: {' '.join(str(error).split())}") from error
+    except Exception as error:  # its header is a Python literal: a hostile one raises nearly any type
+        raise _undecodable(error, "not a plain .npy array") from error
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or 0 in array.shape or array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise UndecodableError(f"an array of shape {array.shape}, not [H, W, channels]")
@@ -132,7 +136,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _undecodable(error: Exception, otherwise: str) -> Exception:
     """What to raise: the file's fault as `UndecodableError`, the machine's (disk, memory) as it came."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in BY_A_BAD_FILE):
         return error
     if isinstance(error, Image.DecompressionBombError):
         return UndecodableError("declares far more pixels than its size can hold (a decompression bomb)")

@@ -57,9 +57,13 @@ def teacher_of_store(description: dict[str, Any], middle_size: int, grid: int) -
     Raises:
         InputError: its weights are not to be had, or are no longer the same.
     """
-    own_file = description["weights_file"] if description["spec"].startswith(("timm/", "clip/")) else None
+    spec, own_file = description["spec"], description["weights_file"]
+    if own_file and spec.startswith(("file/", "hf/")):  # its spec may be relative to another working folder
+        spec, own_file = f"{spec.split('/')[0]}/{own_file}", None
+    elif spec in LITES:  # what is recorded is a package's name
+        own_file = None
     teacher = load_teacher(
-        description["spec"], middle_size, grid,
+        spec, middle_size, grid,
         Path(own_file) if own_file else None, description["block"], description["norm"], description["input_size"],
         description["last"], description["channels"],
     )  # fmt: skip
@@ -87,7 +91,7 @@ def load_network(spec: str, weights: Path | None = None, pretrained: bool = True
     if source == "hf" and rest:
         if not Path(rest).exists():
             _stay_offline_without_a_hub()
-        return load_huggingface(spec, rest), rest if Path(rest).exists() else None
+        return load_huggingface(spec, rest), str(Path(rest).absolute()) if Path(rest).exists() else None
     if source == "file" and rest:
         return load_checkpoint_file(Path(rest))
     if source not in ("timm", "clip"):

@@ -31,7 +31,7 @@ class Network(Protocol):
     std: tuple[float, ...]
 
     def look_at(self, size: int) -> None:
-        """Get ready for images of another size (a ViT's position embeddings are resampled)."""
+        """Get ready for images of another size (a ViT's position embeddings are resampled, a Swin's windows are laid out anew)."""
         ...
 
     def features(self, images: torch.Tensor, blocks: Sequence[int], final_norm: bool) -> list[torch.Tensor]:
@@ -70,9 +70,10 @@ class TimmNetwork(nn.Module):
         Raises:
             InputError: a ViT of a fixed size.
         """
-        if not hasattr(self.model, "set_input_size"):
+        if hasattr(self.model, "set_input_size"):
+            self.model.set_input_size(img_size=(size, size))
+        elif self.kind == "vit":
             raise InputError(f"{self.spec}: this model can't change its image size in timm; take another teacher")
-        self.model.set_input_size(img_size=(size, size))
 
     def features(self, images: torch.Tensor, blocks: Sequence[int], final_norm: bool) -> list[torch.Tensor]:
         """As `Network`."""

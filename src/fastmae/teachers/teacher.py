@@ -4,15 +4,16 @@ Which part of the network is tapped, at what size it looks, and how a grid other
 settled here, for ViTs and CNNs alike. Where the weights come from is `factory`'s matter.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmae.errors import InputError
+from fastmae.errors import InputError, first_line
 from fastmae.teachers.network import TimmNetwork
 
 RGB = (0, 1, 2)
@@ -59,7 +60,8 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         self.weights_sha256 = _weights_digest(model)  # before a change of size resamples position embeddings
-        self.network: Any = model if hasattr(model, "features") and hasattr(model, "look_at") else TimmNetwork(spec, model)
+        with _odd_models_named(spec):
+            self.network: Any = model if hasattr(model, "features") and hasattr(model, "look_at") else TimmNetwork(spec, model)
         self.network.eval().requires_grad_(False)
         self.spec, self.grid, self.weights_file, self.channels = spec, grid, weights_file, list(channels)
         self.kind = self.network.kind
@@ -69,10 +71,11 @@ class Teacher(nn.Module):
         if not 1 <= last <= self.block + 1 or (last > 1 and self.kind == "cnn"):
             raise InputError(f"--teacher-last {last}: give 1 to {self.block + 1} of a ViT's blocks; a CNN's stages differ in width")
         self.norm = _norm_kind(spec, norm, self.network, is_last=self.block == self.network.depth - 1)
-        self.input_size = self._fit_vit(size) if self.kind == "vit" else self._fit_cnn(size, middle_size)
         self.register_buffer("mean", _per_channel(self.network.mean), persistent=False)
         self.register_buffer("std", _per_channel(self.network.std), persistent=False)
-        self.token_dim = self.forward(torch.zeros(1, max(self.channels) + 1, middle_size, middle_size, dtype=torch.uint8)).shape[-1]
+        with _odd_models_named(spec):
+            self.input_size = self._fit_vit(size) if self.kind == "vit" else self._fit_cnn(size, middle_size)
+            self.token_dim = self.forward(torch.zeros(1, max(self.channels) + 1, middle_size, middle_size, dtype=torch.uint8)).shape[-1]
 
     @torch.no_grad()  # not inference_mode: online, a loss keeps the result for its backward pass
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -128,12 +131,25 @@ class Teacher(nn.Module):
 
     def _fit_cnn(self, size: int | None, middle_size: int) -> int:
         """Look at the training size or the middle size, the larger; at less where that gives the student's grid already."""
-        if size is not None:
-            return size
         native = self.network.native_size
-        with torch.inference_mode():
-            stride = native // self._tap(torch.zeros(1, 3, native, native)).shape[-1]
-        return min(-(-max(native, middle_size) // stride), self.grid) * stride
+        if size is None:
+            with torch.no_grad():
+                stride = native // self._tap(torch.zeros(1, 3, native, native)).shape[-1]
+            size = min(-(-max(native, middle_size) // stride), self.grid) * stride
+        if size != native:
+            self.network.look_at(size)
+        return size
+
+
+@contextlib.contextmanager
+def _odd_models_named(spec: str) -> Iterator[None]:
+    """Hub and libraries hold hundreds of models: what one of them can't do comes out as a line with its name."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{spec}: can't be a teacher here ({first_line(error)}); take another, or another --teacher-size") from error
 
 
 def _block_number(spec: str, block: int | None, depth: int) -> int:
