@@ -13,6 +13,7 @@ ROOMS = [
     "images recipes loading",
     "teachers",
     "tokens",
+    "inspect",
     "tokenize targets",
     "model",
     "training",

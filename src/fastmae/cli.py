@@ -22,7 +22,7 @@ from fastmae.processes import this_process
 
 COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
     "tokenize": (configs.TokenizeConfig, "fastmae.tokenize:tokenize"),
-    "inspect": (configs.InspectConfig, "fastmae.tokenize:inspect"),
+    "inspect": (configs.InspectConfig, "fastmae.inspect:inspect"),
     "pretrain": (configs.PretrainConfig, "fastmae.pretrain:pretrain"),
     "knn": (configs.KnnConfig, "fastmae.evaluate.knn:knn"),
     "ablate": (configs.AblateConfig, "fastmae.ablate:ablate"),

@@ -1,4 +1,4 @@
-"""`fastmae tokenize` and `inspect`: the offline stage (Sec. 3.2.4, Fig. 3a).
+"""`fastmae tokenize`: the offline stage (Sec. 3.2.4, Fig. 3a).
 
 Image files -> middle images (in worker processes) -> teacher (here) -> shards (written by a thread). The three overlap.
 """
@@ -14,21 +14,21 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastmae.config import InspectConfig, TokenizeConfig
+from fastmae.config import TokenizeConfig
 from fastmae.device import memory_hint, own_device
 from fastmae.durable import holds_anything, write_json
 from fastmae.errors import InputError, InterruptedRunError
 from fastmae.images.decode import UndecodableError
 from fastmae.images.middle import MiddleImage, make_middle_image
 from fastmae.images.sources import list_digest, list_images
+from fastmae.inspect import store_summary, summary_over_scales
 from fastmae.loading import guarded, heed_only_the_parent, worker_count
 from fastmae.processes import this_process
 from fastmae.progress import Progress
 from fastmae.teachers import Teacher
 from fastmae.teachers.factory import load_network
 from fastmae.tokens import TokenStore
-from fastmae.tokens.format import SCALES_FILE, SHARDS_FOLDER, ImageRecord, StoreInfo, shard_path
-from fastmae.tokens.reader import open_scales
+from fastmae.tokens.format import SCALES_FILE, ImageRecord, StoreInfo, shard_path
 from fastmae.tokens.writer import StoreWriter
 
 SHOWN_SKIPS = 20
@@ -48,7 +48,7 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
     for size in sizes:
         print(f"middle size {size}:")
         summaries.append(_tokenize(config, size, config.store / str(size), paths, deepcopy(network), rank, world_size))
-    return _over_scales(summaries)
+    return summary_over_scales(summaries)
 
 
 def _tokenize(
@@ -88,7 +88,7 @@ def _tokenize(
         writer.finish()
     store = TokenStore(folder)
     _name_skipped(store)
-    summary = _summary(store, images_per_second=rate)
+    summary = store_summary(store, images_per_second=rate)
     megabytes, kilobytes = summary["bytes"] / 1e6, summary["bytes_per_image"] / 1e3
     print(f"{folder}: {len(store)} images, {store.skipped} skipped, {megabytes:.1f} MB ({kilobytes:.1f} kB an image)")
     return summary
@@ -144,41 +144,6 @@ def _begin_scales(folder: Path, sizes: list[int]) -> None:
         raise InputError(f"{folder}: exists and is not a token store of several sizes; give a folder that is new or empty")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, {"sizes": sizes})
-
-
-def _over_scales(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """One summary of a store of several sizes: bytes added up, the grid of each size."""
-    first = summaries[0]
-    rates = [summary["images_per_second"] for summary in summaries]
-    return {
-        **first,
-        "grid": [summary["grid"] for summary in summaries],
-        "bytes": sum(summary["bytes"] for summary in summaries),
-        "bytes_per_image": sum(summary["bytes_per_image"] for summary in summaries),
-        "images_per_second": None if None in rates else min(rates),
-    }
-
-
-def inspect(config: InspectConfig) -> dict[str, Any]:
-    """Say what a store holds; the command's JSON."""
-    stores = open_scales(config.store)
-    info = stores[0].info
-    summaries = [_summary(store, images_per_second=None) for store in stores]
-    summary = {
-        **(summaries[0] if len(stores) == 1 else _over_scales(summaries)),
-        "teacher": info.teacher,
-        "codec": info.codec,
-        "flips": info.flips,
-        "pixels": info.pixels,
-        "patch_size": info.patch_size,
-        "channels": info.channels,
-        "middle_size": info.middle_size if len(stores) == 1 else [store.info.middle_size for store in stores],
-        "shards": sum(store.info.shards for store in stores),
-    }
-    for name, value in summary.items():
-        if value is not None:
-            print(f"{name:16} {value}")
-    return summary
 
 
 @dataclass(frozen=True)
@@ -385,19 +350,4 @@ def _summary_of_share(writer: StoreWriter, share: range, images_per_second: floa
         "bytes_per_image": round(size / max(1, decoded)),
         "images_per_second": images_per_second,
         "finished": False,
-    }
-
-
-def _summary(store: TokenStore, images_per_second: float | None) -> dict[str, Any]:
-    size = sum(
-        file.stat().st_size for folder in (store.folder, store.folder / SHARDS_FOLDER) for file in folder.iterdir() if file.is_file()
-    )
-    return {
-        "images": len(store),
-        "skipped": store.skipped,
-        "grid": store.grid,
-        "token_dim": store.token_dim,
-        "bytes": size,
-        "bytes_per_image": round(size / len(store)),
-        "images_per_second": images_per_second,
     }

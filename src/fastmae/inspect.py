@@ -1,0 +1,59 @@
+"""`fastmae inspect`: what a store holds; and the summary that `tokenize` ends with."""
+
+from typing import Any
+
+from fastmae.config import InspectConfig
+from fastmae.tokens import TokenStore
+from fastmae.tokens.format import SHARDS_FOLDER
+from fastmae.tokens.reader import open_scales
+
+
+def inspect(config: InspectConfig) -> dict[str, Any]:
+    """Say what a store holds; the command's JSON."""
+    stores = open_scales(config.store)
+    info = stores[0].info
+    summaries = [store_summary(store, images_per_second=None) for store in stores]
+    summary = {
+        **(summaries[0] if len(stores) == 1 else summary_over_scales(summaries)),
+        "teacher": info.teacher,
+        "codec": info.codec,
+        "flips": info.flips,
+        "pixels": info.pixels,
+        "patch_size": info.patch_size,
+        "channels": info.channels,
+        "middle_size": info.middle_size if len(stores) == 1 else [store.info.middle_size for store in stores],
+        "shards": sum(store.info.shards for store in stores),
+    }
+    for name, value in summary.items():
+        if value is not None:
+            print(f"{name:16} {value}")
+    return summary
+
+
+def store_summary(store: TokenStore, images_per_second: float | None) -> dict[str, Any]:
+    """Of a store of one middle size: images, bytes, grid."""
+    size = sum(
+        file.stat().st_size for folder in (store.folder, store.folder / SHARDS_FOLDER) for file in folder.iterdir() if file.is_file()
+    )
+    return {
+        "images": len(store),
+        "skipped": store.skipped,
+        "grid": store.grid,
+        "token_dim": store.token_dim,
+        "bytes": size,
+        "bytes_per_image": round(size / len(store)),
+        "images_per_second": images_per_second,
+    }
+
+
+def summary_over_scales(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """One summary of a store of several sizes: bytes added up, the grid of each size."""
+    first = summaries[0]
+    rates = [summary["images_per_second"] for summary in summaries]
+    return {
+        **first,
+        "grid": [summary["grid"] for summary in summaries],
+        "bytes": sum(summary["bytes"] for summary in summaries),
+        "bytes_per_image": sum(summary["bytes_per_image"] for summary in summaries),
+        "images_per_second": None if None in rates else min(rates),
+    }
