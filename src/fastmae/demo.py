@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from fastmae.config import OFFLINE_TEACHER, TARGET_DEFAULTS, DemoConfig, KnnConfig, PretrainConfig, TokenizeConfig
+from fastmae.config import OFFLINE_TEACHER, DemoConfig, KnnConfig, PretrainConfig, TokenizeConfig, implied_values
 from fastmae.durable import write_whole
 from fastmae.errors import InputError
 from fastmae.evaluate.knn import knn
@@ -111,9 +111,10 @@ def _write_digits(folder: Path) -> Path:
 
 def _pretrain_for(config: DemoConfig, store: Path, run: Path, target: str, flip: bool) -> None:
     """Pre-train for the asked time: the epochs come from the measured speed, so that the schedule ends with the time."""
+    recipe = load_recipe(RECIPE)
     values = {
-        **TARGET_DEFAULTS[target],
-        **load_recipe(RECIPE),
+        **recipe,
+        **implied_values(target, recipe),
         "target": target,
         "recipe": RECIPE,
         "seed": config.seed,
