@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,9 @@ EXIT_CODES: dict[type[BaseException], int] = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the `fastmae` command; exits with the contract's code."""
-    sys.exit(run(sys.argv[1:] if args is None else list(args)))
+    code = run(sys.argv[1:] if args is None else list(args))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; in the interpreter's last second Ctrl-C would only spoil the code
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:
