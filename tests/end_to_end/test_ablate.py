@@ -36,3 +36,12 @@ def test_what_a_table_can_not_take_is_one_line(photos, tmp_path, capsys):
     assert run(["ablate", "encoder", str(photos), *out]) == 2
     assert run(["ablate", "tricks", str(photos / "train"), *out]) == 2
     assert not (tmp_path / "a").exists()
+
+
+def test_one_class_is_refused_before_anything_is_made(photos, tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / "one" / split).mkdir(parents=True)
+        (tmp_path / "one" / split / "china").symlink_to(photos / split / "china")
+    assert run(["ablate", "tricks", str(tmp_path / "one"), "--out", str(tmp_path / "a")]) == 2
+    assert "has one class" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
