@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastmae.errors import InputError
 from fastmae.model import Student, StudentLoss, build_encoder, sincos_positions, visible_patches, without_masking
@@ -67,6 +68,39 @@ def test_encoding_all_patches_is_timms_own_forward(name, batch):
         encoded = model.encode(images, everything)[-1]
         whole = without_masking(model.encoder).forward_features(images)[:, model.encoder.num_prefix_tokens :]
     torch.testing.assert_close(encoded, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PLAIN_AND_ROTARY)
+def test_embedding_the_visible_patches_alone_gives_what_embedding_all_and_dropping_gives(name, batch):
+    model = student(name)
+    images, visible = batch[0].clone().requires_grad_(), batch[2][:, :4]
+    whole = torch.nn.Conv2d(3, 48, 16, 16)  # timm's own
+    whole.load_state_dict(model.encoder.patch_embed.proj.state_dict())
+    found = []
+    for projection in (model.encoder.patch_embed.proj, whole):
+        model.encoder.patch_embed.proj = projection
+        encoded = model.encode(images, visible)[-1]
+        found.append((encoded, *torch.autograd.grad(encoded.square().sum(), [images, projection.weight])))
+    for alone, dropped in zip(*found, strict=True):
+        torch.testing.assert_close(alone, dropped, atol=1e-4, rtol=1e-4)
+
+
+def test_the_projection_of_a_step_costs_the_visible_quarter(batch):
+    images, _, order = batch
+    model = student()
+    costs = []
+    for places in (order[:, :4], order):
+        model.encoder.patch_embed.proj.places = places
+        with FlopCounterMode(display=False) as counter:
+            model.encoder.patch_embed.proj(images)
+        costs.append(counter.get_total_flops())
+    assert costs[0] == 2 * B * 4 * 48 * 3 * 16 * 16
+    assert costs[1] == 4 * costs[0]
+
+
+def test_after_pre_training_the_encoder_is_timms_own_kind_throughout():
+    encoder = without_masking(student().encoder)
+    assert not [name for name, module in encoder.named_modules() if type(module).__module__.startswith("fastmae")]
 
 
 def test_the_loss_is_smooth_l1_on_masked_patches_plus_the_mean_over_layers_on_visible_ones(batch):

@@ -93,6 +93,28 @@ class StudentLoss:
         return torch.stack([weight * LOSSES[self.kind](mine, wanted) for weight, mine, wanted in parts]).sum()
 
 
+class ProjectVisible(nn.Conv2d):
+    """timm's patch projection, a convolution of stride and kernel P, that computes only the patches whose places are set.
+
+    The other places are left zero: `KeepVisible` drops them right after the positions were added. At 75 % masked this saves
+    three quarters of the projection: 1 % of the FLOPs of a ViT-B's step. Its parameters, their names and shapes are the convolution's.
+    """
+
+    places: torch.Tensor | None = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, K, H, W] -> [B, D, H / P, W / P]; all of it when no places are set."""
+        if self.places is None:
+            return super().forward(images)
+        patch = self.kernel_size[0]
+        batch, _, height, width = images.shape
+        visible = _gather(F.unfold(images, patch, stride=patch).transpose(1, 2), self.places)
+        projected = F.linear(visible, self.weight.flatten(1), self.bias)
+        places = self.places.unsqueeze(-1).expand_as(projected)
+        whole = projected.new_zeros(batch, height // patch * (width // patch), self.out_channels).scatter(1, places, projected)
+        return whole.transpose(1, 2).unflatten(2, (height // patch, width // patch))
+
+
 class KeepVisible(nn.Module):
     """Sits in the `patch_drop` slot of timm's ViTs and keeps the patches whose places `Student.encode` set.
 
@@ -190,11 +212,14 @@ class Student(nn.Module):
         Returns:
             One [B, V, D] a block.
         """
-        self.encoder.patch_drop.places = visible
+        masking = (self.encoder.patch_embed.proj, self.encoder.patch_drop)
+        for module in masking:
+            module.places = visible
         try:
             final, layers = self.encoder.forward_intermediates(images, output_fmt="NLC")
         finally:
-            self.encoder.patch_drop.places = None
+            for module in masking:
+                module.places = None
         return [*layers[:-1], final[:, self.encoder.num_prefix_tokens :]]
 
     def decode(self, layers: list[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
@@ -276,6 +301,7 @@ def build_encoder(
         raise InputError(
             f"--encoder {name}: its positions or its convolutional stem don't allow masking before the encoder; take a plain ViT"
         )
+    encoder.patch_embed.proj = _projection(ProjectVisible, encoder.patch_embed.proj)
     encoder.patch_drop = KeepVisible(encoder.num_prefix_tokens, tell_places=rotary)
     encoder.apply(_initialise_linear)
     nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.flatten(1))  # MAE treats the projection as a linear layer
@@ -288,6 +314,7 @@ def build_encoder(
 
 def without_masking(encoder: Encoder) -> Encoder:
     """The encoder as timm makes it, for use after pre-training."""
+    encoder.patch_embed.proj = _projection(nn.Conv2d, encoder.patch_embed.proj)
     encoder.patch_drop = None if encoder.patch_drop.tell_places else nn.Identity()
     return encoder
 
@@ -314,6 +341,14 @@ def visible_patches(patches: int, mask_ratio: float) -> int:
 def _gather(tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """tokens [B, N, K] at places [B, V] -> [B, V, K]."""
     return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def _projection(kind: type[nn.Conv2d], projection: nn.Conv2d) -> nn.Conv2d:
+    """The same patch projection as another class: it takes over the parameters themselves."""
+    size = int(projection.kernel_size[0])
+    own = kind(projection.in_channels, projection.out_channels, size, size, bias=projection.bias is not None, device="meta")
+    own.weight, own.bias = projection.weight, projection.bias
+    return own
 
 
 def _initialise_linear(module: nn.Module) -> None:
