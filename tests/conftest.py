@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import json
 import socket
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
 from fastmae.cli import run
+from fastmae.tokens.format import shard_path
+from fastmae.tokens.manifest import read_header
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -63,6 +66,31 @@ def vit_store(photos: Path, vit_weights: Path, tmp_path_factory: pytest.TempPath
     exact = ["--codec", "fp32", "--pixels", "raw", "--shard-size", "8"]
     assert run(["tokenize", str(photos / "train"), str(store), *VIT, "--teacher-weights", str(vit_weights), *SMALL, *exact]) == 0
     return store
+
+
+@pytest.fixture(scope="session")
+def small_store(photos: Path, vit_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images and teacher as `vit_store`, as small as they get: 16 bytes a token, and JPEG."""
+    store = tmp_path_factory.mktemp("stores") / "small.tokens"
+    codec = ["--codec", "pq16", "--shard-size", "8"]
+    assert run(["tokenize", str(photos / "train"), str(store), *VIT, "--teacher-weights", str(vit_weights), *SMALL, *codec]) == 0
+    return store
+
+
+@pytest.fixture(scope="session")
+def flip_in_record() -> Callable[..., None]:
+    """(store, shard, row, tensor) -> one bit of an image's tokens, or of another tensor's row, is flipped on the disk."""
+
+    def flip(store: Path, shard: int, row: int, tensor: str = "tokens") -> None:
+        file = shard_path(store, shard)
+        header = read_header(file)
+        entry = json.loads(header[8:])[tensor]
+        start, end = entry["data_offsets"]
+        data = bytearray(file.read_bytes())
+        data[len(header) + start + (end - start) // entry["shape"][0] * row + 5] ^= 16
+        file.write_bytes(data)
+
+    return flip
 
 
 @pytest.fixture(scope="session")

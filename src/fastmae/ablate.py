@@ -14,7 +14,8 @@ from fastmae.errors import InputError
 from fastmae.evaluate.knn import accuracy_of, labelled_features
 from fastmae.evaluate.linear import linear_accuracy
 from fastmae.images.sources import labelled_split
-from fastmae.pretrain import plan, pretrain
+from fastmae.plan import plan
+from fastmae.pretrain import pretrain
 from fastmae.recipes import load_recipe
 from fastmae.report.page import Section, write_page
 from fastmae.report.pictures import bars
@@ -150,7 +151,7 @@ def _run_of(config: AblateConfig, row: Row, store: Path, seed: int) -> PretrainC
     target = row.options.get("target", recipe.get("target", "tokens"))
     values = {**recipe, **implied_values(target, recipe), "epochs": config.epochs, **row.options, "target": target}
     options = PretrainConfig(
-        stores=(store,), run=run, **{**values, "seed": seed, "device": config.device, "workers": config.workers, "flip": config.flip}
+        stores=(str(store),), run=run, **{**values, "seed": seed, "device": config.device, "workers": config.workers, "flip": config.flip}
     )
     return replace(options, warmup_epochs=min(options.warmup_epochs, options.epochs / 5))
 

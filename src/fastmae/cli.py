@@ -24,13 +24,16 @@ from fastmae.processes import this_process
 COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
     "tokenize": (configs.TokenizeConfig, "fastmae.tokenize:tokenize"),
     "inspect": (configs.InspectConfig, "fastmae.inspect:inspect"),
+    "verify": (configs.VerifyConfig, "fastmae.verify:verify"),
     "pretrain": (configs.PretrainConfig, "fastmae.pretrain:pretrain"),
     "knn": (configs.KnnConfig, "fastmae.evaluate.knn:knn"),
     "ablate": (configs.AblateConfig, "fastmae.ablate:ablate"),
+    "bench loader": (configs.BenchLoaderConfig, "fastmae.bench.loader:bench_loader"),
+    "bench store": (configs.BenchStoreConfig, "fastmae.bench.store:bench_store"),
     "recipes": (configs.RecipesConfig, "fastmae.recipes:list_recipes"),
     "demo": (configs.DemoConfig, "fastmae.demo:demo"),
 }
-"""Name -> its options, and the function that does it: takes the config, returns the keys of its JSON."""
+"""Name, of one word or two -> its options, and the function that does it: takes the config, returns the keys of its JSON."""
 
 SETTABLE_BY_FLAG_ONLY = {"json", "config", "print_config"}
 OK = 0
@@ -62,21 +65,32 @@ def run(args: list[str]) -> int:
     if args[0] == "--version":
         print(importlib.import_module("fastmae").__version__)
         return OK
+    command, rest = _command(args)
     try:
-        _do(args[0], args[1:])
+        _do(command, rest)
     except (InputError, FailedCheckError, OSError, KeyboardInterrupt, InterruptedRunError) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         message = _os_message(error) if isinstance(error, OSError) else str(error) or "interrupted"
         if int(os.environ.get("LOCAL_RANK", this_process().local_rank)) == 0:  # of several processes on a machine, one speaks
-            print(f"fastmae {args[0]}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+            print(f"fastmae {command}: {' '.join(message.split())}", file=sys.stderr, flush=True)
         return code
     return OK
 
 
 def overview() -> str:
     """The text of `fastmae --help`."""
-    lines = [f"  {name:10} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
+    lines = [f"  {name:12} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
     return "\n".join(["usage: fastmae COMMAND ...; fastmae COMMAND --help for its options", "", *lines])
+
+
+def _command(args: list[str]) -> tuple[str, list[str]]:
+    """The command's name, of one word or two, and what follows it."""
+    words = 2 if _beginning_with(args[0]) else 1
+    return " ".join(args[:words]), args[words:]
+
+
+def _beginning_with(word: str) -> list[str]:
+    return [name for name in COMMANDS if name.startswith(f"{word} ")]
 
 
 def parse(command: str, args: list[str]) -> Any:
@@ -87,8 +101,9 @@ def parse(command: str, args: list[str]) -> Any:
         SystemExit: with code 0, after --help.
     """
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1)
-        raise InputError(f"no such command{f'; did you mean {near[0]!r}' if near else ''}; commands: {', '.join(COMMANDS)}")
+        known = _beginning_with(command.partition(" ")[0]) or list(COMMANDS)
+        near = [] if _beginning_with(command) else difflib.get_close_matches(command, known, 1)
+        raise InputError(f"no such command{f'; did you mean {near[0]!r}' if near else ''}; commands: {', '.join(known)}")
     kind = COMMANDS[command][0]
     prog = f"fastmae {command}"
     _check_flags(kind, args)
@@ -120,7 +135,7 @@ def _positional(kind: type, name: str, given: Any) -> Any:
     """A positional argument's value out of what a YAML file gives for it."""
     hint = get_type_hints(kind)[name]
     if get_origin(hint) is tuple:
-        return tuple(Path(str(part)) for part in (given if isinstance(given, list) else [given]))
+        return tuple(str(part) for part in (given if isinstance(given, list) else [given]))
     return Path(str(given)) if hint is Path else str(given)
 
 
@@ -137,7 +152,12 @@ def _do(command: str, args: list[str]) -> None:
     if config.print_config:
         print(as_yaml(config), end="")
         return
-    result = _call(command, config)
+    try:
+        result = _call(command, config)
+    except FailedCheckError as failed:
+        if config.json and failed.result is not None:
+            print(json.dumps(failed.result), flush=True)
+        raise
     if config.json and result is not None:
         print(json.dumps(result), flush=True)
 

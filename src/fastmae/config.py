@@ -38,7 +38,8 @@ class TokenizeConfig(Common):
     """Run a teacher once over every image and keep its patch features in a token store (Sec. 3.2)."""
 
     images: Positional[Annotated[Path, arg(metavar="IMAGES")]]
-    """Folder of images, nested or flat."""
+    """Folder of images, nested or flat; a list of paths (.txt, .csv, .parquet); webdataset tar shards (their folder); or a folder
+    that Hugging Face datasets saved."""
     store: Positional[Annotated[Path, arg(metavar="STORE")]]
     """Folder to write; the same call again continues an interrupted one."""
     teacher: str = DEFAULT_TEACHER
@@ -66,8 +67,10 @@ class TokenizeConfig(Common):
     """Which of them the teacher takes as red, green and blue. Default: 0,1,2 of RGB, 0,0,0 of grey."""
     resize: Literal["whole", "center-crop"] = "whole"
     """Squeeze the whole picture into the square, or cut its centre out of it."""
-    codec: Literal["fp16", "fp32"] = "fp16"
-    """Numbers of the tokens on disk."""
+    codec: str = "fp16"
+    """How a token lies on disk: fp32, fp16, int8, or pq<M>: M bytes each, product-quantised (pq48, say)."""
+    codec_images: int = 512
+    """Images on whose tokens int8 and pq<M> learn."""
     flips: Literal["approximate", "stored"] = "approximate"
     """A flipped view's tokens: the grid mirrored, or the teacher's own of the mirrored image (twice the time and the disk)."""
     pixels: Literal["jpeg", "raw"] = "jpeg"
@@ -87,6 +90,10 @@ class TokenizeConfig(Common):
     or srun's, or 1."""
     strict: bool = False
     """Stop at the first file that can't be decoded, instead of skipping it."""
+    add: bool = False
+    """Extend a finished store by the images of IMAGES that it does not hold yet."""
+    dry_run: bool = False
+    """Measure on a few images how big the store will be and how long it will take; write nothing."""
 
 
 @dataclass(kw_only=True)
@@ -98,11 +105,26 @@ class InspectConfig(Common):
 
 
 @dataclass(kw_only=True)
+class VerifyConfig(Common):
+    """Re-read every byte of a token store and check it; name what is damaged, and with --repair make it again from the images."""
+
+    store: Positional[Annotated[Path, arg(metavar="STORE")]]
+    """The token store."""
+    repair: bool = False
+    """Make just the damaged parts again, from the images and the teacher that the store names."""
+    batch_size: int = 32
+    """Images a teacher forward, in a repair; as in tokenize, for the same bytes."""
+    workers: int = -1
+    """Decoding processes; -1: the cores but one, at most 8."""
+
+
+@dataclass(kw_only=True)
 class PretrainConfig(Common):
     """Pre-train a ViT: mask 75 % of the patches of an aligned view, predict the stored features (Sec. 3.2.4)."""
 
-    stores: Positional[Annotated[tuple[Path, ...], arg(metavar="STORE...")]]
-    """The token store; or several, of the same images by different teachers: each gets a head and a loss of its own."""
+    stores: Positional[Annotated[tuple[str, ...], arg(metavar="STORE...")]]
+    """The token store, a folder or a URL (s3://, https://, any of fsspec's); or several, of the same images by different teachers:
+    each gets a head and a loss of its own."""
     run: Positional[Annotated[Path, arg(metavar="RUN")]]
     """Folder of the run; the same call again continues an interrupted one."""
     recipe: str | None = None
@@ -181,6 +203,15 @@ class PretrainConfig(Common):
     """Of several processes: each with the whole student, or with a part of its weights and optimizer (CUDA only)."""
     workers: int = -1
     """Loading processes a device; -1: the cores but one, at most 8."""
+    shuffle_window: int | None = None
+    """Shards within which an epoch shuffles its images; 0: among all. Default: among all of a store that fits into the memory (of a
+    URL: into the cache), else as many shards as take a quarter of that."""
+    cache: Path = Path("~/.cache/fastmae")
+    """Folder for what is read from URLs."""
+    cache_size: float = 50.0
+    """Gigabytes that it may take."""
+    on_damage: Literal["stop", "skip"] = "stop"
+    """At an image whose stored bytes are not those that were written: stop, or go on without it."""
     save_every: float = 10.0
     """Minutes between checkpoints."""
     log_every: int = 10
@@ -250,6 +281,72 @@ class AblateConfig(Common):
     """As in pretrain."""
     workers: int = -1
     """Loading processes; -1: the cores but one, at most 8."""
+
+
+@dataclass(kw_only=True)
+class BenchLoaderConfig(Common):
+    """Measure on one core how fast views of a store come with their tokens, beside MAE's own loading from the files."""
+
+    images: Positional[Annotated[Path, arg(metavar="IMAGES")]]
+    """As in tokenize: photos, as large as they will be trained on."""
+    sample: int = 256
+    """Images from all over IMAGES that are loaded in every round."""
+    rounds: int = 7
+    """In each of which every row has its turn; medians are given."""
+    batch_size: int = 64
+    """Views a batch."""
+    image_size: int = 224
+    """Side of a view in pixels."""
+    middle_size: int = 352
+    """Side of the stored middle images in pixels."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    codecs: str = "fp16,pq48"
+    """How the tokens lie on disk: several of tokenize's, with commas between them."""
+    teacher: str = OFFLINE_TEACHER
+    """As in tokenize: the channels of its tokens are what counts here."""
+    teacher_weights: Path | None = None
+    """As in tokenize."""
+    teacher_block: int | None = None
+    """As in tokenize."""
+    workers: int = -1
+    """Decoding processes while the stores are built (which is not measured); -1: the cores but one, at most 8."""
+    out: Path | None = None
+    """Markdown file to write the table to."""
+
+
+@dataclass(kw_only=True)
+class BenchStoreConfig(Common):
+    """Measure what each way to keep tokens takes on disk and loses, and how fast a store is built beside the bare teacher."""
+
+    images: Positional[Annotated[Path, arg(metavar="IMAGES")]]
+    """As in tokenize. With train/<class>/* and val/<class>/* in it, codecs learn on train/, errors are val/'s, and kNN is given."""
+    codecs: str = "fp32,fp16,int8,pq32,pq48,pq64"
+    """Several of tokenize's, with commas between them."""
+    limit: int = 0
+    """Images from all over IMAGES to measure on; 0: all."""
+    middle_size: int = 352
+    """Side of the middle images in pixels."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    teacher: str = OFFLINE_TEACHER
+    """As in tokenize."""
+    teacher_weights: Path | None = None
+    """As in tokenize."""
+    teacher_block: int | None = None
+    """As in tokenize."""
+    jpeg_qualities: str = "90"
+    """Of the stored pixels: several, with commas between them, give the bytes of each; the teacher sees the first."""
+    codec_images: int = 512
+    """Images on whose tokens int8 and pq<M> learn."""
+    batch_size: int = 32
+    """Images a teacher forward."""
+    workers: int = -1
+    """Decoding processes; -1: the cores but one, at most 8."""
+    rounds: int = 3
+    """In each of which every timed work has its turn; medians are given."""
+    out: Path | None = None
+    """Markdown file to write the table to."""
 
 
 @dataclass(kw_only=True)

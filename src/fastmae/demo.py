@@ -120,7 +120,7 @@ def _pretrain_for(config: DemoConfig, store: Path, run: Path, target: str, flip:
         "seed": config.seed,
         "device": config.device,
     }
-    options = PretrainConfig(stores=(store,), run=run, **{**values, "flip": flip})
+    options = PretrainConfig(stores=(str(store),), run=run, **{**values, "flip": flip})
     if not (run / "run.json").exists():
         epochs = round(60 * config.minutes * speed(options, TIMED_STEPS) / len(TokenStore(store)))
         options = replace(options, epochs=max(1, epochs))

@@ -42,11 +42,36 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         if isinstance(error, OSError) and error.filename is None:  # a failed write() does not know its file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _flush_folder(path.parent)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Put a file in its place unless one is there already: of several processes that come with theirs, the first one's stays.
+
+    Raises:
+        OSError: a full disk, say; nothing is left beside `path`.
+    """
+    aside = path.with_name(f"{path.name}.{_host()}.{os.getpid()}{PART_SUFFIX}")
     try:
-        os.fsync(folder)  # the rename itself
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(aside, path)  # fails where `path` exists; a rename would replace it
+    except FileExistsError:
+        return
     finally:
-        os.close(folder)
+        aside.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename or a link in it last."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _umask() -> int:

@@ -3,6 +3,8 @@
 A message is one line: it names the file or the option, the cause, and the way out.
 """
 
+from typing import Any
+
 
 def first_line(error: BaseException) -> str:
     """A library's message, cut to what fits into one of ours."""
@@ -18,4 +20,13 @@ class InterruptedRunError(Exception):
 
 
 class FailedCheckError(Exception):
-    """The input was fine, but what came of it is not (a loss that is not a number): exit code 1."""
+    """The input was fine, but what came of it is not (a loss that is not a number, a damaged store): exit code 1.
+
+    Args:
+        message: in one line.
+        result: the command's JSON all the same.
+    """
+
+    def __init__(self, message: str, result: dict[str, Any] | None = None):
+        super().__init__(message)
+        self.result = result

@@ -4,7 +4,6 @@ from typing import Any
 
 from fastmae.config import InspectConfig
 from fastmae.tokens import TokenStore
-from fastmae.tokens.format import SHARDS_FOLDER
 from fastmae.tokens.reader import open_scales
 
 
@@ -32,9 +31,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
 
 def store_summary(store: TokenStore, images_per_second: float | None) -> dict[str, Any]:
     """Of a store of one middle size: images, bytes, grid."""
-    size = sum(
-        file.stat().st_size for folder in (store.folder, store.folder / SHARDS_FOLDER) for file in folder.iterdir() if file.is_file()
-    )
+    size = store.manifest.total_bytes()
     return {
         "images": len(store),
         "skipped": store.skipped,

@@ -1,10 +1,9 @@
 """`fastmae pretrain`: a token store in, a run with a trained encoder out (Sec. 3.2.4, Fig. 3b)."""
 
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -21,76 +20,26 @@ from fastmae.errors import InputError
 from fastmae.images.views import ViewDraws, normalise
 from fastmae.loading import guarded, heed_only_the_parent, worker_count
 from fastmae.model import Student, StudentLoss, visible_patches
+from fastmae.plan import Plan, loss_weights, plan
 from fastmae.runs import build_student
-from fastmae.targets import Hog, Normalisation, NormPix, OnlineTokens, StoredTokens, Target, channel_norm, patch_norm, store_norm, unchanged
-from fastmae.teachers.factory import teacher_of_store
-from fastmae.tokens import TokenStore
-from fastmae.tokens.loader import StoreViews, ViewBatch, collate_views
-from fastmae.tokens.reader import open_scales, pooled_statistics
+from fastmae.targets import OnlineTokens
+from fastmae.tokens.format import shard_name
+from fastmae.tokens.loader import StoreViews, ViewBatch, as_read
 from fastmae.training.engine import launch, on_first_process, scales_gradients
 from fastmae.training.loop import TrainState, fit
 from fastmae.training.optimiser import adamw, cosine_schedule
 from fastmae.training.run_folder import RunFolder, read_metrics
-from fastmae.training.sampler import StepSampler
+from fastmae.training.sampler import ShuffleOrder, StepSampler
 
 NOT_OF_THE_RUN = (
     "stores", "run", "config", "print_config", "json", "resume", "device", "devices", "strategy", "workers", "save_every", "recipe",
-    "micro_batch", "compile", "checkpoint_activations",
+    "micro_batch", "compile", "checkpoint_activations", "on_damage", "cache", "cache_size",
 )  # fmt: skip
 """Options that may change when a run is continued: they change where and how fast it trains, not what."""
+PREFETCH_EVERY = 16
+"""Steps between two looks at which shards come next."""
 SHARDED_BLOCKS = (Block, EvaBlock)
 """What FSDP shards one by one."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What follows from the options and the stores alone, before a device or a weight is touched.
-
-    Attributes:
-        stores: of each teacher, its middle sizes.
-        norms: resolved, one a store (one for a target without stores' features).
-        target: not yet on a device.
-        steps: in the whole run.
-    """
-
-    stores: list[list[TokenStore]]
-    norms: list[str]
-    target: Target
-    steps: int
-
-    @property
-    def target_dim(self) -> int:
-        """Channels of the whole target."""
-        return sum(self.target.dims)
-
-    @property
-    def patch_size(self) -> int:
-        """In pixels."""
-        return self.stores[0][0].info.patch_size
-
-    @property
-    def channels(self) -> int:
-        """Of the images."""
-        return self.stores[0][0].info.channels
-
-
-def plan(config: PretrainConfig) -> Plan:
-    """Check the options and open the stores.
-
-    Raises:
-        InputError: options or stores that don't fit together.
-    """
-    _check(config)
-    stores = open_stores(config)
-    info = stores[0][0].info  # of the smallest size
-    if config.image_size > info.middle_size:
-        raise InputError(f"--image-size {config.image_size}: larger than {stores[0][0].folder}'s middle images of {info.middle_size} px")
-    norms = [resolve_norm(config, store) for store in stores]
-    target = make_target(config, stores, norms)
-    build_student(config, info.patch_size, sum(target.dims), info.channels, on="meta")  # sizes that don't fit fail before anything is made
-    if len(_weights(config, len(target.dims))) != len(target.dims):
-        raise InputError(f"--store-weights {config.store_weights}: give one number for each of the {len(stores)} stores")
-    return Plan(stores, norms, target, max(1, math.ceil(config.epochs * len(stores[0][0]) / config.batch_size)))
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
@@ -157,68 +106,6 @@ def _last_entry(folder: RunFolder) -> dict[str, Any]:
     return entries[-1]
 
 
-def open_stores(config: PretrainConfig) -> list[list[TokenStore]]:
-    """The stores, each with its middle sizes; all must hold the same images at the same sizes.
-
-    Raises:
-        InputError: none given, or what differs between two.
-    """
-    if not config.stores:
-        raise InputError("give a token store and a folder for the run: fastmae pretrain STORE... RUN")
-    stores = [open_scales(path) for path in config.stores]
-    for other in stores[1:]:
-        if len(other) != len(stores[0]):
-            raise InputError(f"{config.stores[0]} holds {len(stores[0])} middle sizes, another store {len(other)}; tokenize both alike")
-        for mine, theirs in zip(stores[0], other, strict=True):
-            _check_alike(mine, theirs)
-    return stores
-
-
-def _check_alike(first: TokenStore, other: TokenStore) -> None:
-    for name in ("images_sha256", "middle_size", "patch_size", "channels", "resize", "flips"):
-        mine, theirs = getattr(first.info, name), getattr(other.info, name)
-        if mine != theirs:
-            what = "other images" if name == "images_sha256" else f"{name} {theirs}, not {mine},"
-            raise InputError(f"{other.folder}: has {what} than {first.folder}; tokenize the same folder with the same settings")
-    if not first.holds_the_images_of(other):
-        raise InputError(f"{other.folder}: skipped other images than {first.folder}; tokenize both again from the same folder")
-
-
-def resolve_norm(config: PretrainConfig, stores: Sequence[TokenStore]) -> str:
-    """`--norm auto`: patch norm as in the paper, but for a CNN's map, where it would take out the image's own mean."""
-    if config.norm != "auto":
-        return config.norm
-    if config.target == "hog":
-        return "none"
-    return "patch" if stores[0].info.teacher["kind"] == "vit" else "store"
-
-
-def make_target(config: PretrainConfig, stores: list[list[TokenStore]], norms: list[str]) -> Target:
-    """What is predicted."""
-    info = stores[0][0].info
-    patch, size = info.patch_size, config.image_size // info.patch_size
-    if config.target == "pixels":
-        return NormPix(patch, info.channels)
-    if config.target == "hog":
-        return Hog(patch, _normalisation(norms[0], []), info.channels)
-    functions = [_normalisation(norm, scales) for norm, scales in zip(norms, stores, strict=True)]
-    if config.target == "tokens":
-        return StoredTokens([scales[0].token_dim for scales in stores], functions)
-    if len(stores[0]) > 1:
-        raise InputError("--target teacher: takes a store of one middle size, since a batch's images go to the teacher together")
-    teachers = [teacher_of_store(scales[0].info.teacher, info.middle_size, scales[0].grid) for scales in stores]
-    return OnlineTokens(teachers, functions, size, exact_flips=info.flips == "stored")
-
-
-def _normalisation(name: str, scales: Sequence[TokenStore]) -> Normalisation:
-    if name == "store":
-        if not scales:
-            raise InputError("--norm store: goes with a teacher's features; take patch, channel or none")
-        statistics = pooled_statistics(scales)
-        return store_norm(statistics["mean"], statistics["std"])
-    return {"patch": patch_norm, "channel": channel_norm, "none": unchanged}[name]
-
-
 def micro_batches(share: int, most: int) -> int:
     """Into how many equal parts a device's share of a batch is cut so that none has more than `most` views (0: no limit)."""
     least = -(-share // most) if most else 1
@@ -245,22 +132,37 @@ def view_loader(config: PretrainConfig, made: Plan, start_step: int, fabric: Fab
     """Batches of this process from a step on, moved to its device."""
     size = config.image_size // made.patch_size
     draws = ViewDraws(size, config.flip, config.mask, visible_patches(size**2, config.mask_ratio), config.seed)
-    views = StoreViews(made.stores, draws, made.target.reads_tokens, made.target.reads_middle)
+    order = ShuffleOrder(made.stores[0][0].shard_sizes, config.seed, made.shuffle_window)
+    views = StoreViews(made.stores, draws, made.target.reads_tokens, made.target.reads_middle, config.on_damage)
     sampler = StepSampler(
-        len(made.stores[0][0]), config.batch_size, made.steps, config.seed, start_step, fabric.global_rank, fabric.world_size, parts
+        len(made.stores[0][0]), config.batch_size, made.steps, config.seed, start_step, fabric.global_rank, fabric.world_size, parts, order
     )
     workers = min(worker_count(config.workers), max(1, len(sampler)))
     loader = DataLoader(
-        views, batch_sampler=sampler, num_workers=workers, collate_fn=collate_views,
+        views, batch_sampler=sampler, num_workers=workers, collate_fn=as_read,
         pin_memory=fabric.device.type == "cuda", worker_init_fn=heed_only_the_parent,
     )  # fmt: skip
-    return (batch.map(lambda tensor: tensor.to(fabric.device, non_blocking=True)) for batch in guarded(loader))
+    batches = (batch.map(lambda tensor: tensor.to(fabric.device, non_blocking=True)) for batch in guarded(loader))
+    return _prefetching(batches, config, made, sampler, start_step, parts)
+
+
+def _prefetching(
+    batches: Iterable[ViewBatch], config: PretrainConfig, made: Plan, sampler: StepSampler, start_step: int, parts: int
+) -> Iterator[ViewBatch]:
+    """The same batches; on the way, the shards that come next are fetched from where the stores are."""
+    ahead = 2 * made.shuffle_window or made.stores[0][0].info.shards
+    for number, batch in enumerate(batches):
+        if number % (PREFETCH_EVERY * parts) == 0:
+            names = [shard_name(shard) for shard in sampler.shards_ahead(start_step + number // parts, ahead)]
+            for store in itertools.chain(*made.stores):
+                store.files.prefetch(names)
+        yield batch
 
 
 def step_function(config: PretrainConfig, made: Plan, device: torch.device) -> Callable[[nn.Module, ViewBatch], Mapping[str, torch.Tensor]]:
     """A pre-training step's scalars, for `fit`."""
     target = made.target
-    loss = StudentLoss(config.loss, config.all_layers_weight, target.dims, _weights(config, len(target.dims)))
+    loss = StudentLoss(config.loss, config.all_layers_weight, target.dims, loss_weights(config, len(target.dims)))
     mean, std = made.stores[0][-1].normalisation
     if isinstance(target, OnlineTokens):
         target.to(device)
@@ -279,7 +181,7 @@ def describe(config: PretrainConfig, made: Plan) -> dict[str, Any]:
     info = scales[-1].info
     return {
         "fastmae run": 1,
-        "options": {**options, "norm": made.norms[0] if len(set(made.norms)) == 1 else "auto"},
+        "options": {**options, "norm": made.norms[0] if len(set(made.norms)) == 1 else "auto", "shuffle_window": made.shuffle_window},
         "target_dims": list(made.target.dims),
         "store": {
             "images": len(scales[0]),
@@ -305,47 +207,6 @@ def _launch(config: PretrainConfig) -> Fabric:
 def _optimizer(config: PretrainConfig, student: nn.Module, fabric: Fabric) -> torch.optim.AdamW:
     lr = config.base_lr * config.batch_size / 256
     return adamw(student, lr, config.weight_decay, config.betas, fused=not scales_gradients(fabric))
-
-
-def _weights(config: PretrainConfig, count: int) -> tuple[float, ...]:
-    if not config.store_weights:
-        return (1.0,) * count
-    try:
-        weights = tuple(float(part) for part in config.store_weights.split(","))
-    except ValueError:
-        weights = ()
-    if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise InputError(f"--store-weights {config.store_weights}: give positive numbers with commas between them, as 1,0.5")
-    return weights
-
-
-LEAST_ONE = (
-    "encoder_width", "encoder_depth", "encoder_heads", "epochs", "batch_size", "image_size", "decoder_depth", "decoder_width",
-    "decoder_heads", "log_every",
-)  # fmt: skip
-LEAST_ZERO = ("warmup_epochs", "min_lr", "weight_decay", "clip_grad", "save_every", "all_layers_weight", "micro_batch")
-
-
-def _check(config: PretrainConfig) -> None:
-    for least, names in ((1, LEAST_ONE), (0, LEAST_ZERO)):
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not value >= least:
-                raise InputError(f"--{name.replace('_', '-')} {value}: give {least} or more")
-    if not config.base_lr > 0:
-        raise InputError(f"--base-lr {config.base_lr}: give more than 0")
-    if config.store_weights and config.target in ("pixels", "hog"):
-        raise InputError(f"--store-weights: weighs the tokens of several stores; --target {config.target} reads none")
-    if config.ema and not 0 < config.ema < 1:
-        raise InputError(f"--ema {config.ema}: give more than 0 and less than 1, 0.9999 say")
-    if config.ema and config.strategy == "fsdp":
-        raise InputError("--ema: a sharded student has no moving average; take --strategy ddp")
-    if not all(0 <= beta < 1 for beta in config.betas):
-        raise InputError(f"--betas {config.betas[0]} {config.betas[1]}: give two numbers from 0 to below 1")
-    if config.decoder_width % config.decoder_heads:
-        raise InputError(f"--decoder-width {config.decoder_width}: not a multiple of --decoder-heads {config.decoder_heads}")
-    if config.target == "pixels" and (config.all_layers or config.norm not in ("none", "auto")):
-        raise InputError("--target pixels is MAE's norm-pix loss: it takes --no-all-layers and --norm none")
 
 
 def _announce(config: PretrainConfig, made: Plan, student: Student, parts: int, done: int, fabric: Fabric) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from fastmae.errors import InputError
 from fastmae.teachers import Teacher
+from fastmae.tokens.codec import Codec
 from fastmae.tokens.loader import ViewBatch
 
 Normalisation = Callable[[torch.Tensor], torch.Tensor]
@@ -46,19 +47,23 @@ class Target(Protocol):
 class StoredTokens:
     """The look-up (Eq. 2): the tokens that came with the views, one teacher's beside the other's.
 
+    They travel as the codec has them and are decoded here, on the device.
+
     Args:
-        dims: channels of each store.
+        codecs: of each store.
         norms: guidance normalisation of each.
     """
 
     reads_tokens, reads_middle = True, False
 
-    def __init__(self, dims: Sequence[int], norms: Sequence[Normalisation]):
-        self.dims, self.norms = tuple(dims), norms
+    def __init__(self, codecs: Sequence[Codec], norms: Sequence[Normalisation]):
+        self.dims = tuple(codec.token_dim for codec in codecs)
+        self.codecs, self.norms = codecs, norms
 
     def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor:
         """As `Target`."""
-        return torch.cat([norm(tokens.float()) for norm, tokens in zip(self.norms, batch.tokens, strict=True)], dim=-1)
+        found = [norm(codec.decode(codes)) for codec, norm, codes in zip(self.codecs, self.norms, batch.tokens, strict=True)]
+        return torch.cat(found, dim=-1)
 
 
 class OnlineTokens:

@@ -1,82 +1,117 @@
-"""`fastmae tokenize`: the offline stage (Sec. 3.2.4, Fig. 3a).
+"""`fastmae tokenize`: a folder, list or archive of images and a teacher in, a token store out (Sec. 3.2).
 
-Image files -> middle images (in worker processes) -> teacher (here) -> shards (written by a thread). The three overlap.
+Here: the options, which images are to be in the store, how much it will take. The work itself is `offline`'s.
 """
 
+import contextlib
+import shutil
+import tempfile
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.numpy import load_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from fastmae.config import TokenizeConfig
 from fastmae.device import memory_hint, own_device
-from fastmae.durable import holds_anything, write_json
+from fastmae.durable import holds_anything, write_json, write_whole
 from fastmae.errors import InputError, InterruptedRunError
-from fastmae.images.decode import UndecodableError
-from fastmae.images.middle import MiddleImage, make_middle_image
-from fastmae.images.sources import list_digest, list_images
+from fastmae.estimate import SAMPLED, bytes_an_image, check_disk, measure_sample, nearest_folder
+from fastmae.images.listing import ImageList, ListInfo, new_entries, write_list
+from fastmae.images.sources import Source, open_source
 from fastmae.inspect import store_summary, summary_over_scales
-from fastmae.loading import guarded, heed_only_the_parent, worker_count
+from fastmae.offline import Loading, StoreImages, fill, sample_tokens
 from fastmae.processes import this_process
-from fastmae.progress import Progress
+from fastmae.progress import Progress, duration
 from fastmae.teachers import Teacher
 from fastmae.teachers.factory import load_network
 from fastmae.tokens import TokenStore
-from fastmae.tokens.format import SCALES_FILE, ImageRecord, StoreInfo, shard_path
-from fastmae.tokens.writer import StoreWriter
+from fastmae.tokens.codec import Codec, learns, load_codec, parse_codec
+from fastmae.tokens.format import (
+    CODEBOOKS_FILE,
+    MANIFEST_FILE,
+    SCALES_FILE,
+    STORE_FILE,
+    Part,
+    StoreInfo,
+    list_name,
+    read_store_info,
+    shard_path,
+)
+from fastmae.tokens.quantise import learn_codec
+from fastmae.tokens.writer import StoreWriter, begin_folder
 
 SHOWN_SKIPS = 20
 
 
+@dataclass(frozen=True)
+class Listed:
+    """The images that were asked for: where they come from, and their list, in a file that goes away with the command."""
+
+    source: Source
+    file: Path
+    info: ListInfo
+
+    @property
+    def part(self) -> Part:
+        """As a store describes it."""
+        return Part(self.info.images, self.info.sha256, str(self.source.path), self.source.kind)
+
+
 def tokenize(config: TokenizeConfig) -> dict[str, Any]:
-    """Build a store, a process's part of one, or continue either; the command's JSON."""
+    """Build a store, a process's part of one, extend or continue either; the command's JSON."""
     sizes = middle_sizes(config)
     _check(config)
     rank, world_size = _share(config)
-    paths = list_images(config.images)
-    network = load_network(config.teacher, config.teacher_weights)
-    if len(sizes) == 1:
-        return _tokenize(config, sizes[0], config.store, paths, network, rank, world_size)
-    _begin_scales(config.store, sizes)
-    summaries = []
-    for size in sizes:
-        print(f"middle size {size}:")
-        summaries.append(_tokenize(config, size, config.store / str(size), paths, deepcopy(network), rank, world_size))
-    return summary_over_scales(summaries)
+    folders = [config.store / str(size) for size in sizes] if len(sizes) > 1 else [config.store]
+    with _listed(config, folders[0]) as listed:
+        network = load_network(config.teacher, config.teacher_weights)
+        if config.dry_run:
+            return _dry_run(config, sizes, listed, network)
+        if len(sizes) > 1:
+            _begin_scales(config.store, sizes)
+        summaries = []
+        for size, folder in zip(sizes, folders, strict=True):
+            if len(sizes) > 1:
+                print(f"middle size {size}:")
+            summaries.append(_tokenize(config, size, folder, listed, deepcopy(network), rank, world_size, like=folders[0]))
+    return summaries[0] if len(sizes) == 1 else summary_over_scales(summaries)
 
 
 def _tokenize(
     config: TokenizeConfig,
     size: int,
     folder: Path,
-    paths: list[str],
+    listed: Listed,
     network: tuple[nn.Module, str | None],
     rank: int,
     world_size: int,
+    like: Path,
 ) -> dict[str, Any]:
-    """The store of one middle size."""
-    model, weights_file = network
-    teacher = Teacher(
-        config.teacher, model, size, size // config.patch_size,
-        config.teacher_block, config.teacher_norm, config.teacher_size, config.teacher_last, weights_file,
-        teacher_channels(config),
-    ).to(own_device(config.device))  # fmt: skip
-    writer = StoreWriter(folder, _store_info(config, size, paths, teacher))
+    """The store of one middle size; `like` is that of the smallest, whose codebooks all share."""
+    teacher = _teacher(config, size, network)
+    writer, sources = _open_writer(config, size, folder, listed, teacher)
+    images = StoreImages.of_store(folder, writer.info, sources)
+    loading = Loading(config.batch_size, config.workers, config.strict)
     share = range(rank, writer.info.shards, world_size)
-    _announce(config, teacher, len(paths), share, world_size)
     missing = [shard for shard in writer.missing_shards() if shard in share]
-    wanted, left = (sum(len(writer.info.shard_images(shard)) for shard in shards) for shards in (share, missing))
+    wanted, left = (sum(len(writer.info.part_of(shard)[1]) for shard in shards) for shards in (share, missing))
+    _announce(config, teacher, writer.info.images, share, world_size)
+    if left:
+        check_disk(folder, images, left)
     begun = time.monotonic()
     try:
         smaller = memory_hint(f"give --batch-size {max(1, config.batch_size // 2)}, and the same call continues")
-        with smaller, Progress("tokenize", "images", total=wanted, done=wanted - left) as progress:
-            _fill(writer, missing, paths, teacher, config, progress)
+        with smaller:
+            codec = _codec(config, writer, images, teacher, loading, like) if missing else None
+            with Progress("tokenize", "images", total=wanted, done=wanted - left) as progress:
+                if codec is not None:
+                    begun = time.monotonic()
+                    fill(writer, codec, missing, images, teacher, loading, progress)
     except KeyboardInterrupt as stop:
         raise InterruptedRunError("interrupted; finished shards are kept, and the same call continues") from stop
     rate = round(left / (time.monotonic() - begun), 2)
@@ -92,6 +127,119 @@ def _tokenize(
     megabytes, kilobytes = summary["bytes"] / 1e6, summary["bytes_per_image"] / 1e3
     print(f"{folder}: {len(store)} images, {store.skipped} skipped, {megabytes:.1f} MB ({kilobytes:.1f} kB an image)")
     return summary
+
+
+@contextlib.contextmanager
+def _listed(config: TokenizeConfig, folder: Path) -> Iterator[Listed]:
+    """List the images; with `--add`, those that the finished store does not hold yet.
+
+    Raises:
+        InputError: no images, or nothing to add to.
+    """
+    source = open_source(config.images)
+    with tempfile.TemporaryDirectory(prefix="fastmae-") as aside:
+        file = Path(aside) / "images.list"
+        entries = source.entries()
+        if config.add:
+            entries = new_entries(entries, _lists_of(config, folder, source), Path(aside))
+        info = write_list(entries, file)
+        if not info.images and not config.add:
+            raise InputError(f"{config.images}: no image in it; give a folder, a list, tar shards or a datasets folder with images")
+        yield Listed(source, file, info)
+
+
+def _lists_of(config: TokenizeConfig, folder: Path, source: Source) -> list[ImageList]:
+    """The lists against which `--add` compares: all, but for a part that an interrupted `--add` of the same images has begun."""
+    if not (folder / STORE_FILE).exists():
+        raise InputError(f"{config.store}: no finished store to add to; leave --add out to make one")
+    info = read_store_info(folder)
+    finished = len(info.parts)
+    if len(info.parts) > 1 and info.parts[-1].source == str(source.path) and not (folder / MANIFEST_FILE).exists():
+        finished -= 1
+    return [ImageList(folder / list_name(part)) for part in range(finished)]
+
+
+def _open_writer(config: TokenizeConfig, size: int, folder: Path, listed: Listed, teacher: Teacher) -> tuple[StoreWriter, list[Source]]:
+    """The store's writer, with the images asked for in its lists, and the source of each list."""
+    begin_folder(folder)
+    begun = read_store_info(folder).parts if (folder / STORE_FILE).exists() else ()
+    asked = listed.part
+    if not config.add:
+        if len(begun) > 1 and str(listed.source.path) not in {part.source for part in begun}:
+            raise InputError(f"{folder}: holds other images than {config.images}; give --add to take these in too, or another folder")
+        if not begun:
+            _keep_list(listed, folder / list_name(0))
+        parts = begun if len(begun) > 1 else (asked,)
+        return StoreWriter(folder, _store_info(config, size, teacher, parts)), _sources(listed, parts)
+    writer = StoreWriter(folder, _store_info(config, size, teacher, begun))
+    if asked.images and not (len(begun) > 1 and begun[-1] == asked):
+        if not writer.finished:
+            raise InputError(f"{folder}: the store is not finished; give the same `fastmae tokenize` without --add first")
+        _keep_list(listed, folder / list_name(len(begun)))
+        writer.extend(asked)
+    return writer, _sources(listed, writer.info.parts)
+
+
+def _keep_list(listed: Listed, file: Path) -> None:
+    write_whole(file, lambda aside: shutil.copyfile(listed.file, aside))
+
+
+def _sources(listed: Listed, parts: tuple[Part, ...]) -> list[Source]:
+    """Of each part: the one given, where it is that one, or the only one; else from where the store says."""
+    here = str(listed.source.path)
+    return [listed.source if part.source == here or len(parts) == 1 else open_source(Path(part.source)) for part in parts]
+
+
+def _codec(config: TokenizeConfig, writer: StoreWriter, images: StoreImages, teacher: Teacher, loading: Loading, like: Path) -> Codec:
+    """The store's codec: learnt from a sample where it has to be, once, and then read back by every process."""
+    info, file = writer.info, writer.folder / CODEBOOKS_FILE
+    if not learns(info.codec):
+        return load_codec(info.codec, info.token_dim, {})
+    if not file.exists() and like != writer.folder:
+        writer.keep_codebooks(load_codec(info.codec, info.token_dim, load_file(like / CODEBOOKS_FILE)))
+    if not file.exists():
+        count = min(config.codec_images, info.parts[0].images)
+        total = sum(len(places) for _, places in images.spread(count, loading.batch_size))
+        with Progress(f"learn {info.codec}", "images", total=total) as shown:
+            sample = sample_tokens(images, teacher, loading, count, config.seed, shown)
+        writer.keep_codebooks(learn_codec(info.codec, sample, config.seed))
+    return load_codec(info.codec, info.token_dim, load_file(file))
+
+
+def _dry_run(config: TokenizeConfig, sizes: list[int], listed: Listed, network: tuple[nn.Module, str | None]) -> dict[str, Any]:
+    """Measure on a sample how big the store will be and how long it will take; nothing is written."""
+    images, total, seconds, per_image = listed.info.images, 0.0, 0.0, 0.0
+    if not images:
+        raise InputError(f"{config.images}: holds nothing that the store does not hold already")
+    for size in sizes:
+        teacher = _teacher(config, size, deepcopy(network))
+        info = _store_info(config, size, teacher, (listed.part,))
+        sample = StoreImages(info, [ImageList(listed.file)], [listed.source])
+        loading = Loading(config.batch_size, config.workers, config.strict)
+        measured = measure_sample(sample, teacher, loading, min(SAMPLED, images))
+        size_each = bytes_an_image(info, measured.pixel_bytes)
+        per_image += size_each
+        total += size_each * measured.decoded * images
+        seconds += images / measured.images_per_second
+    free = shutil.disk_usage(nearest_folder(config.store)).free
+    print(
+        f"{images} images x {per_image / 1e3:.1f} kB = {total / 1e9:.3g} GB ({config.codec} tokens, {config.pixels} pixels; "
+        f"{free / 1e9:.3g} GB are free at {config.store}); about {duration(seconds)} on this {own_device(config.device).type} alone, "
+        f"{images / seconds:.1f} images/s; measured on {min(SAMPLED, images)} of them; nothing was written"
+    )
+    return {
+        "images": images, "skipped": 0, "grid": sizes[0] // config.patch_size, "token_dim": info.token_dim, "bytes": round(total),
+        "bytes_per_image": round(per_image), "images_per_second": round(images / seconds, 2), "seconds": round(seconds, 1), "free": free,
+    }  # fmt: skip
+
+
+def _teacher(config: TokenizeConfig, size: int, network: tuple[nn.Module, str | None]) -> Teacher:
+    model, weights_file = network
+    return Teacher(
+        config.teacher, model, size, size // config.patch_size,
+        config.teacher_block, config.teacher_norm, config.teacher_size, config.teacher_last, weights_file,
+        teacher_channels(config),
+    ).to(own_device(config.device))  # fmt: skip
 
 
 def middle_sizes(config: TokenizeConfig) -> list[int]:
@@ -146,130 +294,6 @@ def _begin_scales(folder: Path, sizes: list[int]) -> None:
     write_json(file, {"sizes": sizes})
 
 
-@dataclass(frozen=True)
-class _Skipped:
-    """An image that could not be decoded, and why."""
-
-    reason: str
-
-
-class _MiddleImages(Dataset):
-    """Place in the list -> its middle image, or why there is none; read in worker processes."""
-
-    def __init__(self, folder: Path, paths: list[str], size: int, resize: str, jpeg_quality: int | None, channels: int):
-        self.folder, self.paths = folder, paths
-        self.size, self.resize, self.jpeg_quality, self.channels = size, resize, jpeg_quality, channels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, place: int) -> MiddleImage | _Skipped:
-        path = self.folder / self.paths[place]
-        try:
-            return make_middle_image(path, self.size, self.resize, self.jpeg_quality, self.channels)
-        except UndecodableError as error:
-            return _Skipped(str(error))
-        except PermissionError as error:
-            return _Skipped(f"can't be read: {error.strerror}")
-        except FileNotFoundError:
-            if path.is_symlink():
-                return _Skipped("a link to a file that is not there")
-            raise
-        # Any other OSError (a failing disk, a lost mount) stops the command: it says nothing about the image.
-
-
-def _fill(
-    writer: StoreWriter,
-    missing: list[int],
-    paths: list[str],
-    teacher: Teacher,
-    config: TokenizeConfig,
-    progress: Progress,
-) -> None:
-    """Make the missing shards. Batches never cross a shard, so a shard's bytes don't depend on where a call began."""
-    quality = config.jpeg_quality if config.pixels == "jpeg" else None
-    images = _MiddleImages(config.images, paths, writer.info.middle_size, config.resize, quality, config.channels)
-    batches = [
-        (shard, list(places[start : start + config.batch_size]))
-        for shard in missing
-        for places in [writer.info.shard_images(shard)]
-        for start in range(0, len(places), config.batch_size)
-    ]
-    workers = min(worker_count(config.workers), len(batches))
-    loader = DataLoader(
-        images, batch_sampler=[places for _, places in batches], num_workers=workers, collate_fn=list,
-        prefetch_factor=2 if workers else None, worker_init_fn=heed_only_the_parent,
-    )  # fmt: skip
-    with ThreadPoolExecutor(1) as disk:
-        writing: Future[None] | None = None
-        shard_parts: list[_Part] = []
-        for (shard, places), loaded in zip(batches, guarded(loader), strict=True):
-            shard_parts.append(_run_teacher(teacher, [paths[place] for place in places], loaded, config))
-            progress.advance(len(places))
-            if places[-1] == writer.info.shard_images(shard)[-1]:
-                if writing is not None:
-                    writing.result()
-                writing = disk.submit(_write, writer, shard, shard_parts)
-                shard_parts = []
-        if writing is not None:
-            writing.result()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A batch after the teacher: tokens float32 [n, grid, grid, C] (and the mirrored images') and stored pixels of the n decoded;
-    sums and sums of squares float64 [2, K] of their pixels; records of all."""
-
-    tokens: torch.Tensor
-    flipped_tokens: torch.Tensor | None
-    pixels: list[torch.Tensor]
-    pixel_sums: torch.Tensor
-    records: list[tuple[str, MiddleImage | _Skipped]]
-
-
-def _run_teacher(teacher: Teacher, paths: list[str], loaded: list[MiddleImage | _Skipped], config: TokenizeConfig) -> _Part:
-    for path, image in zip(paths, loaded, strict=True):
-        if config.strict and isinstance(image, _Skipped):
-            raise InputError(f"{config.images / path}: {image.reason}; repair or remove it, or leave out --strict to skip it")
-    decoded = [image for image in loaded if isinstance(image, MiddleImage)]
-    empty = torch.zeros(0, teacher.grid, teacher.grid, teacher.token_dim)
-    tokens, flipped = empty, empty if config.flips == "stored" else None
-    sums = torch.zeros(2, config.channels, dtype=torch.float64)
-    if decoded:
-        device = teacher.mean.device
-        pixels = torch.stack([image.pixels for image in decoded])
-        values = pixels.transpose(0, 1).flatten(1).double() / 255
-        sums = torch.stack([values.sum(1), values.square().sum(1)])
-        if device.type == "cuda":
-            pixels = pixels.pin_memory()
-        pixels = pixels.to(device, non_blocking=True)
-        tokens = teacher(pixels).cpu()
-        if flipped is not None:
-            flipped = teacher(pixels.flip(-1)).cpu()
-    kept = [image.pixels if image.jpeg is None else image.jpeg for image in decoded]
-    return _Part(tokens, flipped, kept, sums, list(zip(paths, loaded, strict=True)))
-
-
-def _write(writer: StoreWriter, shard: int, parts: list[_Part]) -> None:
-    records: list[ImageRecord] = []
-    row = 0
-    for path, image in (record for part in parts for record in part.records):
-        if isinstance(image, _Skipped):
-            records.append(ImageRecord(path, -1, 0, 0, image.reason))
-        else:
-            records.append(ImageRecord(path, row, image.width, image.height, "ok"))
-            row += 1
-    flipped = [part.flipped_tokens for part in parts if part.flipped_tokens is not None]
-    writer.write_shard(
-        shard,
-        torch.cat([part.tokens for part in parts]),
-        [pixels for part in parts for pixels in part.pixels],
-        torch.stack([part.pixel_sums for part in parts]).sum(0),
-        records,
-        torch.cat(flipped) if flipped else None,
-    )
-
-
 def _check(config: TokenizeConfig) -> None:
     if config.channels < 1:
         raise InputError(f"--channels {config.channels}: give 1 or more")
@@ -281,11 +305,14 @@ def _check(config: TokenizeConfig) -> None:
     for name in ("shard_size", "batch_size"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: give 1 or more")
-    if config.store.resolve().is_relative_to(config.images.resolve()):
+    if config.codec_images < 1:
+        raise InputError(f"--codec-images {config.codec_images}: give 1 or more")
+    parse_codec(config.codec)
+    if config.images.is_dir() and config.store.resolve().is_relative_to(config.images.resolve()):
         raise InputError(f"{config.store}: lies inside the images' folder; take a place outside {config.images}")
 
 
-def _store_info(config: TokenizeConfig, size: int, paths: list[str], teacher: Teacher) -> StoreInfo:
+def _store_info(config: TokenizeConfig, size: int, teacher: Teacher, parts: tuple[Part, ...]) -> StoreInfo:
     return StoreInfo(
         teacher=teacher.describe(),
         token_dim=teacher.token_dim,
@@ -298,9 +325,7 @@ def _store_info(config: TokenizeConfig, size: int, paths: list[str], teacher: Te
         pixels=config.pixels,
         jpeg_quality=config.jpeg_quality if config.pixels == "jpeg" else 0,
         shard_size=config.shard_size,
-        images=len(paths),
-        images_sha256=list_digest(paths),
-        source=str(config.images.absolute()),
+        parts=parts,
     )
 
 

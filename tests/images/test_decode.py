@@ -1,8 +1,10 @@
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastmae.images import decode
+from fastmae.images import decode as decoding
 from fastmae.images.decode import UndecodableError, decode_bands, decode_image, to_rgb
 
 
@@ -11,9 +13,19 @@ def gradient(height=24, width=40):
     return np.stack([values, values[::-1], values[:, ::-1]], -1).clip(0, 255).astype(np.uint8)
 
 
+def decode(path, at_least=None):
+    with path.open("rb") as file:
+        return decode_image(file, at_least)
+
+
+def bands_of(path, channels):
+    with path.open("rb") as file:
+        return decode_bands(file, path.name, channels)
+
+
 def decoded(image, path, **options):
     image.save(path, **options)
-    rgb, size = decode_image(path)
+    rgb, size = decode(path)
     assert rgb.mode == "RGB"
     return np.asarray(rgb).astype(int), size
 
@@ -74,7 +86,7 @@ def test_cmyk_and_lab_come_near_their_rgb(tmp_path):
 def test_a_large_jpeg_is_reduced_while_decoding_and_its_own_size_is_told(tmp_path):
     path = tmp_path / "x.jpg"
     Image.fromarray(gradient()).resize((1600, 960)).save(path)
-    image, size = decode_image(path, at_least=100)
+    image, size = decode(path, at_least=100)
     assert size == (1600, 960)
     assert min(image.size) >= 200
     assert image.size[0] < 1600
@@ -85,7 +97,7 @@ def test_a_truncated_file_is_refused_not_half_decoded(tmp_path):
     Image.fromarray(gradient(200, 200)).save(whole)
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
     with pytest.raises(UndecodableError, match="truncated"):
-        decode_image(cut)
+        decode(cut)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>no</html>", b"\xff\xd8\xff\xe0" + b"\0" * 40])
@@ -93,20 +105,15 @@ def test_what_is_no_image_is_refused_with_a_reason(content, tmp_path):
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
     with pytest.raises(UndecodableError, match=r"not an image|damaged"):
-        decode_image(path)
+        decode(path)
 
 
 def test_more_pixels_than_allowed_are_refused_unread(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     Image.fromarray(gradient()).save(path)
-    monkeypatch.setattr(decode, "MAX_PIXELS", 24 * 40 - 1)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 24 * 40 - 1)
     with pytest.raises(UndecodableError, match="40 x 24"):
-        decode_image(path)
-
-
-def test_a_missing_file_is_an_os_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        decode_image(tmp_path / "none.jpg")
+        decode(path)
 
 
 def test_a_failing_disk_is_not_the_images_fault(tmp_path, monkeypatch):
@@ -118,7 +125,7 @@ def test_a_failing_disk_is_not_the_images_fault(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "load", fail)
     with pytest.raises(OSError, match="Input/output error") as caught:
-        decode_image(path)
+        decode(path)
     assert caught.value.errno == 5
 
 
@@ -126,23 +133,23 @@ def test_npy_arrays_of_any_number_of_channels_are_read_as_eight_bits(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (20, 30, 5), dtype=np.uint8)
     for name, array in {"8.npy": values, "16.npy": values.astype(np.uint16) * 256 + 7, "float.npy": values / 255}.items():
         np.save(tmp_path / name, array)
-        bands, size = decode_bands(tmp_path / name, 5)
+        bands, size = bands_of(tmp_path / name, 5)
         assert size == (30, 20)
         assert (np.stack([np.asarray(band) for band in bands], axis=2) == values).all()
     np.save(tmp_path / "rgb.npy", values[..., :3])
-    (rgb,), _ = decode_bands(tmp_path / "rgb.npy", 3)
+    (rgb,), _ = bands_of(tmp_path / "rgb.npy", 3)
     assert (rgb.mode, rgb.size) == ("RGB", (30, 20))
     np.save(tmp_path / "flat.npy", values[..., 0])
-    (grey,), _ = decode_bands(tmp_path / "flat.npy", 1)
+    (grey,), _ = bands_of(tmp_path / "flat.npy", 1)
     assert (np.asarray(grey) == values[..., 0]).all()
 
 
 def test_grey_is_the_luma_of_colours_and_four_bands_stay_as_they_are(tmp_path):
     Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "red.png")
-    (grey,), _ = decode_bands(tmp_path / "red.png", 1)
+    (grey,), _ = bands_of(tmp_path / "red.png", 1)
     assert np.asarray(grey)[0, 0] == 76  # 0.299 of 255
     Image.new("RGBA", (4, 3), (1, 2, 3, 4)).save(tmp_path / "four.png")
-    bands, size = decode_bands(tmp_path / "four.png", 4)
+    bands, size = bands_of(tmp_path / "four.png", 4)
     assert ([band.getpixel((0, 0)) for band in bands], size) == ([1, 2, 3, 4], (4, 3))
 
 
@@ -159,14 +166,58 @@ def test_grey_is_the_luma_of_colours_and_four_bands_stay_as_they_are(tmp_path):
 def test_an_array_that_is_no_image_says_why(array, says, tmp_path):
     np.save(tmp_path / "x.npy", array, allow_pickle=True)
     with pytest.raises(UndecodableError, match=says):
-        decode_bands(tmp_path / "x.npy", 5)
+        bands_of(tmp_path / "x.npy", 5)
     header = "{'descr': '<u1', 'fortran_order': False, 'shape': (" + "(" * 300
     (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
     with pytest.raises(UndecodableError, match="not a plain"):
-        decode_bands(tmp_path / "x.npy", 5)
+        bands_of(tmp_path / "x.npy", 5)
     (tmp_path / "x.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(UndecodableError, match="not a plain"):
-        decode_bands(tmp_path / "x.npy", 5)
+        bands_of(tmp_path / "x.npy", 5)
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     with pytest.raises(UndecodableError, match="has 3 channels, not 5"):
-        decode_bands(tmp_path / "x.png", 5)
+        bands_of(tmp_path / "x.png", 5)
+
+
+def test_an_image_in_memory_decodes_as_its_file_does(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "x.webp", lossless=True)
+    np.save(tmp_path / "x.npy", gradient())
+    for name in ("x.webp", "x.npy"):
+        (image,), size = decode_bands(io.BytesIO((tmp_path / name).read_bytes()), f"photos.tar/a/{name}", 3)
+        assert (np.asarray(image) == gradient()).all()
+        assert size == (40, 24)
+
+
+def test_arrays_in_fortran_order_and_of_the_other_byte_order_keep_their_values(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (20, 30, 5), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", np.asfortranarray(values))
+    np.save(tmp_path / "y.npy", (values / 255).astype(">f4"))
+    for name in ("x.npy", "y.npy"):
+        bands, _ = bands_of(tmp_path / name, 5)
+        assert (np.stack([np.asarray(band) for band in bands], axis=2) == values).all()
+
+
+def npy_that_declares(shape, descr="|u1", values=b""):
+    header = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode() + b"\n"
+    return io.BytesIO(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + values)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (npy_that_declares((10_000, 10_000, 5), values=b"few"), "declares 500000000 bytes and holds 3"),
+        (npy_that_declares((10_000, 10_000, 5), descr="<f8"), "declares 4000000000 bytes and holds 0"),
+        (npy_that_declares((1, 1, 10**18)), "channels, not 5"),
+        (npy_that_declares((-4, -4, 5), values=bytes(80)), "not \\[H, W, channels\\]"),
+        (npy_that_declares((10**9, 10**9, 5)), "not \\[H, W, channels\\]"),
+        (npy_that_declares((4, 4, 5), descr="|O", values=bytes(640)), "not a plain .npy array: Python objects"),
+        (npy_that_declares((4, 4, 5), descr=[("a", "|u1")], values=bytes(80)), "neither 8 nor 16 bits"),
+        (io.BytesIO(b"\x93NUMPY\x01\x00\xff\xff" + b"-" * 9000), "not a plain .npy array"),
+        (io.BytesIO(b"\x93NUMPY\x02\x00\xff\xff\xff\xff{"), "not a plain .npy array"),
+        (io.BytesIO(b"\x93NUMPY\x03\x00" + bytes(100)), "not a plain .npy array"),
+        (io.BytesIO(b""), "not a plain .npy array"),
+    ],
+)
+def test_an_array_is_read_only_when_the_file_holds_all_that_it_declares(content, says):
+    with pytest.raises(UndecodableError, match=says):
+        decode_bands(content, "x.npy", 5)

@@ -3,7 +3,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmae.images.middle import decode_middle_jpeg, make_middle_image
+from fastmae.images import jpeg
+from fastmae.images.middle import make_middle_image, resized_pixels
+
+
+def middle_of(path, size, resize, quality):
+    with path.open("rb") as file:
+        return make_middle_image(file, path.name, size, resize, quality)
 
 
 @pytest.fixture
@@ -13,16 +19,16 @@ def picture(photos):
 
 @pytest.mark.parametrize("quality", [None, 90])
 def test_a_middle_image_has_the_asked_size_and_tells_the_pictures_own(picture, quality):
-    middle = make_middle_image(picture, 96, "whole", quality)
+    middle = middle_of(picture, 96, "whole", quality)
     assert middle.pixels.shape == (3, 96, 96)
     assert middle.pixels.dtype == torch.uint8
     assert (middle.width, middle.height) == Image.open(picture).size
 
 
 def test_the_teacher_sees_the_pixels_that_the_jpeg_gives_back(picture):
-    middle = make_middle_image(picture, 96, "whole", 80)
-    assert torch.equal(decode_middle_jpeg(middle.jpeg), middle.pixels)
-    raw = make_middle_image(picture, 96, "whole", None).pixels
+    middle = middle_of(picture, 96, "whole", 80)
+    assert torch.equal(jpeg.decode(middle.jpeg.numpy(), 3), middle.pixels)
+    raw = middle_of(picture, 96, "whole", None).pixels
     assert not torch.equal(raw, middle.pixels)
     assert (raw.int() - middle.pixels.int()).abs().float().mean() < 6
 
@@ -32,9 +38,17 @@ def test_whole_squeezes_and_center_crop_cuts(tmp_path):
     stripes[:, 50:] = 255  # left half black, right half white
     stripes[:, :10, 0] = 255  # a red rim
     Image.fromarray(stripes).save(tmp_path / "x.png")
-    whole = make_middle_image(tmp_path / "x.png", 40, "whole", None).pixels
-    cut = make_middle_image(tmp_path / "x.png", 40, "center-crop", None).pixels
+    whole = middle_of(tmp_path / "x.png", 40, "whole", None).pixels
+    cut = middle_of(tmp_path / "x.png", 40, "center-crop", None).pixels
     assert whole[0, :, 0].float().mean() > 200  # the rim is there
     assert cut[0, :, 0].float().mean() < 20  # the rim is cut away
     assert (whole[:, :, :18].float().mean() < 90) and (whole[:, :, 22:].float().mean() > 240)
     assert (cut[:, :, :18].float().mean() < 10) and (cut[:, :, 22:].float().mean() > 240)
+
+
+def test_pixels_before_any_jpeg_are_those_of_a_raw_middle_image(picture):
+    with picture.open("rb") as file:
+        pixels, (width, height) = resized_pixels(file, picture.name, 96, "center-crop", 3)
+    middle = middle_of(picture, 96, "center-crop", None)
+    assert torch.equal(pixels, middle.pixels)
+    assert (width, height) == (middle.width, middle.height)

@@ -1,7 +1,11 @@
+import pickle
+
 import pytest
 
 from fastmae.errors import InputError
-from fastmae.images.sources import labelled_split, list_digest, list_images
+from fastmae.images.entries import entry_of, key_of, label_of
+from fastmae.images.listing import ImageList, write_list
+from fastmae.images.sources import labelled_split, list_images, open_source
 
 
 def touch(folder, *names):
@@ -46,11 +50,6 @@ def test_an_empty_or_missing_folder_is_an_input_error(tmp_path):
         list_images(tmp_path / "notes.txt")
 
 
-def test_the_digest_depends_on_names_and_order():
-    digests = {list_digest(paths) for paths in (["a", "b"], ["b", "a"], ["ab"], ["a", "b", "c"])}
-    assert len(digests) == 4
-
-
 def test_a_labelled_split_gives_the_first_folder_as_class(tmp_path):
     touch(tmp_path, "train/cat/1.jpg", "train/dog/x/2.jpg", "train/loose.jpg")
     paths, labels = labelled_split(tmp_path, "train")
@@ -64,3 +63,89 @@ def test_a_class_without_an_image_is_named(tmp_path):
         labelled_split(tmp_path, "train")
     with pytest.raises(InputError, match="no folder 'val'"):
         labelled_split(tmp_path, "val")
+
+
+def test_a_folder_gives_the_same_list_as_before_and_opens_each_file(tmp_path):
+    touch(tmp_path / "photos", "b/2.JPG", "a/1.png", "a/deep/3.webp", "no_suffix", "notes.txt", ".git/4.jpg", "a!/x.gif", "ünï 名.tif")
+    source = open_source(tmp_path / "photos")
+    assert (source.kind, source.path) == ("folder", tmp_path / "photos")
+    paths = list_images(tmp_path / "photos")
+    info = write_list(source.entries(), tmp_path / "list")
+    assert info.images == len(paths)
+    entries = list(ImageList(tmp_path / "list"))
+    assert [key_of(entry) for entry in entries] == paths
+    again = pickle.loads(pickle.dumps(source))
+    for entry in entries:
+        with again.open(entry) as file:
+            assert file.read() == b"x"
+
+
+def test_names_that_are_no_utf8_or_hold_line_ends_keep_their_bytes(tmp_path):
+    touch(tmp_path, "caf\udce9.jpg", "new\nline.jpg", "tab\t.jpg")
+    source = open_source(tmp_path)
+    entries = sorted(source.entries())
+    assert entries == [b"caf\xe9.jpg", b"new\nline.jpg", b"tab\t.jpg"]
+    for entry in entries:
+        source.open(entry).close()
+
+
+def test_a_name_with_the_byte_that_ends_a_key_is_refused(tmp_path):
+    touch(tmp_path, "a\x01b.jpg")
+    with pytest.raises(InputError, match="holds a byte 0 or 1; rename the image"):
+        list(open_source(tmp_path).entries())
+    with pytest.raises(InputError, match="holds a byte 0 or 1"):
+        entry_of(tmp_path, "a\0b")
+
+
+@pytest.mark.parametrize("key", ["../secret.jpg", "a/../../secret.jpg", "/etc/passwd", "..", "a/.."])
+def test_a_key_never_leads_out_of_the_folder(key, tmp_path):
+    touch(tmp_path, "secret.jpg", "photos/a/1.jpg")
+    with pytest.raises(InputError, match="outside this folder"):
+        open_source(tmp_path / "photos").open(key.encode())
+
+
+def test_a_missing_image_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        open_source(tmp_path).open(b"none.jpg")
+
+
+def test_a_source_is_recognised_by_what_the_path_is(tmp_path):
+    touch(tmp_path, "flat/1.jpg", "flat/x.tar", "flat/x.tar.gz", "tars/x.tar", "deep/a/1.jpg", "deep/x.tar.gz", "empty/notes.md")
+    touch(tmp_path, "list.txt", "list.CSV", "list.tsv", "list.parquet", "one.tar", "info/state.json", "info/dataset_info.json")
+    touch(tmp_path, "info/1.jpg", "splits/dataset_dict.json", "half/state.json")
+    kinds = {
+        "folder": ["flat", "deep", "empty", "half"],
+        "tar": ["tars", "one.tar"],
+        "list": ["list.txt", "list.CSV", "list.tsv", "list.parquet"],
+        "datasets": ["info", "splits"],
+    }
+    for kind, names in kinds.items():
+        assert {name: open_source(tmp_path / name).kind for name in names} == dict.fromkeys(names, kind)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("none", "none: does not exist"),
+        ("1.jpg", "1.jpg: is one image; give a folder"),
+        ("notes.md", "notes.md: is a file of another kind; give a folder of images, a .tar, or a list"),
+        ("mixed", r"mixed: holds tars \(x.tar\) and loose images \(a/1.jpg\)"),
+    ],
+)
+def test_what_is_no_source_says_what_to_give(path, says, tmp_path):
+    touch(tmp_path, "1.jpg", "notes.md", "mixed/x.tar", "mixed/a/1.jpg")
+    with pytest.raises(InputError, match=says):
+        open_source(tmp_path / path)
+
+
+def test_the_label_is_the_folder_that_holds_the_image():
+    keys = {
+        "cat/1.jpg": "cat",
+        "a/dog/1.jpg": "dog",
+        "1.jpg": "",
+        "0.tar/1.jpg": "",
+        "0.tar/./cat/1.jpg": "cat",
+        "/d/cat/1.jpg": "cat",
+        "/1.jpg": "",
+    }
+    assert {key: label_of(key) for key in keys} == keys

@@ -29,10 +29,12 @@ class WholeImages(Dataset[torch.Tensor]):
         return len(self.paths)
 
     def __getitem__(self, place: int) -> torch.Tensor:
+        path = self.paths[place]
         try:
-            return resized_pixels(self.paths[place], self.size, self.resize, self.channels)[0]
+            with path.open("rb") as file:
+                return resized_pixels(file, path.name, self.size, self.resize, self.channels)[0]
         except UndecodableError as error:
-            raise InputError(f"{self.paths[place]}: {error}; remove it from the data") from error
+            raise InputError(f"{path}: {error}; remove it from the data") from error
 
 
 def embed_with_encoder(

@@ -1,8 +1,14 @@
-"""One image file -> upright 8-bit RGB, grey or n channels, or a reason why not. Pillow decodes, NumPy reads .npy; nothing here resizes."""
+"""One open image file -> upright 8-bit RGB, grey or n channels, or a reason why not. Pillow decodes; nothing here resizes.
+
+.npy arrays are read here: the header by NumPy's own functions, the values only if the file holds as many as it declares.
+"""
 
 import errno
+import math
+import os
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
@@ -18,14 +24,14 @@ class UndecodableError(Exception):
     """The file holds no image that can be decoded; the message is the reason, in one line."""
 
 
-def decode_image(path: Path, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+def decode_image(file: BinaryIO, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
     """Decode the first frame to 8-bit RGB, upright by its EXIF orientation.
 
     Grey and palette images become RGB, CMYK and Lab are converted, 16-bit grey keeps its high byte, and what is
     transparent lies on white.
 
     Args:
-        path: the file.
+        file: open, seekable, at its begin; it stays open.
         at_least: a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size (by leaving out DCT coefficients) as long
             as both its sides stay at least twice this long; None decodes it whole.
 
@@ -34,9 +40,9 @@ def decode_image(path: Path, at_least: int | None = None) -> tuple[Image.Image, 
 
     Raises:
         UndecodableError: no image, a damaged or truncated one, or one of more than `MAX_PIXELS`.
-        OSError: the file itself can't be read (missing, no permission, a failing disk).
+        OSError: the file itself can't be read (a failing disk).
     """
-    with path.open("rb") as file, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata: the pixels are what counts
         try:
             image = Image.open(file)
@@ -56,11 +62,12 @@ def decode_image(path: Path, at_least: int | None = None) -> tuple[Image.Image, 
     return rgb, (size[1], size[0]) if turned else size
 
 
-def decode_bands(path: Path, channels: int, at_least: int | None = None) -> tuple[list[Image.Image], tuple[int, int]]:
+def decode_bands(file: BinaryIO, name: str, channels: int, at_least: int | None = None) -> tuple[list[Image.Image], tuple[int, int]]:
     """Decode to a given number of channels.
 
     Args:
-        path: the file: .npy with an array [H, W] or [H, W, channels], or any image that Pillow reads.
+        file: as `decode_image`: .npy with an array [H, W] or [H, W, channels], or any image that Pillow reads.
+        name: the image's; its suffix says whether it is .npy.
         channels: 3 gives RGB, 1 grey (of colours, their luma); another number is read from .npy, or from an image of as many bands.
         at_least: as `decode_image`.
 
@@ -70,45 +77,72 @@ def decode_bands(path: Path, channels: int, at_least: int | None = None) -> tupl
     Raises:
         UndecodableError, OSError: as `decode_image`; also a file of another number of channels, or of values without a range.
     """
-    if path.suffix.lower() == ".npy":
-        array = _read_npy(path)
-        if array.shape[2] != channels:
-            raise UndecodableError(f"has {array.shape[2]} channels, not {channels}")
+    if Path(name).suffix.lower() == ".npy":
+        array = _read_npy(file, channels)
         size = (array.shape[1], array.shape[0])
         if channels == 3:
             return [Image.fromarray(np.ascontiguousarray(array))], size
         return [Image.fromarray(np.ascontiguousarray(array[..., channel])) for channel in range(channels)], size
     if channels in (1, 3):
-        image, size = decode_image(path, at_least)
+        image, size = decode_image(file, at_least)
         return [image if channels == 3 else image.convert("L")], size
-    with path.open("rb") as file:
-        try:
-            image = Image.open(file)
-            bands = len(image.getbands())
-            if bands == channels and image.size[0] * image.size[1] <= MAX_PIXELS:
-                image.load()
-                return list(image.split()), image.size
-        except Exception as error:
-            raise _undecodable(error, "not an image") from error
+    try:
+        image = Image.open(file)
+        bands = len(image.getbands())
+        if bands == channels and image.size[0] * image.size[1] <= MAX_PIXELS:
+            image.load()
+            return list(image.split()), image.size
+    except Exception as error:
+        raise _undecodable(error, "not an image") from error
     raise UndecodableError(f"has {bands} channels, not {channels}; n-channel images are read from .npy files, [H, W, {channels}]")
 
 
-def _read_npy(path: Path) -> np.ndarray:
-    """uint8 [H, W, K] of an array of 8 or 16 bits, or of floats from 0 to 1."""
+def _read_npy(file: BinaryIO, channels: int) -> np.ndarray:
+    """uint8 [H, W, channels] of an array of 8 or 16 bits, or of floats from 0 to 1."""
+    declared, in_columns, dtype = _npy_header(file)
+    shape = (*declared, 1) if len(declared) == 2 else declared
+    if len(shape) != 3 or min(shape) < 1 or shape[0] * shape[1] > MAX_PIXELS:
+        raise UndecodableError(f"an array of shape {declared}, not [H, W, channels]")
+    if shape[2] != channels:
+        raise UndecodableError(f"has {shape[2]} channels, not {channels}")
+    if dtype in (np.uint8, np.uint16) or dtype.kind == "f":
+        array = _npy_values(file, math.prod(shape), dtype).reshape(shape, order="F" if in_columns else "C")
+        if dtype == np.uint8:
+            return array
+        if dtype == np.uint16:
+            return (array >> 8).astype(np.uint8)
+        if np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1:
+            return (np.asarray(array, dtype=np.float32) * 255).round().astype(np.uint8)
+    raise UndecodableError(f"an array of {dtype} that is neither 8 nor 16 bits unsigned, nor from 0 to 1")
+
+
+def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it lies column by column, and type of what follows in a .npy file; nothing in it is unpickled."""
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")  # never unpickles
-    except Exception as error:  # its header is a Python literal: a hostile one raises nearly any type
-        raise _undecodable(error, "not a plain .npy array") from error
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or 0 in array.shape or array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise UndecodableError(f"an array of shape {array.shape}, not [H, W, channels]")
-    if array.dtype == np.uint8:
-        return np.asarray(array)
-    if array.dtype == np.uint16:
-        return (np.asarray(array) >> 8).astype(np.uint8)
-    if array.dtype.kind == "f" and np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1:
-        return (np.asarray(array, dtype=np.float32) * 255).round().astype(np.uint8)
-    raise UndecodableError(f"an array of {array.dtype} that is neither 8 nor 16 bits unsigned, nor from 0 to 1")
+        version = np.lib.format.read_magic(file)
+        if version not in read:
+            raise ValueError(f"version {version[0]}.{version[1]}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on headers that Python 2 wrote
+            shape, in_columns, dtype = read[version](file)
+        if dtype.hasobject:
+            raise ValueError("Python objects")
+    except OSError:
+        raise
+    except Exception as error:  # it is a Python literal: a hostile one raises nearly any type, MemoryError too
+        raise UndecodableError(f"not a plain .npy array: {' '.join(str(error).split())[:160]}") from error
+    return shape, in_columns, dtype
+
+
+def _npy_values(file: BinaryIO, count: int, dtype: np.dtype) -> np.ndarray:
+    """[count] values from here on, read only when they are all there: a few bytes can declare gigabytes."""
+    begin = file.tell()
+    held, wanted = file.seek(0, os.SEEK_END) - begin, count * dtype.itemsize
+    if held < wanted:
+        raise UndecodableError(f"not a plain .npy array: declares {wanted} bytes and holds {held}")
+    file.seek(begin)
+    return np.frombuffer(file.read(wanted), dtype, count)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -4,13 +4,13 @@ A teacher sees it once; pre-training never sees anything else of a picture than 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
-from simplejpeg import decode_jpeg, encode_jpeg
 
+from fastmae.images import jpeg
 from fastmae.images.decode import decode_bands
 
 
@@ -47,11 +47,12 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 RESIZE = {"whole": resize_whole, "center-crop": resize_and_crop}
 
 
-def make_middle_image(path: Path, size: int, resize: str, jpeg_quality: int | None, channels: int = 3) -> MiddleImage:
+def make_middle_image(file: BinaryIO, name: str, size: int, resize: str, jpeg_quality: int | None, channels: int = 3) -> MiddleImage:
     """Decode a file and bring it to the middle size.
 
     Args:
-        path: the image file.
+        file: of the image, open, seekable, at its begin.
+        name: the image's, for its suffix.
         size: side of the middle image, in pixels.
         resize: a key of `RESIZE`.
         jpeg_quality: 1 to 100: the pixels go through a JPEG (4:2:0) of this quality; None keeps them raw.
@@ -60,25 +61,17 @@ def make_middle_image(path: Path, size: int, resize: str, jpeg_quality: int | No
     Raises:
         UndecodableError, OSError: as `decode_bands`.
     """
-    pixels, (width, height) = resized_pixels(path, size, resize, channels)
+    pixels, (width, height) = resized_pixels(file, name, size, resize, channels)
     if jpeg_quality is None:
         return MiddleImage(pixels, None, width, height)
-    # 4:2:0: colour blocks of 16 x 16 pixels, the grid of the patches.
-    colours = {"colorspace": "GRAY", "colorsubsampling": "Gray"} if channels == 1 else {"colorspace": "RGB", "colorsubsampling": "420"}
-    jpeg = encode_jpeg(np.ascontiguousarray(pixels.permute(1, 2, 0)), quality=jpeg_quality, **colours)
-    kept = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
-    return MiddleImage(decode_middle_jpeg(kept, channels), kept, width, height)
+    kept = jpeg.encode(pixels, jpeg_quality)
+    return MiddleImage(jpeg.decode(kept.numpy(), channels), kept, width, height)
 
 
-def resized_pixels(path: Path, size: int, resize: str, channels: int) -> tuple[torch.Tensor, tuple[int, int]]:
+def resized_pixels(file: BinaryIO, name: str, size: int, resize: str, channels: int) -> tuple[torch.Tensor, tuple[int, int]]:
     """A file's pixels uint8 [K, S, S], before any JPEG, and its own (width, height)."""
-    bands, own = decode_bands(path, channels, at_least=size)
+    bands, own = decode_bands(file, name, channels, at_least=size)
     return torch.cat([to_tensor(RESIZE[resize](band, size)) for band in bands]), own
-
-
-def decode_middle_jpeg(jpeg: torch.Tensor, channels: int = 3) -> torch.Tensor:
-    """uint8 [bytes] -> uint8 [K, S, S]. The one decoder of stored pixels, for the teacher and the student alike."""
-    return torch.from_numpy(decode_jpeg(jpeg.numpy(), colorspace="GRAY" if channels == 1 else "RGB")).permute(2, 0, 1)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

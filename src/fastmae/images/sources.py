@@ -1,56 +1,97 @@
-"""Where pictures come from: a folder, nested or flat, labelled or not.
+"""Where pictures come from: a folder, a list of paths, tar shards, a saved dataset, told apart by what the path is.
 
-The list is a function of the folder alone (sorted by path), so that a picture's place in it, its shard and
-its row are the same on every machine. Nothing is opened here.
+Each gives its images as entries: a key that names an image for good, and where it lies. What order they come in does not
+matter, `listing` sorts them; so a picture's place in the list, its shard and its row are the same on every machine.
 """
 
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 from fastmae.errors import InputError
+from fastmae.images.folders import FolderSource, files_below, is_named_as_image, may_be_image
+from fastmae.images.path_lists import LIST_SUFFIXES, ListSource
+from fastmae.images.saved_dataset import DatasetSource, is_saved_dataset
+from fastmae.images.tar_shards import TarSource, is_compressed_tar, is_tar, refuse_compressed
 
-# Fixed here, not asked from Pillow or the system, so that the list does not depend on what is installed.
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".apng",
-        ".avif",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".heic",
-        ".heif",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".npy",
-        ".pbm",
-        ".pcx",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".psd",
-        ".sgi",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".xbm",
-        ".xpm",
-    ]
-)
+
+class Source(Protocol):
+    """A set of images, each of which can be opened. Pickles as its path: every process opens its own files.
+
+    Attributes:
+        kind: 'folder', 'list', 'tar' or 'datasets'.
+        path: what was given, from the root.
+    """
+
+    @property
+    def kind(self) -> str: ...  # noqa: D102 - described above
+
+    @property
+    def path(self) -> Path: ...  # noqa: D102
+
+    def entries(self) -> Iterator[bytes]:
+        """The entry of each image (see `entries`), in any order; a stream.
+
+        Raises:
+            InputError: the source is damaged, or not what it seems.
+        """
+        ...
+
+    def open(self, entry: bytes) -> BinaryIO:
+        """An image's content, seekable, at its begin.
+
+        Raises:
+            InputError: the entry is none of this source's.
+            OSError: it can't be read.
+        """
+        ...
+
+
+def open_source(path: Path) -> Source:
+    """Recognise a source. Its images are looked for later, by `entries`.
+
+    Raises:
+        InputError: nothing is there, or nothing that holds images.
+    """
+    path = path.absolute()
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise InputError(f"{path}: does not exist; give a folder of images")
+    if path.suffix.lower() in LIST_SUFFIXES:
+        return ListSource(path)
+    if is_compressed_tar(path.name):
+        refuse_compressed(path)
+    if path.suffix.lower() == ".tar":
+        return TarSource(path)
+    what = "is one image" if is_named_as_image(path.name) else "is a file of another kind"
+    raise InputError(f"{path}: {what}; give a folder of images, a .tar, or a list of paths ({', '.join(sorted(LIST_SUFFIXES))})")
+
+
+def _open_folder(path: Path) -> Source:
+    if is_saved_dataset(path):
+        return DatasetSource(path)
+    if any(_names_in(path, is_named_as_image)):
+        return FolderSource(path)
+    tars, compressed = (sorted(_names_in(path, wanted)) for wanted in (is_tar, is_compressed_tar))
+    if not (tars or compressed):
+        return FolderSource(path)
+    below = next(files_below(path, is_named_as_image), None)
+    if below is not None and tars:
+        raise InputError(f"{path}: holds tars ({tars[0]}) and loose images ({below}); give a folder with only one of the two in it")
+    if compressed and below is None:
+        refuse_compressed(path / compressed[0])
+    return TarSource(path) if tars else FolderSource(path)
+
+
+def _names_in(folder: Path, wanted: Callable[[str], bool]) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        yield from (entry.name for entry in entries if wanted(entry.name) and entry.is_file())
 
 
 def list_images(folder: Path) -> list[str]:
-    """Every image file below `folder`, as sorted paths relative to it with `/` between the parts.
-
-    A file counts when its suffix is an image's, or when it has none and is not hidden (its content decides later).
-    Links are followed, as long as they don't lead back into a folder that they lie in; hidden folders are passed over.
+    """Every image file below `folder` as `FolderSource` finds them, as sorted paths relative to it.
 
     Raises:
         InputError: `folder` is not a folder, or holds no image file.
@@ -58,24 +99,12 @@ def list_images(folder: Path) -> list[str]:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise InputError(f"{folder}: {what}; give a folder of images")
-    found = sorted(_image_files(folder, "", frozenset()))
+    found = sorted(files_below(folder, may_be_image))
     if not found:
-        raise InputError(f"{folder}: no image file in it or below it; image suffixes are {_some_suffixes()}")
+        raise InputError(
+            f"{folder}: no image file in it or below it; image suffixes are .jpg, .png, .webp, .tif, .gif, .bmp and their like"
+        )
     return found
-
-
-def label_of(path: str) -> str:
-    """The name of the folder that holds the image (the class, in a labelled tree), or '' at the top level."""
-    return Path(path).parent.name
-
-
-def list_digest(paths: Sequence[str]) -> str:
-    """SHA-256 over the list in its order: two lists with one digest hold the same images in the same places."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.encode("utf-8", "surrogateescape"))
-        digest.update(b"\0")
-    return digest.hexdigest()
 
 
 def labelled_split(data: Path, split: str) -> tuple[list[Path], list[str]]:
@@ -99,26 +128,3 @@ def labelled_split(data: Path, split: str) -> tuple[list[Path], list[str]]:
     if empty:
         raise InputError(f"{root / empty[0]}: no image in this class folder; remove it or fill it")
     return [root / path for path in paths], labels
-
-
-def _image_files(folder: Path, prefix: str, above: frozenset[str]) -> Iterator[str]:
-    """Image files below a folder, each after `prefix`; `above` are the real places of the folders on the way here."""
-    here = os.path.realpath(folder)
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                if not entry.name.startswith("."):
-                    yield from _image_files(Path(entry.path), f"{prefix}{entry.name}/", above | {here})
-            elif _is_named_as_image(entry.name):
-                yield prefix + entry.name
-
-
-def _is_named_as_image(name: str) -> bool:
-    suffix = Path(name).suffix.lower()
-    return suffix in IMAGE_SUFFIXES or (suffix == "" and not name.startswith("."))
-
-
-def _some_suffixes() -> str:
-    return ".jpg, .png, .webp, .tif, .gif, .bmp and their like"

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from fastmae.config import PretrainConfig
 from fastmae.images.views import ViewDraws, normalise
 from fastmae.model import visible_patches
-from fastmae.pretrain import make_target, resolve_norm
+from fastmae.plan import make_target, resolve_norm
 from fastmae.runs import load_student, options_of_run
 from fastmae.tokens import TokenStore
-from fastmae.tokens.loader import StoreViews, ViewBatch, collate_views
+from fastmae.tokens.loader import StoreViews, ViewBatch
 
 mpl.use("agg")
 
@@ -38,7 +38,7 @@ def predictions(run: Path, store: TokenStore, images: int, seed: int) -> bytes:
         seed: of the choice of images and masks.
     """
     description, student = load_student(run)
-    config = replace(options_of_run(run, description), stores=(store.folder,))
+    config = replace(options_of_run(run, description), stores=(str(store.folder),))
     target_of = make_target(config, [[store]], [resolve_norm(config, [store])])
     batch = _spread_views(store, config, images, seed)
     pixels = normalise(batch.pixels, *store.normalisation)
@@ -101,7 +101,7 @@ def _spread_views(store: TokenStore, config: PretrainConfig, images: int, seed: 
     views = StoreViews([[store]], draws)
     centre = (store.grid - size) // 2
     chosen = np.linspace(0, len(store) - 1, images).round().astype(int).tolist()
-    return collate_views([views.sample(index, replace(draws.draw(0, index, [store.grid]), row=centre, col=centre)) for index in chosen])
+    return views.batch([(index, replace(draws.draw(0, index, [store.grid]), row=centre, col=centre)) for index in chosen])
 
 
 def _as_colours(predicted: torch.Tensor, stored: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

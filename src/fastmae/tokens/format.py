@@ -1,19 +1,28 @@
 """The token store's format: which files there are, and what each holds. Neither torch models nor commands here.
 
 store.json                 what made the store (`StoreInfo`); written first
-shards/00000.safetensors   `tokens` [n, grid, grid, C] float16 or float32; with flips stored also `flipped_tokens`, the same of
-                           the mirrored middle images; and the pixels of the middle images:
-                           `jpeg` uint8 [bytes] with `jpeg_offsets` int64 [n + 1], or `pixels` uint8 [n, K, S, S];
-                           metadata key `fastmae`: JSON of a `ShardHeader`
+lists/0.list               keys of the images, sorted, a zero byte after each; lists/1.list: those that `--add` brought, ...
+codebooks.safetensors      what a codec has learnt (`codec`), and a copy of it, codebooks.copy.safetensors: without it no token can be
+                           read; only with codecs that learn
+shards/00000.safetensors   `tokens` [n, grid, grid, C'] as the codec writes them; with flips stored also `flipped_tokens`, the same
+                           of the mirrored middle images; the pixels of the middle images: `jpeg` uint8 [bytes] with
+                           `jpeg_offsets` int64 [n + 1], or `pixels` uint8 [n, K, S, S]; `record_checksums` uint64 [n, 2 or 3], of
+                           each image its tokens', pixels' and flipped tokens' xxh3-64; sums for the statistics; metadata key
+                           `fastmae`: JSON of a `ShardHeader`
 statistics.safetensors     over the whole store: `mean`, `std` float32 [C] of each token channel; `pixel_mean`, `pixel_std`
                            float32 [K] of each channel of the middle images, in [0, 1]
-index.parquet              a row an image; written last, so its presence says that the store is finished
+index.parquet              a row an image
+manifest.json              size and checksum of every file (`manifest`); written last, so its presence says that the store is finished
 
 A store of several middle sizes is a folder of such stores, one a size (256/, 352/, ...), beside scales.json, which lists them.
 """
 
+import hashlib
 import json
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +32,25 @@ import xxhash
 from fastmae.errors import InputError
 
 FORMAT_NAME = "fastmae token store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 STORE_FILE = "store.json"
+MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.parquet"
 STATISTICS_FILE = "statistics.safetensors"
+CODEBOOKS_FILE = "codebooks.safetensors"
+CODEBOOKS_COPY = "codebooks.copy.safetensors"
+LISTS_FOLDER = "lists"
 SHARDS_FOLDER = "shards"
 SCALES_FILE = "scales.json"
 METADATA_KEY = "fastmae"  # one key only: safetensors keeps no order among several, and shards must be the same bytes
 
+TOKENS, PIXELS, FLIPPED = range(3)
+"""Columns of a shard's `record_checksums`."""
+
 INDEX_SCHEMA = pa.schema(
     [
-        ("path", pa.string()),  # relative to the source folder
+        ("path", pa.string()),  # the image's key: relative to the source folder, say
         ("label", pa.string()),  # name of the folder that held the image
         ("shard", pa.int32()),
         ("row", pa.int32()),  # within the shard; -1 for a skipped image
@@ -43,6 +59,23 @@ INDEX_SCHEMA = pa.schema(
         ("status", pa.string()),  # 'ok', or why it was skipped
     ]
 )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images that came into the store together: by the first `tokenize`, or by an `--add`.
+
+    Attributes:
+        images: in the list, skipped ones included.
+        images_sha256: digest of the list (`images.listing`).
+        source: absolute path of the folder or file that the list was read from.
+        kind: of the source: 'folder', 'list', 'tar' or 'datasets'.
+    """
+
+    images: int
+    images_sha256: str
+    source: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -56,14 +89,12 @@ class StoreInfo:
         patch_size: side of a patch, in pixels.
         channels: of the middle images, K: 3 for RGB.
         resize: how a picture becomes a middle image: 'whole' or 'center-crop'.
-        codec: 'fp16' or 'fp32'.
+        codec: how a token lies on disk: 'fp16', 'pq48', ... (`codec`).
         flips: 'approximate' (a flipped view mirrors its tokens) or 'stored' (the mirrored images' own tokens are there).
         pixels: 'jpeg' or 'raw'.
         jpeg_quality: 1 to 100; 0 when the pixels are raw.
-        shard_size: images a shard (skipped ones included); the last one may hold fewer.
-        images: images in the list, skipped ones included.
-        images_sha256: digest of the list (`images.sources.list_digest`).
-        source: the folder that the list's paths start from.
+        shard_size: images a shard (skipped ones included); a part's last one may hold fewer.
+        parts: the image lists, one after the other.
     """
 
     teacher: dict[str, Any]
@@ -77,9 +108,7 @@ class StoreInfo:
     pixels: str
     jpeg_quality: int
     shard_size: int
-    images: int
-    images_sha256: str
-    source: str
+    parts: tuple[Part, ...]
 
     @property
     def grid(self) -> int:
@@ -87,13 +116,32 @@ class StoreInfo:
         return self.middle_size // self.patch_size
 
     @property
+    def images(self) -> int:
+        """In all lists, skipped ones included."""
+        return sum(part.images for part in self.parts)
+
+    @property
+    def images_sha256(self) -> str:
+        """One digest of all lists: that of the list itself where there is one."""
+        if len(self.parts) == 1:
+            return self.parts[0].images_sha256
+        return hashlib.sha256("".join(part.images_sha256 for part in self.parts).encode()).hexdigest()
+
+    @cached_property
+    def _first_shards(self) -> list[int]:
+        """Of each part, and of one that would follow."""
+        return list(accumulate((-(-part.images // self.shard_size) for part in self.parts), initial=0))
+
+    @property
     def shards(self) -> int:
         """How many shards the finished store has."""
-        return -(-self.images // self.shard_size)
+        return self._first_shards[-1]
 
-    def shard_images(self, shard: int) -> range:
-        """The places in the image list that belong to a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.images))
+    def part_of(self, shard: int) -> tuple[int, range]:
+        """Which part a shard belongs to, and which places of that part's list it holds."""
+        part = bisect_right(self._first_shards, shard) - 1
+        first = (shard - self._first_shards[part]) * self.shard_size
+        return part, range(first, min(first + self.shard_size, self.parts[part].images))
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads back."""
@@ -113,14 +161,16 @@ class StoreInfo:
                 f"{path}: format version {value.get('version')!r}, this fastmae reads {FORMAT_VERSION}; "
                 "use the fastmae that made it, or tokenize again"
             )
-        types: dict[str, type] = {"int": int, "str": str, "dict[str, Any]": dict}
-        for field in fields(cls):
-            kind = types[field.type if isinstance(field.type, str) else _name(field.type)]
-            if type(value.get(field.name)) is not kind:
-                raise InputError(f"{path}: '{field.name}' is missing or not of type {kind.__name__}; the file was changed by hand?")
-        info = cls(**{field.name: value[field.name] for field in fields(cls)})
-        sizes = (info.middle_size, info.patch_size, info.channels, info.token_dim, info.shard_size, info.images)
-        if min(sizes) < 1 or info.middle_size % info.patch_size:
+        _check_types(cls, value, path)
+        parts = value["parts"]
+        for part in parts:
+            _check_types(Part, part, path)
+            if not Path(part["source"]).is_absolute() or ".." in Path(part["source"]).parts:
+                raise InputError(f"{path}: source '{part['source']}' is not a whole path; the file was changed by hand?")
+        made = {**{field.name: value[field.name] for field in fields(cls)}, "parts": tuple(Part(**_own(Part, part)) for part in parts)}
+        info = cls(**made)
+        sizes = (info.middle_size, info.patch_size, info.channels, info.token_dim, info.shard_size, *(part.images for part in info.parts))
+        if not parts or min(sizes) < 1 or info.middle_size % info.patch_size:
             raise InputError(
                 f"{path}: sizes that can't be (middle {info.middle_size}, patch {info.patch_size}); the file was changed by hand?"
             )
@@ -137,7 +187,7 @@ class ImageRecord:
     """One image of a shard, in the order of the list.
 
     Attributes:
-        path: relative to the source folder.
+        path: its key.
         row: within the shard's tensors, or -1 when skipped.
         width: of the picture, upright, in pixels; 0 when skipped.
         height: the same.
@@ -167,20 +217,23 @@ class ShardHeader:
             "checksums": self.checksums,
             "images": [[i.path, i.row, i.width, i.height, i.status] for i in self.images],
         }
-        return {METADATA_KEY: json.dumps(value)}
+        return {METADATA_KEY: json.dumps({**value, "checksum": checksum(json.dumps(value).encode())})}
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None, path: Path) -> "ShardHeader":
         """Read back what `to_metadata` wrote.
 
         Raises:
-            InputError: the file is not a shard of a token store.
+            InputError: the file is not a shard of a token store, or not as it was written.
         """
         try:
             value = json.loads((metadata or {})[METADATA_KEY])
-            return cls(value["shard"], value["checksums"], [ImageRecord(*image) for image in value["images"]])
+            header = cls(value["shard"], value["checksums"], [ImageRecord(*image) for image in value["images"]])
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not a shard of a token store; remove it and run tokenize again") from error
+            raise InputError(f"{path}: not a shard of a token store; delete it and run tokenize again") from error
+        if header.to_metadata() != metadata:
+            raise InputError(f"{path}: its header is damaged; delete it and run tokenize again")
+        return header
 
 
 def read_store_info(folder: Path) -> StoreInfo:
@@ -199,9 +252,19 @@ def read_store_info(folder: Path) -> StoreInfo:
     return StoreInfo.from_json(value, path)
 
 
+def shard_name(shard: int) -> str:
+    """Of shard number `shard`, within the store."""
+    return f"{SHARDS_FOLDER}/{shard:05d}.safetensors"
+
+
 def shard_path(store: Path, shard: int) -> Path:
     """Where shard number `shard` lies."""
-    return store / SHARDS_FOLDER / f"{shard:05d}.safetensors"
+    return store / shard_name(shard)
+
+
+def list_name(part: int) -> str:
+    """Of a part's image list, within the store."""
+    return f"{LISTS_FOLDER}/{part}.list"
 
 
 def checksum(data: bytes | memoryview) -> str:
@@ -212,9 +275,22 @@ def checksum(data: bytes | memoryview) -> str:
 def _flat(info: StoreInfo) -> dict[str, Any]:
     flat = asdict(info)
     teacher = flat.pop("teacher")
-    flat.pop("source")
+    flat["images"] = [(part["images"], part["images_sha256"][:12]) for part in flat.pop("parts")]
     return {**{f"teacher {name}": value for name, value in teacher.items() if name != "weights_file"}, **flat}
 
 
+def _check_types(kind: type, value: Any, path: Path) -> None:
+    types: dict[str, type] = {"int": int, "str": str, "dict[str, Any]": dict, "tuple[Part, ...]": list}
+    for field in fields(kind):
+        wanted = types[field.type if isinstance(field.type, str) else _name(field.type)]
+        given = value.get(field.name) if isinstance(value, dict) else None
+        if type(given) is not wanted:
+            raise InputError(f"{path}: '{field.name}' is missing or not of type {wanted.__name__}; the file was changed by hand?")
+
+
+def _own(kind: Any, value: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: value[field.name] for field in fields(kind)}
+
+
 def _name(annotation: Any) -> str:
-    return annotation.__name__ if annotation in (int, str) else "dict[str, Any]"
+    return annotation.__name__ if annotation in (int, str) else str(annotation).replace("fastmae.tokens.format.", "").replace("typing.", "")

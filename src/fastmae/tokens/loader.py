@@ -1,25 +1,29 @@
-"""From the store to the model: aligned views as samples, read by loader workers."""
+"""From the store to the model: batches of aligned views, written straight from the map into the batch, in loader workers."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from fastmae.images.views import Draw, ViewDraws
 from fastmae.tokens.reader import TokenStore
+from fastmae.tokens.shard import DamagedError
 
 
 @dataclass
 class ViewBatch:
-    """A batch of views (of one, without B, as a sample).
+    """A batch of views.
 
     Attributes:
-        pixels: uint8 [B, 3, H, W].
-        tokens: of each store, [B, N, C] in its dtype, patches row by row; none where the target does not read them.
+        pixels: uint8 [B, K, H, W].
+        tokens: of each store, [B, N, C'] as its codec has them, patches row by row; none where the target does not read them.
         order: int64 [B, N]: see `Draw.order`.
         place: int64 [B, 3]: row and column of the view's first patch in the middle image, and 1 where it is flipped.
-        middle: uint8 [B, 3, S, S], whole middle images, where the target reads them.
+        middle: uint8 [B, K, S, S], whole middle images, where the target reads them.
     """
 
     pixels: torch.Tensor
@@ -39,49 +43,89 @@ class ViewBatch:
 
 
 class StoreViews(Dataset[ViewBatch]):
-    """(epoch, index) -> a random aligned view of that image, the same for the same seed.
+    """(epoch, index) -> a random aligned view of that image, the same for the same seed; a list of them at a time.
 
     Args:
         stores: of each teacher its middle sizes (`open_scales`), all of the same images; the first one's pixels are taken.
         draws: how views are drawn.
         with_tokens: read the stored tokens.
         with_middle: give the whole middle image too.
+        on_damage: 'stop' at an image that is not what was written, or 'skip' it: the next one of the store stands in for it.
 
     Raises:
         ValueError: views larger than a middle image.
     """
 
-    def __init__(self, stores: Sequence[Sequence[TokenStore]], draws: ViewDraws, with_tokens: bool = True, with_middle: bool = False):
+    def __init__(
+        self,
+        stores: Sequence[Sequence[TokenStore]],
+        draws: ViewDraws,
+        with_tokens: bool = True,
+        with_middle: bool = False,
+        on_damage: str = "stop",
+    ):
         self.grids = [store.grid for store in stores[0]]
         if draws.size > min(self.grids):
             raise ValueError(f"views of {draws.size} patches out of a grid of {min(self.grids)}")
         self.stores, self.draws, self.with_tokens, self.with_middle = stores, draws, with_tokens, with_middle
+        self.on_damage = on_damage
+        self.damaged: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.stores[0][0])
 
     def __getitem__(self, visit: tuple[int, int]) -> ViewBatch:
-        epoch, index = visit
-        return self.sample(index, self.draws.draw(epoch, index, self.grids))
+        return self.__getitems__([visit]).map(lambda tensor: tensor[0])
 
-    def sample(self, index: int, draw: Draw) -> ViewBatch:
-        """A given view of an image."""
-        first = self.stores[0][draw.scale]
-        where = (draw.row, draw.col, self.draws.size)
-        middle = first.pixels(index) if self.with_middle else None
-        pixels = first.view_pixels(index, *where) if middle is None else first.cut(middle, *where)
-        teachers = self.stores if self.with_tokens else []
-        tokens = [scales[draw.scale].view_tokens(index, *where, draw.flipped).flatten(0, 1) for scales in teachers]
-        place = torch.tensor([draw.row, draw.col, int(draw.flipped)])
-        return ViewBatch(pixels.flip(-1) if draw.flipped else pixels, tokens, torch.from_numpy(draw.order), place, middle)
+    def __getitems__(self, visits: Sequence[tuple[int, int]]) -> ViewBatch:  # what a DataLoader asks for a whole batch
+        return self.batch([(index, self.draws.draw(epoch, index, self.grids)) for epoch, index in visits])
+
+    def batch(self, views: Sequence[tuple[int, Draw]]) -> ViewBatch:
+        """Given views of given images.
+
+        Raises:
+            DamagedError: one of them is not what was written, and damage is not to be skipped.
+        """
+        first, size = self.stores[0][0], self.draws.size
+        count, side = len(views), size * first.info.patch_size
+        teachers = self.stores if self.with_tokens else ()
+        made = ViewBatch(
+            torch.empty(count, first.info.channels, side, side, dtype=torch.uint8),
+            [torch.empty(count, size, size, s[0].code_dim, dtype=_torch_dtype(s[0])) for s in teachers],
+            torch.stack([torch.from_numpy(draw.order) for _, draw in views]),
+            torch.tensor([[draw.row, draw.col, int(draw.flipped)] for _, draw in views]),
+            torch.empty(count, first.info.channels, *2 * [first.info.middle_size], dtype=torch.uint8) if self.with_middle else None,
+        )
+        for place, (index, draw) in enumerate(views):
+            self._read(made, place, index, draw)
+        made.tokens = [tokens.flatten(1, 2) for tokens in made.tokens]
+        return made
+
+    def _read(self, made: ViewBatch, place: int, index: int, draw: Draw) -> None:
+        where = (draw.row, draw.col, self.draws.size, draw.flipped)
+        for candidate in (index, *(later % len(self) for later in range(index + 1, index + len(self)))):
+            if candidate in self.damaged:
+                continue
+            try:
+                scales = self.stores[0][draw.scale]
+                scales.read_pixels(candidate, *where, made.pixels[place])
+                for store, tokens in zip(self.stores, made.tokens, strict=False):
+                    store[draw.scale].read_codes(candidate, *where, tokens[place].numpy())
+                if made.middle is not None:
+                    made.middle[place] = scales.pixels(candidate)
+                return
+            except DamagedError as error:
+                if self.on_damage == "stop":
+                    raise DamagedError(f"image {self.stores[0][0].key(candidate)}: {error}") from error
+                self.damaged.add(candidate)
+                print(f"skipped image {self.stores[0][0].key(candidate)}: {error}", file=sys.stderr, flush=True)
+        raise DamagedError(f"{self.stores[0][0].folder}: all of its images are damaged; `fastmae verify STORE --repair` rebuilds them")
 
 
-def collate_views(samples: list[ViewBatch]) -> ViewBatch:
-    """Single views -> a batch."""
-    return ViewBatch(
-        torch.stack([s.pixels for s in samples]),
-        [torch.stack(of_store) for of_store in zip(*(s.tokens for s in samples), strict=True)],
-        torch.stack([s.order for s in samples]),
-        torch.stack([s.place for s in samples]),
-        None if samples[0].middle is None else torch.stack([s.middle for s in samples if s.middle is not None]),
-    )
+def as_read(batch: Any) -> Any:
+    """For a DataLoader's `collate_fn`: `StoreViews` gives whole batches already."""
+    return batch
+
+
+def _torch_dtype(store: TokenStore) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, store.code_dtype)).dtype

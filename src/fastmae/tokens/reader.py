@@ -5,6 +5,7 @@ one pair of offsets, in patches, cuts both; nothing here can take them apart.
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,17 +21,26 @@ import torch
 from safetensors.numpy import load_file
 
 from fastmae.errors import InputError, first_line
-from fastmae.images.middle import decode_middle_jpeg
+from fastmae.images import jpeg
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
+from fastmae.tokens.codec import Codec, code_layout, load_codec
+from fastmae.tokens.files import LocalFiles, StoreFiles, is_url, open_files
 from fastmae.tokens.format import (
+    CODEBOOKS_FILE,
     INDEX_FILE,
     INDEX_SCHEMA,
+    MANIFEST_FILE,
     SCALES_FILE,
     STATISTICS_FILE,
-    ShardHeader,
+    STORE_FILE,
     read_store_info,
-    shard_path,
+    shard_name,
 )
+from fastmae.tokens.manifest import Manifest, check_description
+from fastmae.tokens.shard import DamagedError, MappedShard
+
+MAPPED_SHARDS = 4096
+"""Most shards that a process keeps mapped; the system allows some 65,000 maps."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class View:
 
     Attributes:
         pixels: uint8 [3, P s, P s] for s patches of P pixels a side.
-        tokens: [s, s, C] in the store's dtype: the teacher's features of the same patches.
+        tokens: float32 [s, s, C]: the teacher's features of the same patches.
     """
 
     pixels: torch.Tensor
@@ -50,34 +60,51 @@ class TokenStore:
     """A finished token store, opened for reading.
 
     Images are numbered 0 to `len(store) - 1`: the decoded ones, in the order of the list. Shards are mapped at first use,
-    in each process for itself, so a store can be handed to any number of loader workers.
+    in each process for itself, so a store can be handed to any number of loader workers. Whatever is read was checked: the
+    small files on opening, a shard's header when it is mapped, an image's record when a process first touches it.
 
     Args:
-        folder: what `fastmae tokenize` wrote.
+        folder: what `fastmae tokenize` wrote; or where its files are, if they are not on this machine.
+
+    Attributes:
+        most_mapped: shards that a process keeps mapped.
 
     Raises:
-        InputError: not a store, one that is not finished, or one whose parts disagree.
+        InputError: not a store, one that is not finished, or one whose parts disagree or are damaged.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path | StoreFiles):
+        self.files: StoreFiles = LocalFiles(Path(folder)) if isinstance(folder, str | Path) else folder
+        description = self.files.path(STORE_FILE)
+        self.folder = description.parent
         self.info = read_store_info(self.folder)
-        index = self.folder / INDEX_FILE
-        if not index.is_file():
-            raise InputError(f"{self.folder}: the store is not finished; run the same `fastmae tokenize` again to continue it")
-        places = _read_index(index, ["shard", "row"])
+        self.manifest = Manifest.read(self.files.path(MANIFEST_FILE))
+        check_description(self.manifest, self.info, self.folder)
+        self.files.pin(self.manifest.digest, self.manifest.sizes())
+        if len(self.manifest.shards) != self.info.shards:
+            raise InputError(f"{self.folder / MANIFEST_FILE}: lists {len(self.manifest.shards)} shards, store.json {self.info.shards}")
+        places = _read_index(self._checked(INDEX_FILE), ["shard", "row"])
         decoded = places["row"] >= 0
         self._shard_of, self._row_of = places["shard"][decoded], places["row"][decoded]
         if len(decoded) != self.info.images or not len(self):
-            raise InputError(f"{index}: lists {len(decoded)} images, store.json {self.info.images}; bring back the file that belongs here")
+            listed = f"lists {len(decoded)} images, store.json {self.info.images}"
+            raise InputError(f"{self.folder / INDEX_FILE}: {listed}; bring back the file that belongs here")
         self.skipped = int((~decoded).sum())
-        self._shards: dict[int, _MappedShard] = {}
+        self._shards: OrderedDict[int, MappedShard] = OrderedDict()
+        self._checked_records: dict[int, np.ndarray] = {}
+        self.most_mapped = MAPPED_SHARDS
 
     def __len__(self) -> int:
         return len(self._row_of)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}  # maps don't travel between processes; each opens its own
+        # Maps don't travel between processes: each opens its own, and checks for itself.
+        return {**self.__dict__, "_shards": OrderedDict(), "_checked_records": {}}
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Images of each shard, int64 [shards]."""
+        return np.bincount(self._shard_of, minlength=self.info.shards)
 
     @property
     def grid(self) -> int:
@@ -103,16 +130,32 @@ class TokenStore:
         """
         return View(self.view_pixels(index, row, col, size), self.view_tokens(index, row, col, size))
 
-    def view_pixels(self, index: int, row: int, col: int, size: int) -> torch.Tensor:
-        """The pixels of `view` alone."""
-        shard, place = self._find(index)
-        if shard.pixels is None:
-            return self.cut(self.pixels(index), row, col, size)
-        rows, cols = self._pixel_slices(row, col, size)
-        return torch.from_numpy(shard.pixels[place, :, rows, cols])
+    def view_pixels(self, index: int, row: int, col: int, size: int, flipped: bool = False) -> torch.Tensor:
+        """The pixels of `view` alone; mirrored from left to right, when `flipped`."""
+        side = self.info.patch_size * size
+        pixels = torch.empty(self.info.channels, side, side, dtype=torch.uint8)
+        self.read_pixels(index, row, col, size, flipped, pixels)
+        return pixels
 
     def view_tokens(self, index: int, row: int, col: int, size: int, flipped: bool = False) -> torch.Tensor:
-        """The tokens of `view` alone; of the view mirrored from left to right, when `flipped`.
+        """The tokens of `view` alone, decoded; of the view mirrored from left to right, when `flipped`."""
+        codes = np.empty((size, size, self.code_dim), self.code_dtype)
+        self.read_codes(index, row, col, size, flipped, codes)
+        return self.codec.decode(torch.from_numpy(codes))
+
+    def read_pixels(self, index: int, row: int, col: int, size: int, flipped: bool, out: torch.Tensor) -> None:
+        """Write the pixels of a view into uint8 [K, P s, P s]."""
+        rows, cols = self._pixel_slices(row, col, size)
+        shard, place = self._find(index)
+        if shard.pixels is None:
+            info = self.info
+            view = jpeg.decode_part(shard.jpeg(place), rows.start, cols.start, len(out[0]), info.middle_size, info.channels)
+        else:
+            view = torch.from_numpy(shard.raw_pixels(place)[:, rows, cols])
+        out.copy_(view.flip(-1) if flipped else view)
+
+    def read_codes(self, index: int, row: int, col: int, size: int, flipped: bool, out: np.ndarray) -> None:
+        """Write the tokens of a view, as the codec has them, into [s, s, C'] of the codec's dtype.
 
         A store with `flips` 'stored' looks up what the teacher gave for the mirrored image; another mirrors the grid, which
         takes the teacher as flip-equivariant.
@@ -121,22 +164,22 @@ class TokenStore:
         shard, place = self._find(index)
         if flipped and shard.flipped_tokens is not None:
             first = self.grid - col - size
-            return torch.from_numpy(shard.flipped_tokens[place, row : row + size, first : first + size])
-        tokens = torch.from_numpy(shard.tokens[place, row : row + size, col : col + size])
-        return tokens.flip(1) if flipped else tokens
-
-    def cut(self, middle: torch.Tensor, row: int, col: int, size: int) -> torch.Tensor:
-        """The pixels of `view`, out of the whole middle image uint8 [3, S, S]."""
-        rows, cols = self._pixel_slices(row, col, size)
-        return middle[:, rows, cols]
+            out[...] = shard.codes(place, flipped=True)[row : row + size, first : first + size]
+            return
+        codes = shard.codes(place)[row : row + size, col : col + size]
+        out[...] = codes[:, ::-1] if flipped else codes
 
     def pixels(self, index: int) -> torch.Tensor:
         """The whole middle image: uint8 [K, S, S] of K channels."""
         shard, place = self._find(index)
         if shard.pixels is not None:
-            return torch.from_numpy(shard.pixels[place])
-        start, end = shard.jpeg_offsets[place : place + 2]
-        return decode_middle_jpeg(torch.from_numpy(shard.jpeg[int(start) : int(end)]), self.info.channels)
+            return torch.from_numpy(shard.raw_pixels(place).copy())
+        return jpeg.decode(shard.jpeg(place), self.info.channels)
+
+    def key(self, index: int) -> str:
+        """An image's key, for messages."""
+        table = self.table().select(["path", "row"])
+        return table["path"].filter(pa.compute.greater_equal(table["row"], 0))[index].as_py()
 
     def holds_the_images_of(self, other: "TokenStore") -> bool:
         """Whether image i is the same one in both, given that both were made from one list."""
@@ -146,18 +189,28 @@ class TokenStore:
 
     def table(self) -> pa.Table:
         """The whole index: a row an image of the list, skipped ones too, with the columns of `INDEX_SCHEMA`."""
-        return pq.read_table(self.folder / INDEX_FILE)
+        return pq.read_table(self._checked(INDEX_FILE))
 
     @cached_property
     def statistics(self) -> dict[str, torch.Tensor]:
         """Over the store: `mean` and `std` of each token channel, float32 [C]; `pixel_mean` and `pixel_std`, float32 [K]."""
-        path = self.folder / STATISTICS_FILE
-        if not path.is_file():
-            raise InputError(f"{path}: missing; run the same `fastmae tokenize` again to bring it back")
-        try:
-            return {name: torch.from_numpy(value) for name, value in load_file(path).items()}
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{path}: damaged ({error}); delete it and run the same `fastmae tokenize` again") from error
+        return {name: torch.from_numpy(value) for name, value in _load_tensors(self._checked(STATISTICS_FILE)).items()}
+
+    @cached_property
+    def codec(self) -> Codec:
+        """What turns stored tokens back into float32, on any device."""
+        tensors = _load_tensors(self._checked(CODEBOOKS_FILE)) if CODEBOOKS_FILE in self.manifest.files else {}
+        return load_codec(self.info.codec, self.token_dim, tensors)
+
+    @cached_property
+    def code_dim(self) -> int:
+        """Numbers that a token takes on the disk, C'."""
+        return code_layout(self.info.codec, self.token_dim)[0]
+
+    @cached_property
+    def code_dtype(self) -> np.dtype:
+        """Of those numbers."""
+        return np.dtype(code_layout(self.info.codec, self.token_dim)[1])
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -176,54 +229,61 @@ class TokenStore:
         patch = self.info.patch_size
         return slice(patch * row, patch * (row + size)), slice(patch * col, patch * (col + size))
 
-    def _find(self, index: int) -> "tuple[_MappedShard, int]":
+    def _checked(self, name: str) -> Path:
+        """A small file, on this machine, as it was written."""
+        file = self.files.path(name)
+        self.manifest.check(name, file)
+        return file
+
+    def _find(self, index: int) -> tuple[MappedShard, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a store of {len(self)}")
-        number = int(self._shard_of[index])
+        number, row = int(self._shard_of[index]), int(self._row_of[index])
         if number not in self._shards:
-            self._shards[number] = _MappedShard(self.folder, number)
-        return self._shards[number], int(self._row_of[index])
+            self._shards[number] = self._open(number)
+            if len(self._shards) > self.most_mapped:
+                self._shards.popitem(last=False)
+        return self._shards[number], row
+
+    def _open(self, number: int) -> MappedShard:
+        shard = MappedShard(self.files.path(shard_name(number)), *self.manifest.shards[number], self._checked_records.get(number))
+        self._checked_records[number] = shard.checked
+        shape = (self.grid, self.grid, self.code_dim)
+        if shard.tokens.shape[1:] != shape or shard.tokens.dtype != self.code_dtype:
+            raise DamagedError(f"{shard.file}: holds tokens of {list(shard.tokens.shape[1:])}, not {list(shape)} as store.json says")
+        return shard
 
 
-class _MappedShard:
-    """One shard's file, mapped by safetensors; only what is sliced is ever read."""
+def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0) -> list[TokenStore]:
+    """The stores of a folder or URL, one a middle size, smallest first; a store of one size gives itself.
 
-    def __init__(self, store: Path, number: int):
-        path = shard_path(store, number)
-        try:
-            self.file = safetensors.safe_open(path, framework="numpy")
-            held = ShardHeader.from_metadata(self.file.metadata(), path).shard
-            self.tokens = self.file.get_slice("tokens")
-            names = list(self.file.keys())
-            self.flipped_tokens: Any = self.file.get_slice("flipped_tokens") if "flipped_tokens" in names else None
-            raw = "pixels" in names
-            self.pixels: Any = self.file.get_slice("pixels") if raw else None
-            self.jpeg: Any = None if raw else self.file.get_slice("jpeg")
-            self.jpeg_offsets = np.zeros(0) if raw else self.file.get_tensor("jpeg_offsets")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{path}: missing or damaged ({error}); delete it and run the same `fastmae tokenize` again") from error
-        if held != number:
-            raise InputError(f"{path}: holds shard {held}; it was renamed, put it back in its place")
-
-
-def open_scales(folder: Path) -> list[TokenStore]:
-    """The stores of a folder, one a middle size, smallest first; a store of one size gives itself.
+    Args:
+        location: of the store.
+        cache: folder on this machine for what is read from a URL.
+        limit_bytes: that it may take.
 
     Raises:
         InputError: as `TokenStore`, or sizes that do not belong together.
     """
-    file = folder / SCALES_FILE
-    if not file.exists():
-        return [TokenStore(folder)]
+    whole = open_files(location, cache, limit_bytes)
+    if not whole.exists(SCALES_FILE):
+        return [TokenStore(whole)]
+    file = whole.path(SCALES_FILE)
     try:
         sizes = sorted(int(size) for size in json.loads(file.read_text(encoding="utf-8"))["sizes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: can't be read ({first_line(error)}); run the same `fastmae tokenize` again") from error
-    stores = [TokenStore(folder / str(size)) for size in sizes]
+    stores = [TokenStore(open_files(_below(location, size), cache, limit_bytes)) for size in sizes]
     for store in stores[1:]:
         if not stores[0].holds_the_images_of(store):
             raise InputError(f"{store.folder}: holds other images than {stores[0].folder}; run the same `fastmae tokenize` again")
+        if store.manifest.files.get(CODEBOOKS_FILE) != stores[0].manifest.files.get(CODEBOOKS_FILE):
+            raise InputError(f"{store.folder}: has other codebooks than {stores[0].folder}; run the same `fastmae tokenize` again")
     return stores
+
+
+def _below(location: str | Path, size: int) -> str | Path:
+    return f"{str(location).rstrip('/')}/{size}" if is_url(str(location)) else Path(location) / str(size)
 
 
 def pooled_statistics(stores: Sequence[TokenStore]) -> dict[str, torch.Tensor]:
@@ -232,6 +292,13 @@ def pooled_statistics(stores: Sequence[TokenStore]) -> dict[str, torch.Tensor]:
     means, stds = (torch.stack([store.statistics[name] for store in stores]) for name in ("mean", "std"))
     mean = (weights * means).sum(0)
     return {"mean": mean, "std": ((weights * (stds.square() + means.square())).sum(0) - mean.square()).clamp(min=0).sqrt()}
+
+
+def _load_tensors(file: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{file}: damaged ({first_line(error)}); `fastmae verify STORE --repair` brings it back") from error
 
 
 def _read_index(path: Path, columns: list[str]) -> dict[str, np.ndarray]:

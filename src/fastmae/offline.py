@@ -1,0 +1,253 @@
+"""The offline stage (Sec. 3.2.4, Fig. 3a): images -> middle images (in worker processes) -> teacher (here) -> shards (a thread).
+
+The three overlap, and nothing grows with the number of images.
+"""
+
+import errno
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastmae.errors import InputError
+from fastmae.images.decode import UndecodableError
+from fastmae.images.entries import key_of
+from fastmae.images.listing import ImageList
+from fastmae.images.middle import MiddleImage, make_middle_image
+from fastmae.images.sources import Source
+from fastmae.loading import guarded, heed_only_the_parent, worker_count
+from fastmae.progress import Progress
+from fastmae.teachers import Teacher
+from fastmae.tokens.codec import Codec
+from fastmae.tokens.format import ImageRecord, StoreInfo, list_name
+from fastmae.tokens.writer import StoreWriter
+
+SAMPLE_TOKENS = 1 << 16
+"""From which a codec learns, at most: 256 for each of a table's 256 rows, beyond which k-means gains nothing."""
+
+NOT_A_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""What the system answers to a line of a list that names no file."""
+
+Places = tuple[int, range]
+"""Images to read together: a part of the store, and places in its list."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that could not be decoded, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images are loaded and fed.
+
+    Attributes:
+        batch_size: images a teacher forward.
+        workers: decoding processes, as `--workers`.
+        strict: stop at the first image that can't be decoded.
+    """
+
+    batch_size: int
+    workers: int
+    strict: bool = False
+
+
+class StoreImages(Dataset[list[tuple[str, "MiddleImage | Skipped"]]]):
+    """The images of a store's lists: places -> (key, middle image or why there is none), read in worker processes.
+
+    Args:
+        info: of the store.
+        lists: of each part.
+        sources: of each part.
+    """
+
+    def __init__(self, info: StoreInfo, lists: Sequence[ImageList], sources: Sequence[Source]):
+        self.info, self.lists, self.sources = info, lists, sources
+
+    @classmethod
+    def of_store(cls, folder: Path, info: StoreInfo, sources: Sequence[Source]) -> "StoreImages":
+        """Those of a store that is being built, or repaired."""
+        return cls(info, [ImageList(folder / list_name(part)) for part in range(len(info.parts))], sources)
+
+    def __getitem__(self, places: Places) -> list[tuple[str, "MiddleImage | Skipped"]]:
+        part, chosen = places
+        if chosen.step == 1:
+            entries = self.lists[part].slice(chosen.start, chosen.stop)
+        else:
+            entries = [entry for place in chosen for entry in self.lists[part].slice(place, place + 1)]
+        return [(key_of(entry), self._middle_image(self.sources[part], entry)) for entry in entries]
+
+    def _middle_image(self, source: Source, entry: bytes) -> "MiddleImage | Skipped":
+        info = self.info
+        quality = info.jpeg_quality if info.pixels == "jpeg" else None
+        try:
+            with source.open(entry) as file:
+                return make_middle_image(file, key_of(entry), info.middle_size, info.resize, quality, info.channels)
+        except UndecodableError as error:
+            return Skipped(str(error))
+        except PermissionError as error:
+            return Skipped(f"can't be read: {error.strerror}")
+        except FileNotFoundError:
+            if source.kind == "folder" and not (source.path / key_of(entry)).is_symlink():
+                raise
+            return Skipped("no such file" if source.kind == "list" else "a link to a file that is not there")
+        except OSError as error:
+            if error.errno in NOT_A_FILE:
+                return Skipped(f"can't be read: {error.strerror}")
+            raise
+        # Any other OSError (a failing disk, a lost mount) stops the command: it says nothing about the image.
+
+    def batches_of(self, shard: int, batch_size: int) -> Iterator[Places]:
+        """A shard's images, `batch_size` at a time. Batches never cross a shard, so its bytes don't depend on where a call began."""
+        part, places = self.info.part_of(shard)
+        for start in range(0, len(places), batch_size):
+            yield part, places[start : start + batch_size]
+
+    def spread(self, count: int, batch_size: int) -> list[Places]:
+        """About `count` images from all over the first part's list, `batch_size` at a time."""
+        images = self.info.parts[0].images
+        places = range(0, images, max(1, images // count))
+        return [(0, places[start : start + batch_size]) for start in range(0, len(places), batch_size)]
+
+    def load(self, batches: Iterable[Places], workers: int) -> Iterator[list[tuple[str, "MiddleImage | Skipped"]]]:
+        """Batches in their order, decoded ahead in worker processes."""
+        loader = DataLoader(
+            self, batch_size=None, sampler=batches, num_workers=workers, collate_fn=_as_it_is,
+            prefetch_factor=2 if workers else None, worker_init_fn=heed_only_the_parent,
+        )  # fmt: skip
+        return guarded(loader)
+
+
+@dataclass
+class Part:
+    """A batch after the teacher: tokens float32 [n, grid, grid, C] (and the mirrored images') and stored pixels of the n decoded;
+    sums and sums of squares float64 [2, K] of their pixels; records of all."""
+
+    tokens: torch.Tensor
+    flipped_tokens: torch.Tensor | None
+    pixels: list[torch.Tensor]
+    pixel_sums: torch.Tensor
+    records: list[tuple[str, "MiddleImage | Skipped"]]
+
+    def to_host(self) -> "Part":
+        """Wait for the teacher and bring its tokens over."""
+        self.tokens = self.tokens.cpu()
+        self.flipped_tokens = None if self.flipped_tokens is None else self.flipped_tokens.cpu()
+        return self
+
+
+def fill(
+    writer: StoreWriter, codec: Codec, shards: Iterable[int], images: StoreImages, teacher: Teacher, loading: Loading, progress: Progress
+) -> None:
+    """Make shards."""
+    shards = list(shards)
+
+    def batches() -> Iterator[tuple[int, Places]]:
+        return ((shard, places) for shard in shards for places in images.batches_of(shard, loading.batch_size))
+
+    loaded = images.load((places for _, places in batches()), min(worker_count(loading.workers), sum(1 for _ in batches())))
+    started = ((shard, run_teacher(teacher, batch, images, loading)) for (shard, _), batch in zip(batches(), loaded, strict=True))
+    with ThreadPoolExecutor(1) as disk:
+        writing: Future[None] | None = None
+        shard_parts: list[Part] = []
+        for shard, part in _one_behind(started):
+            shard_parts.append(part.to_host())
+            progress.advance(len(part.records))
+            if sum(len(part.records) for part in shard_parts) == len(writer.info.part_of(shard)[1]):
+                if writing is not None:
+                    writing.result()
+                writing = disk.submit(_write, writer, codec, shard, shard_parts)
+                shard_parts = []
+        if writing is not None:
+            writing.result()
+
+
+def run_teacher(teacher: Teacher, batch: list[tuple[str, "MiddleImage | Skipped"]], images: StoreImages, loading: Loading) -> Part:
+    """Start the teacher on a batch; on a GPU the tokens are still being computed when this returns.
+
+    Raises:
+        InputError: an image that can't be decoded, when that is not to be skipped.
+    """
+    for key, image in batch:
+        if loading.strict and isinstance(image, Skipped):
+            where = images.sources[0]
+            named = where.path / key if where.kind == "folder" else f"{where.path}: {key}"
+            raise InputError(f"{named}: {image.reason}; repair or remove it, or leave out --strict to skip it")
+    decoded = [image for _, image in batch if isinstance(image, MiddleImage)]
+    empty = torch.zeros(0, teacher.grid, teacher.grid, teacher.token_dim)
+    tokens, flipped = empty, empty if images.info.flips == "stored" else None
+    sums = torch.zeros(2, images.info.channels, dtype=torch.float64)
+    if decoded:
+        device = teacher.mean.device
+        pixels = torch.stack([image.pixels for image in decoded])
+        values = pixels.transpose(0, 1).flatten(1).double() / 255
+        sums = torch.stack([values.sum(1), values.square().sum(1)])
+        if device.type == "cuda":
+            pixels = pixels.pin_memory()
+        pixels = pixels.to(device, non_blocking=True)
+        tokens = teacher(pixels)
+        if flipped is not None:
+            flipped = teacher(pixels.flip(-1))
+    kept = [image.pixels if image.jpeg is None else image.jpeg for image in decoded]
+    return Part(tokens, flipped, kept, sums, batch)
+
+
+def sample_tokens(images: StoreImages, teacher: Teacher, loading: Loading, count: int, seed: int, progress: Progress) -> torch.Tensor:
+    """Tokens of images from all over the list, float32 [m, C], for a codec to learn from: the same for the same list and seed.
+
+    Raises:
+        InputError: none of them could be decoded.
+    """
+    batches = images.spread(count, loading.batch_size)
+    per_image = -(-SAMPLE_TOKENS // sum(len(places) for _, places in batches))
+    random = torch.Generator().manual_seed(seed)
+    found = []
+    for batch in images.load(batches, min(worker_count(loading.workers), len(batches))):
+        for grid in run_teacher(teacher, batch, images, loading).to_host().tokens:
+            flat = grid.flatten(0, 1)
+            found.append(flat[torch.randperm(len(flat), generator=random)[:per_image]])
+        progress.advance(len(batch))
+    if not found:
+        raise InputError(f"{images.sources[0].path}: none of the {count} images tried could be decoded")
+    return torch.cat(found)
+
+
+def _write(writer: StoreWriter, codec: Codec, shard: int, parts: list[Part]) -> None:
+    records: list[ImageRecord] = []
+    row = 0
+    for key, image in (record for part in parts for record in part.records):
+        if isinstance(image, Skipped):
+            records.append(ImageRecord(key, -1, 0, 0, image.reason))
+        else:
+            records.append(ImageRecord(key, row, image.width, image.height, "ok"))
+            row += 1
+    flipped = [part.flipped_tokens for part in parts if part.flipped_tokens is not None]
+    writer.write_shard(
+        shard,
+        codec,
+        torch.cat([part.tokens for part in parts]),
+        [pixels for part in parts for pixels in part.pixels],
+        torch.stack([part.pixel_sums for part in parts]).sum(0),
+        records,
+        torch.cat(flipped) if flipped else None,
+    )
+
+
+def _one_behind(parts: Iterator[tuple[int, Part]]) -> Iterator[tuple[int, Part]]:
+    """Each item once the next one was started: a GPU has its next batch before the last one's tokens are waited for."""
+    before: tuple[int, Part] | None = None
+    for item in parts:
+        if before is not None:
+            yield before
+        before = item
+    if before is not None:
+        yield before
+
+
+def _as_it_is(batch: list[tuple[str, "MiddleImage | Skipped"]]) -> list[tuple[str, "MiddleImage | Skipped"]]:
+    return batch

@@ -1,0 +1,179 @@
+"""What a store is made of and how it grows: other sources, later images, codecs, a disk that is too small."""
+
+import json
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmae import TokenStore
+from fastmae.cli import run
+
+TEACHER = ["--teacher", "timm/vit_tiny_patch16_224"]
+SMALL = ["--middle-size", "96", "--shard-size", "8", "--workers", "0", "--codec", "fp32", "--pixels", "raw"]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def tokenize(vit_weights, capsys):
+    def call(images, store, *more):
+        code = run(["tokenize", str(images), str(store), *TEACHER, "--teacher-weights", str(vit_weights), *SMALL, *more, "--json"])
+        out, err = capsys.readouterr()
+        return code, json.loads(out.splitlines()[-1]) if out else {}, err
+
+    return call
+
+
+def keys_and_tokens(store):
+    store = TokenStore(store)
+    keys = [row["path"] for row in store.table().to_pylist() if row["row"] >= 0]
+    return {key: store.view(index, 0, 0, store.grid).tokens for index, key in enumerate(keys)}
+
+
+def test_a_list_and_tar_shards_hold_what_the_folder_holds(photos, vit_store, tokenize, tmp_path):
+    folder = photos / "train"
+    paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    (tmp_path / "list.csv").write_text("label,path\n" + "".join(f"x,{folder / path}\n" for path in reversed(paths)))
+    (tmp_path / "tars").mkdir()
+    for number, part in enumerate((paths[1::2], paths[::2])):
+        with tarfile.open(tmp_path / "tars" / f"{number}.tar", "w") as tar:
+            for path in part:
+                tar.add(folder / path, path)
+    assert tokenize(tmp_path / "list.csv", tmp_path / "l.tokens")[0] == 0
+    assert tokenize(tmp_path / "tars", tmp_path / "t.tokens")[0] == 0
+    from_folder = keys_and_tokens(vit_store)
+    from_list = {str(Path(key).relative_to(folder)): tokens for key, tokens in keys_and_tokens(tmp_path / "l.tokens").items()}
+    from_tars = {key.split(".tar/", 1)[1]: tokens for key, tokens in keys_and_tokens(tmp_path / "t.tokens").items()}
+    assert from_folder.keys() == from_list.keys() == from_tars.keys()
+    for key, tokens in from_folder.items():  # other images share their batches, so sums are rounded otherwise
+        torch.testing.assert_close(from_list[key], tokens, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(from_tars[key], tokens, atol=1e-4, rtol=1e-4)
+
+
+def test_add_brings_in_what_is_new_and_leaves_the_rest_as_it_was(photos, vit_store, tokenize, tmp_path):
+    images, store = tmp_path / "images", tmp_path / "s.tokens"
+    shutil.copytree(photos / "train", images)
+    assert tokenize(images, store)[0] == 0
+    assert {name: data for name, data in contents(store).items() if "shards" in name} == {
+        name: data for name, data in contents(vit_store).items() if "shards" in name
+    }
+    first = contents(store)
+    assert tokenize(images, store, "--add")[1]["images"] == 30  # nothing new
+    assert contents(store) == first
+    shutil.copytree(photos / "val" / "china", images / "aaa")
+    (images / "aaa" / "broken.jpg").write_bytes(b"no")
+    code, _, err = tokenize(images, store)
+    assert code == 2
+    assert "images: " in err
+    code, summary, _ = tokenize(images, store, "--add")
+    assert (code, summary["images"], summary["skipped"]) == (0, 35, 1)
+    assert all(contents(store)[name] == data for name, data in first.items() if "shards" in name)
+    assert set(keys_and_tokens(store)) == {str(p.relative_to(images)) for p in images.rglob("*.*") if "broken" not in p.name}
+    code, summary, _ = tokenize(photos / "val", store, "--add")  # from another folder; the same keys are the same images
+    assert (code, summary["images"]) == (0, 45)
+    finished = contents(store)
+    for shard in (2, 4, 6):  # of each part
+        (store / "shards" / f"{shard:05d}.safetensors").unlink()
+    assert run(["verify", str(store), "--repair", "--workers", "0"]) == 0
+    assert contents(store) == finished
+    (store / "lists" / "1.list").unlink()
+    assert run(["verify", str(store), "--repair", "--workers", "0"]) == 0
+    assert contents(store) == finished
+
+
+def test_an_add_that_was_interrupted_goes_on(photos, tokenize, tmp_path):
+    images, store = tmp_path / "images", tmp_path / "s.tokens"
+    shutil.copytree(photos / "train", images)
+    assert tokenize(images, store)[0] == 0
+    shutil.copytree(photos / "val", images / "more")
+    assert tokenize(images, store, "--add")[0] == 0
+    finished = contents(store)
+    for name in ("manifest.json", "index.parquet", "shards/00005.safetensors"):  # as a kill leaves them
+        (store / name).unlink()
+    assert tokenize(images, store, "--add")[0] == 0
+    assert contents(store) == finished
+    (store / "shards/00000.safetensors").unlink()
+    (store / "manifest.json").unlink()
+    assert tokenize(images, store)[0] == 0  # also without --add
+    assert contents(store) == finished
+
+
+def test_adding_to_nothing_is_one_line(photos, tokenize, tmp_path):
+    code, _, err = tokenize(photos / "train", tmp_path / "s", "--add")
+    assert code == 2
+    assert "no finished store to add to" in err
+
+
+def test_a_dry_run_says_size_and_time_and_writes_nothing(photos, vit_store, tokenize, tmp_path):
+    code, said, err = tokenize(photos / "train", tmp_path / "s", "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "s").exists()
+    real = sum(len(data) for data in contents(vit_store).values())
+    assert said["bytes"] == pytest.approx(real, rel=0.1)
+    assert said["images"] == 30
+    assert said["seconds"] > 0
+    assert "nothing was written" in err
+    smaller = tokenize(photos / "train", tmp_path / "s", "--dry-run", "--codec", "pq16", "--pixels", "jpeg")[1]
+    assert smaller["bytes_per_image"] < said["bytes_per_image"] / 4
+
+
+@pytest.mark.parametrize("codec", ["int8", "pq16"])
+def test_processes_that_share_a_store_share_its_codebooks(codec, photos, tokenize, tmp_path):
+    assert tokenize(photos / "train", tmp_path / "one", "--codec", codec)[0] == 0
+    for rank in (1, 0):
+        assert tokenize(photos / "train", tmp_path / "two", "--codec", codec, "--rank", str(rank), "--world-size", "2")[0] == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_sizes_of_a_store_share_their_codebooks(photos, tokenize, tiny_student, tmp_path):
+    store = tmp_path / "s"
+    assert tokenize(photos / "train", store, "--codec", "pq16", "--middle-size", "64,96")[0] == 0
+    books = [(store / size / "codebooks.safetensors").read_bytes() for size in ("64", "96")]
+    assert books[0] == books[1]
+    assert run(["verify", str(store)]) == 0
+    assert run(["pretrain", str(store), str(tmp_path / "run"), *tiny_student, "--epochs", "1", "--workers", "0"]) == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=False).returncode:
+        pytest.skip("may not mount a file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_start(photos, tokenize, small_disk):
+    code, _, err = tokenize(photos / "train", small_disk / "s")
+    assert code == 2
+    assert "30 images take about 0.00166 GB, and 0.001" in err
+    assert "--codec pq48 takes" in err
+    assert not list((small_disk / "s" / "shards").iterdir())
+
+
+def test_a_store_on_a_full_disk_is_finished_on_another(photos, vit_store, tokenize, small_disk, tmp_path):
+    store = small_disk / "s"
+    for shard in (0, 1):
+        target = store / "shards" / f"{shard:05d}.safetensors"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(vit_store / "shards" / target.name, target)
+    for name in ("store.json", "lists/0.list"):
+        (store / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(vit_store / name, store / name)
+    code, _, err = tokenize(photos / "train", store)
+    assert code == 2
+    assert "free" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not list(store.rglob("*.part"))
+    shutil.copytree(store, tmp_path / "s")
+    assert tokenize(photos / "train", tmp_path / "s")[0] == 0
+    assert contents(tmp_path / "s") == contents(vit_store)

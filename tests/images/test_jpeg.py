@@ -1,0 +1,46 @@
+"""A part of a stored picture, decoded alone, is what the whole has there."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from fastmae.images import jpeg
+
+
+def picture(size, channels):
+    image = Image.fromarray(load_sample_image("china.jpg")).resize((size, size))
+    return torch.from_numpy(np.atleast_3d(np.array(image.convert("RGB" if channels == 3 else "L")))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [96, 72, 101, 352])
+def test_every_part_is_bit_for_bit_what_the_whole_has_there(size, channels):
+    random = np.random.default_rng(size)
+    for quality in (50, 90, 100):
+        data = jpeg.encode(picture(size, channels), quality).numpy()
+        whole = jpeg.decode(data, channels)
+        assert whole.shape == (channels, size, size)
+        for _ in range(25):
+            side = int(random.integers(1, size + 1))
+            top, left = (int(place) for place in random.integers(0, size - side + 1, 2))
+            part = jpeg.decode_part(data, top, left, side, size, channels)
+            assert torch.equal(part, whole[:, top : top + side, left : left + side])
+
+
+def test_the_whole_is_a_jpeg_that_anybody_reads():
+    data = jpeg.encode(picture(96, 3), 90).numpy()
+    image = Image.open(io.BytesIO(data.tobytes()))
+    assert (image.format, image.size, image.mode) == ("JPEG", (96, 96), "RGB")
+    difference = np.asarray(image).astype(int) - jpeg.decode(data, 3).permute(1, 2, 0).numpy()
+    assert np.abs(difference).mean() < 2  # Pillow smooths the colours where this repeats them
+
+
+def test_markers_between_blocks_cost_little():
+    pixels = picture(352, 3)
+    plain = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(plain, "JPEG", quality=90, subsampling="4:2:0", optimize=True)
+    assert len(jpeg.encode(pixels, 90)) < 1.06 * len(plain.getvalue())

@@ -1,0 +1,196 @@
+import io
+import os
+import pickle
+import tarfile
+
+import pytest
+
+from fastmae.errors import InputError
+from fastmae.images import tar_shards
+from fastmae.images.entries import key_of
+from fastmae.images.listing import write_list
+from fastmae.images.sources import open_source
+
+
+def pack(path, members, layout=tarfile.PAX_FORMAT):
+    """A tar of name -> content; a content of None is a folder."""
+    with tarfile.open(path, "w", format=layout, errors="surrogateescape") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            if content is None:
+                member.type = tarfile.DIRTYPE
+            else:
+                member.size = len(content)
+            tar.addfile(member, io.BytesIO(content or b""))
+    return path
+
+
+def contents(source):
+    found = {}
+    for entry in source.entries():
+        with source.open(entry) as file:
+            found[key_of(entry)] = file.read()
+    return found
+
+
+MEMBERS = {"a": None, "a/1.jpg": b"one", "a/1.cls": b"7", "a/1.json": b"{}", "2.PNG": b"two" * 1000, "3.npy": b"", "README": b"no"}
+IMAGES = {"a/1.jpg": b"one", "2.PNG": b"two" * 1000, "3.npy": b""}
+
+
+@pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_one_tar_or_a_folder_of_tars_gives_the_bytes_of_each_image(layout, tmp_path):
+    for name in ("00.tar", "01.TAR"):
+        pack(tmp_path / name, MEMBERS, layout)
+    (tmp_path / "notes.txt").write_bytes(b"x")
+    (tmp_path / "._00.tar").write_bytes(b"what macOS leaves")
+    (tmp_path / "below.tar").mkdir()
+    source = open_source(tmp_path)
+    assert (source.kind, source.path) == ("tar", tmp_path)
+    assert contents(source) == {f"{tar}/{name}": content for tar in ("00.tar", "01.TAR") for name, content in IMAGES.items()}
+    one = open_source(tmp_path / "00.tar")
+    assert (one.kind, one.path) == ("tar", tmp_path / "00.tar")
+    assert contents(one) == {f"00.tar/{name}": content for name, content in IMAGES.items()}
+
+
+def test_keys_do_not_depend_on_the_order_of_tars_and_members(tmp_path):
+    for folder, members in (("one", IMAGES), ("other", dict(reversed(IMAGES.items())))):
+        (tmp_path / folder).mkdir()
+        pack(tmp_path / folder / "x.tar", members)
+    digests = {write_list(open_source(tmp_path / folder).entries(), tmp_path / "list").sha256 for folder in ("one", "other")}
+    assert len(digests) == 1
+
+
+def test_hostile_names_are_keys_and_touch_nothing_on_the_disk(tmp_path):
+    hostile = {
+        "../../out.jpg": b"1",
+        "/etc/passwd.jpg": b"2",
+        "./a.jpg": b"3",
+        "..\\b.jpg": b"4",
+        "x" * 300 + ".jpg": b"5",
+        "n\ne\tw.jpg": b"6",
+    }
+    pack(tmp_path / "x.tar", hostile)
+    before = sorted(tmp_path.rglob("*"))
+    assert contents(open_source(tmp_path)) == {f"x.tar/{name}": content for name, content in hostile.items()}
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_names_that_are_no_utf8_keep_their_bytes(tmp_path):
+    for layout in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        pack(tmp_path / "x.tar", {"caf\udce9.jpg": b"latin", "名.jpg": b"utf8"}, layout)
+        entries = list(open_source(tmp_path).entries())
+        assert [entry.partition(b"\x01")[0] for entry in entries] == [b"x.tar/caf\xe9.jpg", "x.tar/名.jpg".encode()]
+
+
+def test_only_regular_members_count(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("real.jpg"), io.BytesIO())
+        for name, kind in {
+            "link.jpg": tarfile.SYMTYPE,
+            "hard.jpg": tarfile.LNKTYPE,
+            "pipe.jpg": tarfile.FIFOTYPE,
+            "disk.jpg": tarfile.BLKTYPE,
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    assert list(contents(open_source(tmp_path))) == ["x.tar/real.jpg"]
+
+
+@pytest.mark.parametrize("keep", [0, 100, 512, 700, 1024, 1500, 2048, 2560])
+def test_a_tar_that_is_cut_off_anywhere_is_named(keep, tmp_path):
+    whole = pack(tmp_path / "x.tar", {"1.jpg": bytes(600), "2.jpg": bytes(10)}, tarfile.USTAR_FORMAT).read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole[:keep])
+    with pytest.raises(InputError, match="cut off") as caught:
+        list(open_source(tmp_path).entries())
+    assert str(caught.value).startswith(f"{tmp_path / 'x.tar'}: ")
+    assert "\n" not in str(caught.value)
+
+
+def with_size(content, size):
+    """The tar with another size in its first header, and the header's sum set right."""
+    header = bytearray(content[:512])
+    header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + content[512:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:1536] + b"garbage!" * 64 + content[2048:],  # in the middle: Python would take it for the end
+        lambda content: b"garbage!" * 64 + content[512:],
+        lambda content: content[:1536] + bytes(512) + content[2048:],  # a hole in the file
+        lambda content: content + content,
+        lambda content: with_size(content, b"\xff" * 10 + b"\xfe\x00"),  # -512: the next header would be this one
+        lambda content: with_size(content, b"\xff" * 11 + b"\x00"),
+        lambda content: with_size(content, b"\x80" + b"\xff" * 11),  # more than there are bytes on earth
+        lambda content: with_size(content, b"77777777777\0"),
+    ],
+)
+def test_a_damaged_header_is_neither_the_end_nor_followed_out_of_the_tar(damage, tmp_path):
+    whole = pack(tmp_path / "x.tar", {"1.jpg": b"1" * 600, "2.jpg": b"2" * 10}, tarfile.USTAR_FORMAT).read_bytes()
+    (tmp_path / "x.tar").write_bytes(damage(whole))
+    with pytest.raises(InputError, match=r"x\.tar: a damaged tar"):
+        list(open_source(tmp_path).entries())
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("x.tar.gz", "w:gz"), ("x.tgz", "w:gz"), ("x.tar.bz2", "w:bz2"), ("x.tar.xz", "w:xz"), ("x.tar", "w:gz")]
+)
+def test_a_compressed_tar_is_refused_with_the_way_out(name, mode, tmp_path):
+    with tarfile.open(tmp_path / name, mode) as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(InputError, match=r"a compressed tar, .* unpack it, or decompress it"):
+            list(open_source(path).entries())
+
+
+def test_a_compressed_tar_beside_plain_ones_is_not_passed_over(tmp_path):
+    pack(tmp_path / "0.tar", IMAGES)
+    (tmp_path / "1.tar.zst").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"1\.tar\.zst: a compressed tar"):
+        open_source(tmp_path)
+
+
+def test_an_entry_that_was_changed_by_hand_reads_nothing_else(tmp_path):
+    (tmp_path / "in").mkdir()
+    pack(tmp_path / "out.tar", IMAGES)
+    pack(tmp_path / "in" / "x.tar", IMAGES)
+    pack(tmp_path / "in" / "y.tar", IMAGES)
+    folder, single = open_source(tmp_path / "in"), open_source(tmp_path / "in" / "x.tar")
+    for entry in (b"../out.tar/1.jpg\x01512,3", b"/etc/passwd\x010,3", b"\x010,3", b"..\x010,3", b".tar\x010,3"):
+        for source in (folder, single):
+            with pytest.raises((InputError, FileNotFoundError)):
+                source.open(entry)
+    with pytest.raises(InputError, match="not there"):
+        single.open(b"y.tar/a/1.jpg\x01512,3")
+    for location in (b"", b"\x01", b"\x015", b"\x01-5,3", b"\x01a,b", b"\x011,2,3", b"\x01" + b"9" * 30 + b",1", "\x01²,³".encode()):
+        with pytest.raises(InputError, match="does not say where"):
+            folder.open(b"x.tar/a/1.jpg" + location)
+    with pytest.raises(InputError, match=r"x\.tar ends before"):
+        folder.open(b"x.tar/a/1.jpg\x01512,99999999999999")
+
+
+def test_a_source_keeps_few_tars_open_and_pickles_without_them(tmp_path):
+    for number in range(30):
+        pack(tmp_path / f"{number:02d}.tar", {"x.jpg": b"%d" % number})
+    source = open_source(tmp_path)
+    entries = list(source.entries())
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0  # noqa: PTH208, PTH112
+    assert [source.open(entry).read() for entry in entries] == [b"%d" % number for number in range(30)]
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= before + tar_shards.OPEN_TARS  # noqa: PTH208
+    again = pickle.loads(pickle.dumps(source))
+    assert again.open(entries[7]).read() == b"7"
+    assert (again.kind, again.path) == (source.kind, source.path)
+
+
+def test_a_member_with_holes_is_refused(tmp_path):
+    member = tarfile.TarInfo("x.jpg")
+    member.size, member.pax_headers = 3, {"GNU.sparse.map": "0,3", "GNU.sparse.size": "600"}
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(member, io.BytesIO(b"one"))
+    with pytest.raises(InputError, match="stored with holes"):
+        list(open_source(tmp_path).entries())
