@@ -1,5 +1,6 @@
 """What a store will take, in bytes and in time, before it is made: measured on a few of its images."""
 
+import math
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from fastmae.errors import InputError
 from fastmae.loading import worker_count
 from fastmae.offline import Loading, Skipped, StoreImages, run_teacher
 from fastmae.teachers import Teacher
-from fastmae.tokens.codec import code_layout
+from fastmae.tokens.codec import code_layout, learnt_shapes
 from fastmae.tokens.format import StoreInfo
 
 SAMPLED = 64
@@ -57,10 +58,11 @@ def check_disk(folder: Path, images: StoreImages, left: int) -> None:
     batches = images.spread(min(SAMPLED // 4, info.parts[0].images), SAMPLED)
     kept = [image for batch in batches for _, image in images[batch] if not isinstance(image, Skipped)]
     pixels = sum((image.pixels if image.jpeg is None else image.jpeg).numel() for image in kept) / max(1, len(kept))
-    needed, free = left * bytes_an_image(info, pixels), shutil.disk_usage(folder).free
+    needed, free = left * bytes_an_image(info, pixels) + codebook_bytes(info), shutil.disk_usage(folder).free
     if needed > free:
-        with_pq = left * bytes_an_image(replace(info, codec="pq48"), pixels)
-        smaller = f"; --codec pq48 takes {with_pq / 1e9:.3g} GB" if with_pq < needed else ""
+        small = replace(info, codec=f"pq{min(48, info.token_dim)}")
+        with_small = left * bytes_an_image(small, pixels) + codebook_bytes(small)
+        smaller = f"; --codec {small.codec} takes {with_small / 1e9:.3g} GB" if with_small < needed else ""
         takes = f"{left} images take about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
         raise InputError(f"{folder}: {takes}{smaller}; free some, or take another disk")
 
@@ -70,6 +72,11 @@ def bytes_an_image(info: StoreInfo, pixel_bytes: float) -> float:
     numbers, dtype = code_layout(info.codec, info.token_dim)
     tokens = info.grid**2 * numbers * np.dtype(dtype).itemsize * (2 if info.flips == "stored" else 1)
     return tokens + pixel_bytes + RECORD_BYTES
+
+
+def codebook_bytes(info: StoreInfo) -> int:
+    """On disk: what the codec has learnt, and its copy."""
+    return 2 * sum(4 * math.prod(shape) for shape in learnt_shapes(info.codec, info.token_dim).values())
 
 
 def nearest_folder(path: Path) -> Path:

@@ -20,7 +20,7 @@ from fastmae.config import TokenizeConfig
 from fastmae.device import memory_hint, own_device
 from fastmae.durable import holds_anything, write_json, write_whole
 from fastmae.errors import InputError, InterruptedRunError
-from fastmae.estimate import SAMPLED, bytes_an_image, check_disk, measure_sample, nearest_folder
+from fastmae.estimate import SAMPLED, bytes_an_image, check_disk, codebook_bytes, measure_sample, nearest_folder
 from fastmae.images.listing import ImageList, ListInfo, new_entries, write_list
 from fastmae.images.sources import Source, open_source
 from fastmae.inspect import store_summary, summary_over_scales
@@ -219,7 +219,7 @@ def _dry_run(config: TokenizeConfig, sizes: list[int], listed: Listed, network: 
         measured = measure_sample(sample, teacher, loading, min(SAMPLED, images))
         size_each = bytes_an_image(info, measured.pixel_bytes)
         per_image += size_each
-        total += size_each * measured.decoded * images
+        total += size_each * measured.decoded * images + codebook_bytes(info)
         seconds += images / measured.images_per_second
     free = shutil.disk_usage(nearest_folder(config.store)).free
     print(

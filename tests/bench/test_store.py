@@ -103,7 +103,7 @@ def test_the_smallest_codec_that_keeps_cosine_and_knn_is_recommended():
         (["--jpeg-qualities", "high"], "--jpeg-qualities high"),
         (["--limit", "-1"], "--limit -1"),
         (["--limit", "1"], "--limit 1"),
-        (["--codecs", "fp16,"], "pq48, say"),
+        (["--codecs", "fp16,"], "int8"),
         (["--codecs", "fp16,pq200"], "more bytes than"),
         (["--middle-size", "100"], "--middle-size 100"),
         (["--out", "."], "is a folder"),

@@ -64,6 +64,17 @@ def test_a_cache_smaller_than_the_store_is_bounded_and_gives_the_order_of_its_wi
     assert json.loads((tmp_path / "r" / "run.json").read_text())["options"]["shuffle_window"] == 1
 
 
+def test_a_damaged_copy_in_the_cache_is_fetched_anew(server, pretrain, tmp_path):
+    url, asked = server
+    _, first, _ = pretrain(url, tmp_path / "a", "--cache", str(tmp_path / "cache"))
+    for copy in (tmp_path / "cache").rglob("shards/*.safetensors"):
+        copy.write_bytes(copy.read_bytes()[:3000])
+    asked.clear()
+    code, again, err = pretrain(url, tmp_path / "b", "--cache", str(tmp_path / "cache"))
+    assert (code, again) == (0, first), err
+    assert len({path for path in asked if "/shards/" in path}) == 4
+
+
 def test_the_window_is_chosen_by_the_cache_and_kept_when_the_run_goes_on(server, small_store, pretrain, tmp_path):
     url, _ = server
     total = sum(path.stat().st_size for path in small_store.rglob("*") if path.is_file())

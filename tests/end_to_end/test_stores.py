@@ -156,7 +156,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_start(photos, tokenize, sma
     code, _, err = tokenize(photos / "train", small_disk / "s")
     assert code == 2
     assert "30 images take about 0.00166 GB, and 0.001" in err
-    assert "--codec pq48 takes" in err
+    assert "free some, or take another disk" in err
     assert not list((small_disk / "s" / "shards").iterdir())
 
 

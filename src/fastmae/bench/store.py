@@ -72,6 +72,23 @@ class Seen:
     grids: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Measured:
+    """All that one pass over the images gave.
+
+    Attributes:
+        kept: of each codec.
+        train: seen of train/, with labels.
+        val: seen of the images whose loss is measured.
+        pixel_bytes: of an image, in the mean, by JPEG quality; the first is the one that the teacher saw.
+    """
+
+    kept: list[Kept]
+    train: Seen | None
+    val: Seen
+    pixel_bytes: dict[int, float]
+
+
 def bench_store(config: BenchStoreConfig) -> dict[str, Any]:
     """Measure, print the table, recommend; the command's JSON."""
     check_positive(codec_images=config.codec_images, batch_size=config.batch_size, rounds=config.rounds)
@@ -86,32 +103,14 @@ def bench_store(config: BenchStoreConfig) -> dict[str, Any]:
         check_fit(names, teacher)
         teacher = teacher.to(own_device(config.device))
         images = _images(config, source, Path(aside), split, teacher, qualities[0])
-        kept = [Kept(codec) for codec in _learn(config, names, images, teacher, loading)]
-        train = _pass(images, LEARNT, teacher, loading, kept) if split.labelled else None
-        measured = _pass(images, MEASURED, teacher, loading, kept)
-        pixel_bytes = {qualities[0]: measured.pixel_bytes / len(measured.keys)}
-        pixel_bytes |= {quality: _pixel_bytes(images, quality, loading) for quality in qualities[1:]}
-        seconds = speeds([k.codec for k in kept], measured.grids, teacher.mean.device, config.rounds)
-        fp16 = next((k for k in kept if k.codec.name == "fp16"), kept[0])
-        info = replace(images.info, codec=fp16.codec.name)
-        building = building_rate(Path(aside), info, fp16.codec, source, split.entries[MEASURED], teacher, loading, config.rounds)
-    rows = [
-        _row(images, k, pixel_bytes[qualities[0]], _knn(k, train, measured), measured.grids, *timed)
-        for k, timed in zip(kept, seconds, strict=True)
-    ]
-    settings, by_quality = _settings(config, images, split, measured, teacher), {str(q): round(size) for q, size in pixel_bytes.items()}
-    result: dict[str, Any] = {
-        "rows": rows,
-        "recommended": recommended(rows),
-        "rule": RULE,
-        "building": building,
-        "pixel_bytes_per_image": by_quality,
-        "images": len(measured.keys),
-        "settings": settings,
-    }
-    notes = (*NOTES, *_said(result, None if train is None else len(measured.keys)))
-    Table("Token stores", settings, [_shown(row, by_quality) for row in rows], notes).publish(config.out)
-    return result
+        codecs = _learn(config, names, images, teacher, loading)
+        found = _measure(images, codecs, qualities, split.labelled, teacher, loading)
+        seconds = speeds(codecs, found.val.grids, teacher.mean.device, config.rounds)
+        built = next((codec for codec in codecs if codec.name == "fp16"), codecs[0])
+        info = replace(images.info, codec=built.name)
+        building = building_rate(Path(aside), info, built, source, split.entries[MEASURED], teacher, loading, config.rounds)
+    rows = [_row(images, found, kept, *timed) for kept, timed in zip(found.kept, seconds, strict=True)]
+    return _published(config, rows, building, found, _settings(config, images, split, found, teacher))
 
 
 def recommended(rows: Sequence[dict[str, Any]]) -> str | None:
@@ -192,6 +191,18 @@ def _sampled(config: BenchStoreConfig, images: StoreImages) -> list[Places]:
     return images.spread(_to_sample(config, images), config.batch_size)
 
 
+def _measure(
+    images: StoreImages, codecs: Sequence[Codec], qualities: Sequence[int], labelled: bool, teacher: Teacher, loading: Loading
+) -> Measured:
+    """One pass of the teacher over train/, if its labels are there to vote, and over what is measured."""
+    kept = [Kept(codec) for codec in codecs]
+    train = _pass(images, LEARNT, teacher, loading, kept) if labelled else None
+    val = _pass(images, MEASURED, teacher, loading, kept)
+    pixel_bytes = {qualities[0]: val.pixel_bytes / len(val.keys)}
+    pixel_bytes |= {quality: _pixel_bytes(images, quality, loading) for quality in qualities[1:]}
+    return Measured(kept, train, val, pixel_bytes)
+
+
 def _pass(images: StoreImages, part: int, teacher: Teacher, loading: Loading, kept: Sequence[Kept]) -> Seen:
     """Run the teacher over a list and let every codec take its tokens in."""
     keys: list[str] = []
@@ -243,12 +254,10 @@ def _knn(kept: Kept, train: Seen | None, val: Seen) -> float | None:
     return knn_accuracy(*votes, len(classes), K, TEMPERATURE)[0]
 
 
-def _row(
-    images: StoreImages, kept: Kept, pixel_bytes: float, knn: float | None, grids: torch.Tensor, encode: list[float], decode: list[float]
-) -> dict[str, Any]:
-    info = replace(images.info, codec=kept.codec.name)
+def _row(images: StoreImages, found: Measured, kept: Kept, encode: list[float], decode: list[float]) -> dict[str, Any]:
+    info, grids = replace(images.info, codec=kept.codec.name), found.val.grids
+    pixel_bytes, knn = next(iter(found.pixel_bytes.values())), _knn(kept, found.train, found.val)
     size = bytes_an_image(info, pixel_bytes)
-    per_grid = info.grid**2
     return {
         "codec": kept.codec.name,
         "bytes_per_image": round(size),
@@ -261,23 +270,42 @@ def _row(
         "knn": None if knn is None else round(knn, 3),
         "imagenet_gb": round(IMAGENET * size / 1e9, 3),
         **Rate.of(len(grids), encode).to_json("encode_images_per_second"),
-        **Rate.of(len(grids) * per_grid, encode).to_json("encode_tokens_per_second"),
+        **Rate.of(len(grids) * info.grid**2, encode).to_json("encode_tokens_per_second"),
         **Rate.of(VIEWS * view_size(grids) ** 2, decode).to_json("decode_tokens_per_second"),
     }
 
 
-def _settings(config: BenchStoreConfig, images: StoreImages, split: Split, measured: Seen, teacher: Teacher) -> dict[str, str]:
+def _settings(config: BenchStoreConfig, images: StoreImages, split: Split, found: Measured, teacher: Teacher) -> dict[str, str]:
     learnt = sum(len(places) for _, places in _sampled(config, images))
     on = f"of val/; {len(split.entries[LEARNT])} of train/ vote" if split.labelled else f"no labels: {split.why}"
     return machine() | {
         "torch threads": str(torch.get_num_threads()),
         "device": str(teacher.mean.device),
-        "images": f"{config.images}; measured on {len(measured.keys)} ({on}); codecs learnt on {learnt} others",
+        "images": f"{config.images}; measured on {len(found.val.keys)} ({on}); codecs learnt on {learnt} others",
         "sizes": f"middle images of {config.middle_size} px, patches of {config.patch_size}",
         "teacher": f"{config.teacher}, block {teacher.block}, {teacher.grid} x {teacher.grid} tokens of {teacher.token_dim}",
         "batches": f"{config.batch_size} images",
         "rounds": str(config.rounds),
     }
+
+
+def _published(
+    config: BenchStoreConfig, rows: list[dict[str, Any]], building: dict[str, Any], found: Measured, settings: dict[str, str]
+) -> dict[str, Any]:
+    """Print the table, or write it too; the command's JSON."""
+    pixel_bytes = {str(quality): round(size) for quality, size in found.pixel_bytes.items()}
+    result: dict[str, Any] = {
+        "rows": rows,
+        "recommended": recommended(rows),
+        "rule": RULE,
+        "building": building,
+        "pixel_bytes_per_image": pixel_bytes,
+        "images": len(found.val.keys),
+        "settings": settings,
+    }
+    notes = (*NOTES, *_said(result, None if found.train is None else len(found.val.keys)))
+    Table("Token stores", settings, [_shown(row, pixel_bytes) for row in rows], notes).publish(config.out)
+    return result
 
 
 def _said(result: dict[str, Any], val: int | None) -> list[str]:

@@ -291,17 +291,29 @@ def load_codec(name: str, token_dim: int, tensors: Mapping[str, np.ndarray]) -> 
     Raises:
         InputError: no such codec, one that does not go with C, or tensors that are not this codec's.
     """
+    family, arrays = parse_codec(name).family, _checked(tensors, learnt_shapes(name, token_dim))
+    if family == "int8":
+        return Codec(name, token_dim, ScalarQuantiser(**arrays))
+    if family == "pq":
+        return Codec(name, token_dim, ProductQuantiser(**arrays))
+    return Codec(name, token_dim, FloatCast(torch.float32 if family == "fp32" else torch.float16))
+
+
+def learnt_shapes(name: str, token_dim: int) -> dict[str, tuple[int, ...]]:
+    """What codebooks.safetensors keeps of a codec, all of it float32: name -> shape.
+
+    Raises:
+        InputError: as `code_layout`.
+    """
     codec, _ = parse_codec(name), code_layout(name, token_dim)
     if codec.family == "int8":
-        ranges = _checked(tensors, {"offset": (token_dim,), "scale": (token_dim,)})
-        return Codec(name, token_dim, ScalarQuantiser(**ranges))
+        return {"offset": (token_dim,), "scale": (token_dim,)}
     if codec.family == "pq":
         width = -(-token_dim // codec.size)
         turned = codec.size * width
         square = {"forward": (token_dim, turned), "inverse": (turned, token_dim)}
-        books = _checked(tensors, {"offset": (token_dim,), **square, "centroids": (codec.size, ENTRIES, width)})
-        return Codec(name, token_dim, ProductQuantiser(**books))
-    return Codec(name, token_dim, FloatCast(torch.float32 if codec.family == "fp32" else torch.float16))
+        return {"offset": (token_dim,), **square, "centroids": (codec.size, ENTRIES, width)}
+    return {}
 
 
 def check_finite(tokens: torch.Tensor) -> None:

@@ -246,12 +246,22 @@ class TokenStore:
         return self._shards[number], row
 
     def _open(self, number: int) -> MappedShard:
-        shard = MappedShard(self.files.path(shard_name(number)), *self.manifest.shards[number], self._checked_records.get(number))
+        shard = self._mapped(number)
         self._checked_records[number] = shard.checked
         shape = (self.grid, self.grid, self.code_dim)
         if shard.tokens.shape[1:] != shape or shard.tokens.dtype != self.code_dtype:
             raise DamagedError(f"{shard.file}: holds tokens of {list(shard.tokens.shape[1:])}, not {list(shape)} as store.json says")
         return shard
+
+    def _mapped(self, number: int, tries: int = 3) -> MappedShard:
+        file = self.files.path(shard_name(number))
+        try:
+            return MappedShard(file, *self.manifest.shards[number], self._checked_records.get(number))
+        except DamagedError:
+            if isinstance(self.files, LocalFiles) or tries == 1:
+                raise
+        file.unlink(missing_ok=True)  # a copy in the cache: given up for another one this moment, or damaged there; it is fetched anew
+        return self._mapped(number, tries - 1)
 
 
 def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0) -> list[TokenStore]:
