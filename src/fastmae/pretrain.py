@@ -23,6 +23,7 @@ from fastmae.model import Student, StudentLoss, visible_patches
 from fastmae.plan import Plan, loss_weights, plan
 from fastmae.runs import build_student
 from fastmae.targets import OnlineTokens
+from fastmae.tokens.files import PREFETCH_AT_MOST
 from fastmae.tokens.format import shard_name
 from fastmae.tokens.loader import StoreViews, ViewBatch, as_read
 from fastmae.training.engine import launch, on_first_process, scales_gradients
@@ -132,6 +133,8 @@ def view_loader(config: PretrainConfig, made: Plan, start_step: int, fabric: Fab
     """Batches of this process from a step on, moved to its device."""
     size = config.image_size // made.patch_size
     draws = ViewDraws(size, config.flip, config.mask, visible_patches(size**2, config.mask_ratio), config.seed)
+    for store in itertools.chain(*made.stores):
+        store.most_mapped = 2 * made.shuffle_window or store.most_mapped  # what the cache has given up, a map would hold on to
     order = ShuffleOrder(made.stores[0][0].shard_sizes, config.seed, made.shuffle_window)
     views = StoreViews(made.stores, draws, made.target.reads_tokens, made.target.reads_middle, config.on_damage)
     sampler = StepSampler(
@@ -150,7 +153,7 @@ def _prefetching(
     batches: Iterable[ViewBatch], config: PretrainConfig, made: Plan, sampler: StepSampler, start_step: int, parts: int
 ) -> Iterator[ViewBatch]:
     """The same batches; on the way, the shards that come next are fetched from where the stores are."""
-    ahead = 2 * made.shuffle_window or made.stores[0][0].info.shards
+    ahead = min(2 * made.shuffle_window or PREFETCH_AT_MOST, PREFETCH_AT_MOST)
     for number, batch in enumerate(batches):
         if number % (PREFETCH_EVERY * parts) == 0:
             names = [shard_name(shard) for shard in sampler.shards_ahead(start_step + number // parts, ahead)]

@@ -69,3 +69,12 @@ def test_without_flip_nothing_is_flipped():
 def test_normalise_is_imagenets():
     grey = normalise(torch.full((3, 1, 1), 255, dtype=torch.uint8))[:, 0, 0]
     torch.testing.assert_close(grey, (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))
+
+
+def test_normalise_does_not_depend_on_how_the_pixels_lie():
+    pixels = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    rows = pixels.to(memory_format=torch.channels_last)
+    assert torch.equal(normalise(rows), normalise(pixels))
+    assert normalise(rows).is_contiguous(memory_format=torch.channels_last)
+    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(normalise(rows), (pixels / 255 - shift) / scale)

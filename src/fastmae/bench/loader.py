@@ -45,7 +45,7 @@ from fastmae.offline import Loading
 from fastmae.teachers import Teacher, load_teacher
 from fastmae.tokens import TokenStore
 from fastmae.tokens.format import shard_path
-from fastmae.tokens.loader import StoreViews
+from fastmae.tokens.loader import LAYOUTS, StoreViews
 from fastmae.tokens.shard import MappedShard
 
 MAE = "MAE: decode, RandomResizedCrop, flip, normalise"
@@ -178,7 +178,8 @@ class StoreWorks:
         side = store.info.patch_size * size
 
         def read(batch: list[int]) -> None:
-            pixels = torch.empty(len(batch), store.info.channels, side, side, dtype=torch.uint8)
+            shape = (len(batch), store.info.channels, side, side)
+            pixels = torch.empty(shape, dtype=torch.uint8, memory_format=LAYOUTS[store.info.pixels]).numpy()
             for place, index in enumerate(batch):
                 store.read_pixels(index, drawn[index].row, drawn[index].col, size, drawn[index].flipped, pixels[place])
 

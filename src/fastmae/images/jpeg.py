@@ -29,13 +29,13 @@ def encode(pixels: torch.Tensor, quality: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
-def decode(jpeg: np.ndarray, channels: int) -> torch.Tensor:
+def decode(jpeg: np.ndarray, channels: int) -> np.ndarray:
     """uint8 [bytes] -> uint8 [K, H, W]. The one decoder of stored pixels, for the teacher and the student alike."""
     rows = decode_jpeg(jpeg, colorspace="GRAY" if channels == 1 else "RGB", fastupsample=True)
-    return torch.from_numpy(rows).permute(2, 0, 1)
+    return rows.transpose(2, 0, 1)
 
 
-def decode_part(jpeg: np.ndarray, top: int, left: int, side: int, size: int, channels: int) -> torch.Tensor:
+def decode_part(jpeg: np.ndarray, top: int, left: int, side: int, size: int, channels: int) -> np.ndarray:
     """A square part of a picture: what `decode` has there, without decoding the rest.
 
     Args:

@@ -65,7 +65,7 @@ def make_middle_image(file: BinaryIO, name: str, size: int, resize: str, jpeg_qu
     if jpeg_quality is None:
         return MiddleImage(pixels, None, width, height)
     kept = jpeg.encode(pixels, jpeg_quality)
-    return MiddleImage(jpeg.decode(kept.numpy(), channels), kept, width, height)
+    return MiddleImage(torch.from_numpy(jpeg.decode(kept.numpy(), channels)), kept, width, height)
 
 
 def resized_pixels(file: BinaryIO, name: str, size: int, resize: str, channels: int) -> tuple[torch.Tensor, tuple[int, int]]:

@@ -1,5 +1,6 @@
 """From the store to the model: batches of aligned views, written straight from the map into the batch, in loader workers."""
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from torch.utils.data import Dataset
 from fastmae.images.views import Draw, ViewDraws
 from fastmae.tokens.reader import TokenStore
 from fastmae.tokens.shard import DamagedError
+
+LAYOUTS = {"jpeg": torch.channels_last, "raw": torch.contiguous_format}
+"""How a batch's pixels lie in memory, by how the store keeps them: a decoded JPEG has its colours side by side."""
 
 
 @dataclass
@@ -90,30 +94,31 @@ class StoreViews(Dataset[ViewBatch]):
         count, side = len(views), size * first.info.patch_size
         teachers = self.stores if self.with_tokens else ()
         made = ViewBatch(
-            torch.empty(count, first.info.channels, side, side, dtype=torch.uint8),
+            torch.empty(count, first.info.channels, side, side, dtype=torch.uint8, memory_format=LAYOUTS[first.info.pixels]),
             [torch.empty(count, size, size, s[0].code_dim, dtype=_torch_dtype(s[0])) for s in teachers],
-            torch.stack([torch.from_numpy(draw.order) for _, draw in views]),
+            torch.from_numpy(np.stack([draw.order for _, draw in views])),
             torch.tensor([[draw.row, draw.col, int(draw.flipped)] for _, draw in views]),
             torch.empty(count, first.info.channels, *2 * [first.info.middle_size], dtype=torch.uint8) if self.with_middle else None,
         )
+        pixels, tokens = made.pixels.numpy(), [codes.numpy() for codes in made.tokens]
         for place, (index, draw) in enumerate(views):
-            self._read(made, place, index, draw)
+            shown = self._read(index, draw, pixels[place], [codes[place] for codes in tokens])
+            if made.middle is not None:
+                made.middle[place] = self.stores[0][draw.scale].pixels(shown)
         made.tokens = [tokens.flatten(1, 2) for tokens in made.tokens]
         return made
 
-    def _read(self, made: ViewBatch, place: int, index: int, draw: Draw) -> None:
+    def _read(self, index: int, draw: Draw, pixels: np.ndarray, tokens: Sequence[np.ndarray]) -> int:
+        """Write a view of an image, or of the next one that is not damaged; which one it was."""
         where = (draw.row, draw.col, self.draws.size, draw.flipped)
-        for candidate in (index, *(later % len(self) for later in range(index + 1, index + len(self)))):
+        for candidate in itertools.chain([index], (later % len(self) for later in range(index + 1, index + len(self)))):
             if candidate in self.damaged:
                 continue
             try:
-                scales = self.stores[0][draw.scale]
-                scales.read_pixels(candidate, *where, made.pixels[place])
-                for store, tokens in zip(self.stores, made.tokens, strict=False):
-                    store[draw.scale].read_codes(candidate, *where, tokens[place].numpy())
-                if made.middle is not None:
-                    made.middle[place] = scales.pixels(candidate)
-                return
+                self.stores[0][draw.scale].read_pixels(candidate, *where, pixels)
+                for scales, codes in zip(self.stores, tokens, strict=False):
+                    scales[draw.scale].read_codes(candidate, *where, codes)
+                return candidate
             except DamagedError as error:
                 if self.on_damage == "stop":
                     raise DamagedError(f"image {self.stores[0][0].key(candidate)}: {error}") from error
