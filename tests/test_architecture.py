@@ -13,7 +13,7 @@ ROOMS = [
     "images recipes loading",
     "teachers",
     "tokens",
-    "inspect offline targets",
+    "inspect intake offline targets",
     "estimate verify",
     "tokenize",
     "model",

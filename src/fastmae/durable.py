@@ -60,6 +60,10 @@ def write_new(path: Path, data: bytes) -> None:
         os.link(aside, path)  # fails where `path` exists; a rename would replace it
     except FileExistsError:
         return
+    except OSError:
+        if not aside.exists() or path.exists() or aside.stat().st_size != len(data):  # not for the want of hard links
+            raise
+        aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
     _flush_folder(path.parent)

@@ -33,19 +33,16 @@ class Measured:
 def measure_sample(images: StoreImages, teacher: Teacher, loading: Loading, count: int) -> Measured:
     """Run a few batches through decoding and teacher; the first one, in which both warm up, is not timed."""
     batches = images.spread(count, min(loading.batch_size, max(1, count // 4)))
-    begun, timed, parts = time.monotonic(), 0, []
+    begun, untimed, parts = time.monotonic(), 0, []
     for batch in images.load(batches, min(worker_count(loading.workers), len(batches))):
         parts.append(run_teacher(teacher, batch, images, loading).to_host())
-        if len(parts) == 1:
-            begun = time.monotonic()
-        else:
-            timed += len(batch)
+        if len(parts) == 1 < len(batches):
+            begun, untimed = time.monotonic(), len(batch)
     pixels = [p.numel() for part in parts for p in part.pixels]
     if not pixels:
-        raise InputError(f"{images.sources[0].path}: none of the {count} images tried could be decoded")
+        raise InputError(f"{images.origin}: none of the {count} images tried could be decoded")
     seen = sum(len(part.records) for part in parts)
-    rate = timed / (time.monotonic() - begun) if timed else float("nan")
-    return Measured(sum(pixels) / len(pixels), len(pixels) / seen, rate)
+    return Measured(sum(pixels) / len(pixels), len(pixels) / seen, (seen - untimed) / (time.monotonic() - begun))
 
 
 def check_disk(folder: Path, images: StoreImages, left: int) -> None:
@@ -55,7 +52,7 @@ def check_disk(folder: Path, images: StoreImages, left: int) -> None:
         InputError: not enough; says how much there is, how much it takes, and what takes less.
     """
     info = images.info
-    batches = images.spread(min(SAMPLED // 4, info.parts[0].images), SAMPLED)
+    batches = images.spread(min(SAMPLED // 4, info.parts[min(images.sources)].images), SAMPLED)
     kept = [image for batch in batches for _, image in images[batch] if not isinstance(image, Skipped)]
     pixels = sum((image.pixels if image.jpeg is None else image.jpeg).numel() for image in kept) / max(1, len(kept))
     needed, free = left * bytes_an_image(info, pixels) + codebook_bytes(info), shutil.disk_usage(folder).free

@@ -4,7 +4,7 @@ The three overlap, and nothing grows with the number of images.
 """
 
 import errno
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,17 +62,17 @@ class StoreImages(Dataset[list[tuple[str, "MiddleImage | Skipped"]]]):
 
     Args:
         info: of the store.
-        lists: of each part.
-        sources: of each part.
+        lists: of each part that is read.
+        sources: of the same.
     """
 
-    def __init__(self, info: StoreInfo, lists: Sequence[ImageList], sources: Sequence[Source]):
+    def __init__(self, info: StoreInfo, lists: Mapping[int, ImageList], sources: Mapping[int, Source]):
         self.info, self.lists, self.sources = info, lists, sources
 
     @classmethod
-    def of_store(cls, folder: Path, info: StoreInfo, sources: Sequence[Source]) -> "StoreImages":
-        """Those of a store that is being built, or repaired."""
-        return cls(info, [ImageList(folder / list_name(part)) for part in range(len(info.parts))], sources)
+    def of_store(cls, folder: Path, info: StoreInfo, sources: Mapping[int, Source]) -> "StoreImages":
+        """Those of a store that is being built, or repaired: of the parts whose sources are given."""
+        return cls(info, {part: ImageList(folder / list_name(part)) for part in sources}, sources)
 
     def __getitem__(self, places: Places) -> list[tuple[str, "MiddleImage | Skipped"]]:
         part, chosen = places
@@ -109,10 +109,16 @@ class StoreImages(Dataset[list[tuple[str, "MiddleImage | Skipped"]]]):
             yield part, places[start : start + batch_size]
 
     def spread(self, count: int, batch_size: int) -> list[Places]:
-        """About `count` images from all over the first part's list, `batch_size` at a time."""
-        images = self.info.parts[0].images
+        """About `count` images from all over the list of the first part that is read, `batch_size` at a time."""
+        part = min(self.sources)
+        images = self.info.parts[part].images
         places = range(0, images, max(1, images // count))
-        return [(0, places[start : start + batch_size]) for start in range(0, len(places), batch_size)]
+        return [(part, places[start : start + batch_size]) for start in range(0, len(places), batch_size)]
+
+    @property
+    def origin(self) -> Path:
+        """Where the first part that is read comes from, for messages."""
+        return self.sources[min(self.sources)].path
 
     def load(self, batches: Iterable[Places], workers: int) -> Iterator[list[tuple[str, "MiddleImage | Skipped"]]]:
         """Batches in their order, decoded ahead in worker processes."""
@@ -124,7 +130,7 @@ class StoreImages(Dataset[list[tuple[str, "MiddleImage | Skipped"]]]):
 
 
 @dataclass
-class Part:
+class TaughtBatch:
     """A batch after the teacher: tokens float32 [n, grid, grid, C] (and the mirrored images') and stored pixels of the n decoded;
     sums and sums of squares float64 [2, K] of their pixels; records of all."""
 
@@ -134,7 +140,7 @@ class Part:
     pixel_sums: torch.Tensor
     records: list[tuple[str, "MiddleImage | Skipped"]]
 
-    def to_host(self) -> "Part":
+    def to_host(self) -> "TaughtBatch":
         """Wait for the teacher and bring its tokens over."""
         self.tokens = self.tokens.cpu()
         self.flipped_tokens = None if self.flipped_tokens is None else self.flipped_tokens.cpu()
@@ -154,7 +160,7 @@ def fill(
     started = ((shard, run_teacher(teacher, batch, images, loading)) for (shard, _), batch in zip(batches(), loaded, strict=True))
     with ThreadPoolExecutor(1) as disk:
         writing: Future[None] | None = None
-        shard_parts: list[Part] = []
+        shard_parts: list[TaughtBatch] = []
         for shard, part in _one_behind(started):
             shard_parts.append(part.to_host())
             progress.advance(len(part.records))
@@ -167,7 +173,7 @@ def fill(
             writing.result()
 
 
-def run_teacher(teacher: Teacher, batch: list[tuple[str, "MiddleImage | Skipped"]], images: StoreImages, loading: Loading) -> Part:
+def run_teacher(teacher: Teacher, batch: list[tuple[str, "MiddleImage | Skipped"]], images: StoreImages, loading: Loading) -> TaughtBatch:
     """Start the teacher on a batch; on a GPU the tokens are still being computed when this returns.
 
     Raises:
@@ -175,9 +181,7 @@ def run_teacher(teacher: Teacher, batch: list[tuple[str, "MiddleImage | Skipped"
     """
     for key, image in batch:
         if loading.strict and isinstance(image, Skipped):
-            where = images.sources[0]
-            named = where.path / key if where.kind == "folder" else f"{where.path}: {key}"
-            raise InputError(f"{named}: {image.reason}; repair or remove it, or leave out --strict to skip it")
+            raise InputError(f"{images.origin}: {key}: {image.reason}; repair or remove it, or leave out --strict to skip it")
     decoded = [image for _, image in batch if isinstance(image, MiddleImage)]
     empty = torch.zeros(0, teacher.grid, teacher.grid, teacher.token_dim)
     tokens, flipped = empty, empty if images.info.flips == "stored" else None
@@ -194,7 +198,7 @@ def run_teacher(teacher: Teacher, batch: list[tuple[str, "MiddleImage | Skipped"
         if flipped is not None:
             flipped = teacher(pixels.flip(-1))
     kept = [image.pixels if image.jpeg is None else image.jpeg for image in decoded]
-    return Part(tokens, flipped, kept, sums, batch)
+    return TaughtBatch(tokens, flipped, kept, sums, batch)
 
 
 def sample_tokens(images: StoreImages, teacher: Teacher, loading: Loading, count: int, seed: int, progress: Progress) -> torch.Tensor:
@@ -213,11 +217,11 @@ def sample_tokens(images: StoreImages, teacher: Teacher, loading: Loading, count
             found.append(flat[torch.randperm(len(flat), generator=random)[:per_image]])
         progress.advance(len(batch))
     if not found:
-        raise InputError(f"{images.sources[0].path}: none of the {count} images tried could be decoded")
+        raise InputError(f"{images.origin}: none of the {count} images tried could be decoded")
     return torch.cat(found)
 
 
-def _write(writer: StoreWriter, codec: Codec, shard: int, parts: list[Part]) -> None:
+def _write(writer: StoreWriter, codec: Codec, shard: int, parts: list[TaughtBatch]) -> None:
     records: list[ImageRecord] = []
     row = 0
     for key, image in (record for part in parts for record in part.records):
@@ -238,9 +242,9 @@ def _write(writer: StoreWriter, codec: Codec, shard: int, parts: list[Part]) -> 
     )
 
 
-def _one_behind(parts: Iterator[tuple[int, Part]]) -> Iterator[tuple[int, Part]]:
+def _one_behind(parts: Iterator[tuple[int, TaughtBatch]]) -> Iterator[tuple[int, TaughtBatch]]:
     """Each item once the next one was started: a GPU has its next batch before the last one's tokens are waited for."""
-    before: tuple[int, Part] | None = None
+    before: tuple[int, TaughtBatch] | None = None
     for item in parts:
         if before is not None:
             yield before

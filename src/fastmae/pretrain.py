@@ -158,7 +158,8 @@ def _prefetching(
         if number % (PREFETCH_EVERY * parts) == 0:
             names = [shard_name(shard) for shard in sampler.shards_ahead(start_step + number // parts, ahead)]
             for store in itertools.chain(*made.stores):
-                store.files.prefetch(names)
+                if store.info.shard_size == made.stores[0][0].info.shard_size:  # else its shards hold other images
+                    store.files.prefetch(names)
         yield batch
 
 
@@ -191,6 +192,7 @@ def describe(config: PretrainConfig, made: Plan) -> dict[str, Any]:
             "images_sha256": info.images_sha256,
             "middle_sizes": [store.info.middle_size for store in scales],
             "patch_size": info.patch_size,
+            "shard_size": info.shard_size if made.shuffle_window else None,
             "channels": info.channels,
             "codec": info.codec,
             "flips": info.flips,

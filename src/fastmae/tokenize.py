@@ -3,27 +3,24 @@
 Here: the options, which images are to be in the store, how much it will take. The work itself is `offline`'s.
 """
 
-import contextlib
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file
+import pyarrow as pa
+import pyarrow.compute
 from torch import nn
 
 from fastmae.config import TokenizeConfig
 from fastmae.device import memory_hint, own_device
-from fastmae.durable import holds_anything, write_json, write_whole
+from fastmae.durable import holds_anything, write_json
 from fastmae.errors import InputError, InterruptedRunError
 from fastmae.estimate import SAMPLED, bytes_an_image, check_disk, codebook_bytes, measure_sample, nearest_folder
-from fastmae.images.listing import ImageList, ListInfo, new_entries, write_list
-from fastmae.images.sources import Source, open_source
+from fastmae.images.listing import ImageList
 from fastmae.inspect import store_summary, summary_over_scales
+from fastmae.intake import Listed, check_lists, keep_list, listed_images, sources_of
 from fastmae.offline import Loading, StoreImages, fill, sample_tokens
 from fastmae.processes import this_process
 from fastmae.progress import Progress, duration
@@ -32,6 +29,7 @@ from fastmae.teachers.factory import load_network
 from fastmae.tokens import TokenStore
 from fastmae.tokens.codec import Codec, learns, load_codec, parse_codec
 from fastmae.tokens.format import (
+    CODEBOOKS_COPY,
     CODEBOOKS_FILE,
     MANIFEST_FILE,
     SCALES_FILE,
@@ -42,24 +40,11 @@ from fastmae.tokens.format import (
     read_store_info,
     shard_path,
 )
+from fastmae.tokens.manifest import Manifest, load_tensors
 from fastmae.tokens.quantise import learn_codec
 from fastmae.tokens.writer import StoreWriter, begin_folder
 
 SHOWN_SKIPS = 20
-
-
-@dataclass(frozen=True)
-class Listed:
-    """The images that were asked for: where they come from, and their list, in a file that goes away with the command."""
-
-    source: Source
-    file: Path
-    info: ListInfo
-
-    @property
-    def part(self) -> Part:
-        """As a store describes it."""
-        return Part(self.info.images, self.info.sha256, str(self.source.path), self.source.kind)
 
 
 def tokenize(config: TokenizeConfig) -> dict[str, Any]:
@@ -68,15 +53,15 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
     _check(config)
     rank, world_size = _share(config)
     folders = [config.store / str(size) for size in sizes] if len(sizes) > 1 else [config.store]
-    with _listed(config, folders[0]) as listed:
-        network = load_network(config.teacher, config.teacher_weights)
-        if config.dry_run:
+    network = load_network(config.teacher, config.teacher_weights)
+    if config.dry_run:
+        with listed_images(config.images, config.add, folders[0]) as listed:
             return _dry_run(config, sizes, listed, network)
-        if len(sizes) > 1:
-            _begin_scales(config.store, sizes)
-        summaries = []
-        for size, folder in zip(sizes, folders, strict=True):
+    summaries = []
+    for size, folder in zip(sizes, folders, strict=True):
+        with listed_images(config.images, config.add, folder) as listed:
             if len(sizes) > 1:
+                _begin_scales(config.store, sizes)
                 print(f"middle size {size}:")
             summaries.append(_tokenize(config, size, folder, listed, deepcopy(network), rank, world_size, like=folders[0]))
     return summaries[0] if len(sizes) == 1 else summary_over_scales(summaries)
@@ -94,11 +79,11 @@ def _tokenize(
 ) -> dict[str, Any]:
     """The store of one middle size; `like` is that of the smallest, whose codebooks all share."""
     teacher = _teacher(config, size, network)
-    writer, sources = _open_writer(config, size, folder, listed, teacher)
-    images = StoreImages.of_store(folder, writer.info, sources)
+    writer = _open_writer(config, size, folder, listed, teacher)
     loading = Loading(config.batch_size, config.workers, config.strict)
     share = range(rank, writer.info.shards, world_size)
     missing = [shard for shard in writer.missing_shards() if shard in share]
+    images = StoreImages.of_store(folder, writer.info, sources_of(listed, writer.info, missing))
     wanted, left = (sum(len(writer.info.part_of(shard)[1]) for shard in shards) for shards in (share, missing))
     _announce(config, teacher, writer.info.images, share, world_size)
     if left:
@@ -129,65 +114,40 @@ def _tokenize(
     return summary
 
 
-@contextlib.contextmanager
-def _listed(config: TokenizeConfig, folder: Path) -> Iterator[Listed]:
-    """List the images; with `--add`, those that the finished store does not hold yet.
+def _open_writer(config: TokenizeConfig, size: int, folder: Path, listed: Listed, teacher: Teacher) -> StoreWriter:
+    """The store's writer, with the images asked for in its lists.
 
     Raises:
-        InputError: no images, or nothing to add to.
+        InputError: a folder or a store that does not go with the options, or a damaged one.
     """
-    source = open_source(config.images)
-    with tempfile.TemporaryDirectory(prefix="fastmae-") as aside:
-        file = Path(aside) / "images.list"
-        entries = source.entries()
-        if config.add:
-            entries = new_entries(entries, _lists_of(config, folder, source), Path(aside))
-        info = write_list(entries, file)
-        if not info.images and not config.add:
-            raise InputError(f"{config.images}: no image in it; give a folder, a list, tar shards or a datasets folder with images")
-        yield Listed(source, file, info)
-
-
-def _lists_of(config: TokenizeConfig, folder: Path, source: Source) -> list[ImageList]:
-    """The lists against which `--add` compares: all, but for a part that an interrupted `--add` of the same images has begun."""
-    if not (folder / STORE_FILE).exists():
-        raise InputError(f"{config.store}: no finished store to add to; leave --add out to make one")
-    info = read_store_info(folder)
-    finished = len(info.parts)
-    if len(info.parts) > 1 and info.parts[-1].source == str(source.path) and not (folder / MANIFEST_FILE).exists():
-        finished -= 1
-    return [ImageList(folder / list_name(part)) for part in range(finished)]
-
-
-def _open_writer(config: TokenizeConfig, size: int, folder: Path, listed: Listed, teacher: Teacher) -> tuple[StoreWriter, list[Source]]:
-    """The store's writer, with the images asked for in its lists, and the source of each list."""
     begin_folder(folder)
     begun = read_store_info(folder).parts if (folder / STORE_FILE).exists() else ()
     asked = listed.part
-    if not config.add:
-        if len(begun) > 1 and str(listed.source.path) not in {part.source for part in begun}:
-            raise InputError(f"{folder}: holds other images than {config.images}; give --add to take these in too, or another folder")
-        if not begun:
-            _keep_list(listed, folder / list_name(0))
-        parts = begun if len(begun) > 1 else (asked,)
-        return StoreWriter(folder, _store_info(config, size, teacher, parts)), _sources(listed, parts)
-    writer = StoreWriter(folder, _store_info(config, size, teacher, begun))
-    if asked.images and not (len(begun) > 1 and begun[-1] == asked):
-        if not writer.finished:
-            raise InputError(f"{folder}: the store is not finished; give the same `fastmae tokenize` without --add first")
-        _keep_list(listed, folder / list_name(len(begun)))
-        writer.extend(asked)
-    return writer, _sources(listed, writer.info.parts)
+    if config.add:
+        return _open_to_add(config, size, folder, listed, teacher, begun)
+    if len(begun) > 1 and str(listed.source.path) not in {part.source for part in begun}:
+        raise InputError(f"{folder}: holds other images than {config.images}; give --add to take these in too, or another folder")
+    if not begun:
+        keep_list(listed, folder / list_name(0))
+    writer = StoreWriter(folder, _store_info(config, size, teacher, begun if len(begun) > 1 else (asked,)))
+    if len(begun) == 1 and writer.missing_shards():  # where the images lie in their archive may have changed, or the list be damaged
+        keep_list(listed, folder / list_name(0))
+    check_lists(folder, writer.info)
+    return writer
 
 
-def _keep_list(listed: Listed, file: Path) -> None:
-    write_whole(file, lambda aside: shutil.copyfile(listed.file, aside))
-
-
-def _sources(listed: Listed, parts: tuple[Part, ...]) -> list[Source]:
-    """Of each part: the one given, where it is that one, or the only one; else from where the store says."""
-    here = str(listed.source.path)
-    return [listed.source if part.source == here or len(parts) == 1 else open_source(Path(part.source)) for part in parts]
+def _open_to_add(config: TokenizeConfig, size: int, folder: Path, listed: Listed, teacher: Teacher, begun: tuple[Part, ...]) -> StoreWriter:
+    writer, asked = StoreWriter(folder, _store_info(config, size, teacher, begun)), listed.part
+    check_lists(folder, writer.info)
+    if not asked.images or (len(begun) > 1 and begun[-1] == asked and writer.missing_shards()):
+        return writer
+    if writer.missing_shards():
+        raise InputError(f"{folder}: the store is not finished; give the same `fastmae tokenize` without --add first")
+    if (folder / MANIFEST_FILE).exists():  # what is damaged now would be taken for sound by the new manifest
+        Manifest.read(folder / MANIFEST_FILE).check_all(folder)
+    keep_list(listed, folder / list_name(len(begun)))
+    writer.extend(asked)
+    return writer
 
 
 def _codec(config: TokenizeConfig, writer: StoreWriter, images: StoreImages, teacher: Teacher, loading: Loading, like: Path) -> Codec:
@@ -195,15 +155,18 @@ def _codec(config: TokenizeConfig, writer: StoreWriter, images: StoreImages, tea
     info, file = writer.info, writer.folder / CODEBOOKS_FILE
     if not learns(info.codec):
         return load_codec(info.codec, info.token_dim, {})
-    if not file.exists() and like != writer.folder:
-        writer.keep_codebooks(load_codec(info.codec, info.token_dim, load_file(like / CODEBOOKS_FILE)))
+    for copy in (writer.folder / CODEBOOKS_COPY, like / CODEBOOKS_FILE):
+        if not file.exists() and copy.exists():
+            writer.keep_codebooks(load_codec(info.codec, info.token_dim, load_tensors(copy)))
     if not file.exists():
-        count = min(config.codec_images, info.parts[0].images)
+        if len(writer.missing_shards()) < info.shards:
+            raise InputError(f"{file}: is gone, and the shards that are there can't be read without; bring it back, or take another folder")
+        count = min(config.codec_images, info.parts[min(images.sources)].images)
         total = sum(len(places) for _, places in images.spread(count, loading.batch_size))
         with Progress(f"learn {info.codec}", "images", total=total) as shown:
             sample = sample_tokens(images, teacher, loading, count, config.seed, shown)
         writer.keep_codebooks(learn_codec(info.codec, sample, config.seed))
-    return load_codec(info.codec, info.token_dim, load_file(file))
+    return load_codec(info.codec, info.token_dim, load_tensors(file))
 
 
 def _dry_run(config: TokenizeConfig, sizes: list[int], listed: Listed, network: tuple[nn.Module, str | None]) -> dict[str, Any]:
@@ -214,7 +177,7 @@ def _dry_run(config: TokenizeConfig, sizes: list[int], listed: Listed, network: 
     for size in sizes:
         teacher = _teacher(config, size, deepcopy(network))
         info = _store_info(config, size, teacher, (listed.part,))
-        sample = StoreImages(info, [ImageList(listed.file)], [listed.source])
+        sample = StoreImages(info, {0: ImageList(listed.file)}, {0: listed.source})
         loading = Loading(config.batch_size, config.workers, config.strict)
         measured = measure_sample(sample, teacher, loading, min(SAMPLED, images))
         size_each = bytes_an_image(info, measured.pixel_bytes)
@@ -353,7 +316,8 @@ def _announce(config: TokenizeConfig, teacher: Teacher, images: int, share: rang
 def _name_skipped(store: TokenStore) -> None:
     if not store.skipped:
         return
-    rows = [row for row in store.table().select(["path", "status"]).to_pylist() if row["status"] != "ok"]
+    table = store.table(["path", "status"])
+    rows = table.filter(pa.compute.not_equal(table["status"], "ok")).to_pylist()
     print(f"skipped {len(rows)} of {store.info.images} files:")
     for row in rows[:SHOWN_SKIPS]:
         print(f"  {row['path']}: {row['status']}")

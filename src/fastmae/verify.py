@@ -2,11 +2,10 @@
 
 import json
 import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from safetensors.numpy import load_file
 
 from fastmae.config import VerifyConfig
 from fastmae.device import own_device
@@ -31,10 +30,12 @@ from fastmae.tokens.format import (
     list_name,
     shard_path,
 )
-from fastmae.tokens.manifest import Manifest, read_header, store_text
+from fastmae.tokens.manifest import Manifest, load_tensors, read_header, store_text
 from fastmae.tokens.writer import StoreWriter
 
 SHOWN = 20
+KINDS_WITH_PLACES = ("tar", "datasets")
+"""Sources whose lists say where in them an image lies."""
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         FailedCheckError: something is damaged, and is not to be repaired or can't be.
     """
     damaged: list[dict[str, Any]] = []
-    for folder in _stores(config.store):
+    folders = _stores(config.store, config.repair, damaged)
+    for folder in folders:
         info = description_of(folder)
         with Progress("verify", "shards", total=info.shards) as progress:
             found = list(audit(folder, partial(progress.advance, 1)))
@@ -54,6 +56,9 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
             found = list(audit(folder))
             print(f"{folder}: {'repaired' if not found else 'still damaged'}")
         damaged += [{"file": str(folder / d.file), "what": d.what, "images": list(d.images)} for d in found]
+        if [part.images_sha256 for part in info.parts] != [part.images_sha256 for part in description_of(folders[0]).parts]:
+            what = f"holds other images than {folders[0]}; give the same `fastmae tokenize` again"
+            damaged.append({"file": str(folder / STORE_FILE), "what": what, "images": []})
     result = {"ok": not damaged, "damaged": damaged}
     if damaged:
         way_out = "; the rest is sound" if config.repair else "; --repair makes it again from the images"
@@ -62,25 +67,26 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     return result
 
 
-def _stores(folder: Path) -> list[Path]:
-    """The stores in a folder: itself, or one a middle size."""
+def _stores(folder: Path, repair: bool, damaged: list[dict[str, Any]]) -> list[Path]:
+    """The stores in a folder: itself, or one a middle size, which scales.json lists; where it does not, that is damage."""
     file = folder / SCALES_FILE
-    if not file.exists():
+    sizes = sorted(int(store.name) for store in folder.glob("*/") if store.name.isdigit() and (store / STORE_FILE).exists())
+    if not file.exists() and not sizes:
         return [folder]
-    found = sorted((store for store in folder.iterdir() if store.is_dir() and store.name.isdigit()), key=lambda store: int(store.name))
-    text = f"{json.dumps({'sizes': [int(store.name) for store in found]}, indent=2)}\n"
-    if not found or file.read_text(encoding="utf-8", errors="replace") != text:
-        raise FailedCheckError(
-            f"{file}: does not list the sizes that are there; run the same `fastmae tokenize` again",
-            {"ok": False, "damaged": [{"file": str(file), "what": "does not list the sizes that are there", "images": []}]},
-        )
-    return found
+    text = f"{json.dumps({'sizes': sizes}, indent=2)}\n"
+    if not file.exists() or file.read_bytes() != text.encode():
+        print(f"{file}: does not list the sizes that are there")
+        if repair:
+            write_whole(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+        else:
+            damaged.append({"file": str(file), "what": "does not list the sizes that are there", "images": []})
+    return [folder / str(size) for size in sizes]
 
 
 def _name(folder: Path, found: list[Damage]) -> None:
     for damage in found[:SHOWN]:
         images = f"; images {', '.join(damage.images)}" if damage.images else ""
-        print(f"{folder / damage.file}: {damage.what}{images}")
+        print(f"{folder / damage.file}: {damage.what.removeprefix(f'{folder / damage.file}: ')}{images}")
     if len(found) > SHOWN:
         print(f"... and {len(found) - SHOWN} more")
 
@@ -100,35 +106,37 @@ def _repair(config: VerifyConfig, folder: Path, found: list[Damage]) -> None:
             raise InputError(f"{folder}: {damaged} and its copy are both damaged, and no token can be read without; tokenize again")
         if damaged in files:
             write_whole(folder / damaged, partial(shutil.copyfile, folder / sound))
-    sources = [open_source(Path(part.source)) for part in info.parts]
-    for part in range(len(info.parts)):
-        if list_name(part) in files or not (folder / list_name(part)).exists():
-            _list_again(folder, info, part, sources)
     shards = [damage.shard for damage in found if damage.shard is not None]
+    parts = {info.part_of(shard)[0] for shard in shards}
+    for part, described in enumerate(info.parts):
+        moves = part in parts and described.kind in KINDS_WITH_PLACES  # a repacked archive has the same keys elsewhere
+        if list_name(part) in files or not (folder / list_name(part)).exists() or moves:
+            _list_again(folder, info, part)
     writer = StoreWriter(folder, info)
     if shards:
-        _rebuild(config, writer, shards, sources)
+        _rebuild(config, writer, shards, {part: open_source(Path(info.parts[part].source)) for part in sorted(parts)})
     writer.finish()
 
 
-def _list_again(folder: Path, info: StoreInfo, part: int, sources: list[Source]) -> None:
+def _list_again(folder: Path, info: StoreInfo, part: int) -> None:
     file = folder / list_name(part)
     (folder / LISTS_FOLDER).mkdir(exist_ok=True)
-    entries = sources[part].entries()
-    if part:
-        entries = new_entries(entries, [ImageList(folder / list_name(earlier)) for earlier in range(part)], folder / LISTS_FOLDER)
-    made = write_list(entries, file)
-    if (made.images, made.sha256) != (info.parts[part].images, info.parts[part].images_sha256):
-        file.unlink()
-        where = info.parts[part].source
-        raise InputError(f"{file}: can't be made again, since {where} holds other images by now; bring them or the file back")
+    with tempfile.TemporaryDirectory(prefix="fastmae-") as aside:
+        entries = open_source(Path(info.parts[part].source)).entries()
+        if part:
+            entries = new_entries(entries, [ImageList(folder / list_name(earlier)) for earlier in range(part)], Path(aside))
+        made = write_list(entries, Path(aside) / "images.list")
+        if (made.images, made.sha256) != (info.parts[part].images, info.parts[part].images_sha256):
+            where = info.parts[part].source
+            raise InputError(f"{file}: can't be made again, since {where} holds other images by now; bring them or the file back")
+        write_whole(file, partial(shutil.copyfile, Path(aside) / "images.list"))
 
 
-def _rebuild(config: VerifyConfig, writer: StoreWriter, shards: list[int], sources: list[Source]) -> None:
+def _rebuild(config: VerifyConfig, writer: StoreWriter, shards: list[int], sources: dict[int, Source]) -> None:
     """Run the teacher over the images of some shards again, and say whether the same bytes came out."""
     info, folder = writer.info, writer.folder
     teacher = teacher_of_store(info.teacher, info.middle_size, info.grid).to(own_device(config.device))
-    codec = load_codec(info.codec, info.token_dim, load_file(folder / CODEBOOKS_FILE) if learns(info.codec) else {})
+    codec = load_codec(info.codec, info.token_dim, load_tensors(folder / CODEBOOKS_FILE) if learns(info.codec) else {})
     images = StoreImages.of_store(folder, info, sources)
     count = sum(len(info.part_of(shard)[1]) for shard in shards)
     with Progress("repair", "images", total=count) as progress:

@@ -177,3 +177,143 @@ def test_a_store_on_a_full_disk_is_finished_on_another(photos, vit_store, tokeni
     shutil.copytree(store, tmp_path / "s")
     assert tokenize(photos / "train", tmp_path / "s")[0] == 0
     assert contents(tmp_path / "s") == contents(vit_store)
+
+
+def flip(file, place=-9):
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["codebooks.safetensors", "lists/0.list", "index.parquet", "manifest.json"])
+def test_add_does_not_build_on_damage(name, photos, small_store, tokenize, tmp_path):
+    shutil.copytree(small_store, tmp_path / "s")
+    flip(tmp_path / "s" / name)
+    damaged = contents(tmp_path / "s")
+    code, _, err = tokenize(photos / "val", tmp_path / "s", "--add", "--codec", "pq16", "--pixels", "jpeg")
+    assert code == 2
+    assert name in err
+    assert contents(tmp_path / "s") == damaged
+
+
+@pytest.mark.parametrize("name", ["codebooks.safetensors", "codebooks.copy.safetensors"])
+def test_codebooks_are_not_mended_by_guessing(name, small_store, tmp_path, capsys):
+    """Without the manifest nothing says which of the two is the damaged one."""
+    shutil.copytree(small_store, tmp_path / "s")
+    flip(tmp_path / "s" / name)
+    (tmp_path / "s" / "manifest.json").unlink()
+    assert run(["verify", str(tmp_path / "s"), "--repair"]) == 2
+    assert "both damaged" in capsys.readouterr().err
+
+
+def test_lost_codebooks_come_back_from_their_copy_and_are_never_learnt_anew_over_old_shards(photos, small_store, tokenize, tmp_path):
+    store = tmp_path / "s"
+    shutil.copytree(small_store, store)
+    for name in ("codebooks.safetensors", "shards/00003.safetensors"):
+        (store / name).unlink()
+    args = ["--codec", "pq16", "--pixels", "jpeg", "--codec-images", "8"]
+    assert tokenize(photos / "train", store, *args)[0] == 0
+    assert contents(store).keys() == contents(small_store).keys()
+    assert contents(store)["codebooks.safetensors"] == contents(small_store)["codebooks.safetensors"]
+    for name in ("codebooks.safetensors", "codebooks.copy.safetensors", "shards/00003.safetensors"):
+        (store / name).unlink()
+    code, _, err = tokenize(photos / "train", store, *args)
+    assert code == 2
+    assert "can't be read without" in err
+
+
+def test_add_needs_nothing_of_the_images_that_are_in_already(photos, tokenize, tmp_path):
+    images, store = tmp_path / "images", tmp_path / "s"
+    shutil.copytree(photos / "train", images)
+    assert tokenize(images, store)[0] == 0
+    images.rename(tmp_path / "gone")
+    code, summary, err = tokenize(photos / "val", store, "--add")
+    assert (code, summary["images"]) == (0, 40), err
+    assert "10 new images; 0 are in the store already" in err
+
+
+def test_an_add_killed_before_it_was_written_down_goes_on(photos, tokenize, tmp_path):
+    images, store = tmp_path / "images", tmp_path / "s"
+    shutil.copytree(photos / "train", images)
+    assert tokenize(images, store)[0] == 0
+    shutil.copytree(photos / "val", images / "more")
+    for name in ("manifest.json", "index.parquet"):  # the last that a kill may leave: store.json does not know of the images yet
+        (store / name).unlink()
+    code, summary, _ = tokenize(images, store, "--add")
+    assert (code, summary["images"]) == (0, 40)
+
+
+def test_an_add_to_several_sizes_killed_between_two_goes_on(photos, tokenize, tmp_path):
+    images, store, sizes = tmp_path / "images", tmp_path / "s", ["--middle-size", "64,96"]
+    shutil.copytree(photos / "train", images)
+    assert tokenize(images, store, *sizes)[0] == 0
+    old = tmp_path / "old"
+    shutil.copytree(store / "96", old)
+    shutil.copytree(photos / "val", images / "more")
+    assert tokenize(images, store, *sizes, "--add")[0] == 0
+    finished = contents(store)
+    shutil.rmtree(store / "96")
+    shutil.copytree(old, store / "96")
+    assert run(["verify", str(store)]) == 1
+    assert tokenize(images, store, *sizes, "--add")[0] == 0
+    assert contents(store) == finished
+
+
+def test_a_list_damaged_while_the_store_is_unfinished_is_written_again(photos, vit_store, tokenize, tmp_path):
+    store = tmp_path / "s"
+    shutil.copytree(vit_store, store)
+    for name in ("manifest.json", "index.parquet", "shards/00001.safetensors"):
+        (store / name).unlink()
+    flip(store / "lists" / "0.list")
+    assert tokenize(photos / "train", store)[0] == 0
+    assert contents(store) == contents(vit_store)
+
+
+def test_an_archive_that_was_packed_anew_is_read_where_its_images_are_now(photos, tokenize, tmp_path):
+    paths = sorted((photos / "train" / "china").iterdir())[:3]
+    tars = tmp_path / "tars"
+    tars.mkdir()
+
+    def pack(in_order):
+        with tarfile.open(tars / "a.tar", "w") as tar:
+            for path in in_order:
+                tar.add(path, path.name)
+
+    pack(paths)
+    assert tokenize(tars, tmp_path / "whole", "--shard-size", "1")[0] == 0
+    assert tokenize(tars, tmp_path / "s", "--shard-size", "1")[0] == 0
+    for name in ("manifest.json", "shards/00001.safetensors", "shards/00002.safetensors"):
+        (tmp_path / "s" / name).unlink()
+    pack(reversed(paths))
+    assert tokenize(tars, tmp_path / "s", "--shard-size", "1")[0] == 0
+    whole, resumed = keys_and_tokens(tmp_path / "whole"), keys_and_tokens(tmp_path / "s")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    flip(tmp_path / "whole" / "shards" / "00002.safetensors")
+    assert run(["verify", str(tmp_path / "whole"), "--repair", "--workers", "0"]) == 0
+    assert all(torch.equal(whole[key], tokens) for key, tokens in keys_and_tokens(tmp_path / "whole").items())
+
+
+def test_the_list_of_sizes_is_verified_and_mended(photos, tokenize, tmp_path, capsys):
+    store = tmp_path / "s"
+    assert tokenize(photos / "val", store, "--middle-size", "64,96")[0] == 0
+    finished = contents(store)
+    for damage in (lambda file: flip(file, 14), lambda file: file.unlink()):
+        damage(store / "scales.json")
+        assert run(["verify", str(store)]) == 1
+        assert "scales.json" in capsys.readouterr().err
+        assert run(["verify", str(store), "--repair"]) == 0
+        assert contents(store) == finished
+    (store / "scales.json").write_text('{"sizes": []}')
+    assert run(["inspect", str(store)]) == 2
+    assert "lists no size" in capsys.readouterr().err
+
+
+def test_a_repair_of_what_follows_from_the_shards_needs_no_images(photos, vit_store, tokenize, tmp_path):
+    images, store = tmp_path / "images", tmp_path / "s"
+    shutil.copytree(photos / "train", images)
+    assert tokenize(images, store)[0] == 0
+    finished = contents(store)
+    shutil.rmtree(images)
+    flip(store / "statistics.safetensors")
+    assert run(["verify", str(store), "--repair"]) == 0
+    assert contents(store) == finished

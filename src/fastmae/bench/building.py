@@ -47,13 +47,13 @@ def building_rate(
     """
     chosen = evenly(entries, _affordable(teacher, info.middle_size, info.channels, loading.batch_size))
     info = replace(info, parts=(begin_store(folder / "0", source, chosen),))
-    ready = _ready(StoreImages.of_store(folder / "0", info, [source]), teacher, loading)
+    ready = _ready(StoreImages.of_store(folder / "0", info, {0: source}), teacher, loading)
     images = sum(len(pixels) for pixels in ready)
 
     def build(number: int) -> float:
         store = folder / str(number)
         begin_store(store, source, chosen)
-        writer, reader = StoreWriter(store, info), StoreImages.of_store(store, info, [source])
+        writer, reader = StoreWriter(store, info), StoreImages.of_store(store, info, {0: source})
         progress = Progress("", "images", total=images, quiet=True)
         seconds = seconds_of(lambda: fill(writer, codec, range(info.shards), reader, teacher, loading, progress))
         shutil.rmtree(store)

@@ -86,7 +86,7 @@ def finished_store(
 ) -> TokenStore:
     """Build a store in a folder that `begin_store` made."""
     writer = StoreWriter(folder, info)
-    images = StoreImages.of_store(folder, info, [source])
+    images = StoreImages.of_store(folder, info, {0: source})
     known = cast(Teacher, teacher)
     with Progress(f"build {info.codec}, {info.pixels}", "images", total=info.images) as progress:
         codec = _codec(info, images, known, loading, codec_images, seed)

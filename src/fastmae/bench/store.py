@@ -170,7 +170,7 @@ def _images(config: BenchStoreConfig, source: Source, aside: Path, split: Split,
     files = [aside / f"{number}.list" for number in (LEARNT, MEASURED)]
     parts = [part_of(source, write_list(entries, file)) for entries, file in zip(split.entries, files, strict=True)]
     info = store_info(teacher, parts, config.middle_size, config.patch_size, "fp32", "jpeg", quality)
-    return StoreImages(info, [ImageList(file) for file in files], [source, source])
+    return StoreImages(info, dict(enumerate(ImageList(file) for file in files)), {LEARNT: source, MEASURED: source})
 
 
 def _learn(config: BenchStoreConfig, names: list[str], images: StoreImages, teacher: Teacher, loading: Loading) -> list[Codec]:

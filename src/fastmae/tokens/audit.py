@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,22 @@ import safetensors
 from safetensors.numpy import load_file
 
 from fastmae.errors import InputError, first_line
-from fastmae.tokens.format import MANIFEST_FILE, STORE_FILE, ShardHeader, StoreInfo, checksum, read_store_info, shard_name, shard_path
-from fastmae.tokens.manifest import Manifest, store_text
+from fastmae.images.listing import ImageList
+from fastmae.tokens.codec import learns, load_codec
+from fastmae.tokens.format import (
+    CODEBOOKS_COPY,
+    CODEBOOKS_FILE,
+    MANIFEST_FILE,
+    STORE_FILE,
+    ShardHeader,
+    StoreInfo,
+    checksum,
+    list_name,
+    read_store_info,
+    shard_name,
+    shard_path,
+)
+from fastmae.tokens.manifest import Manifest, load_tensors, store_text
 from fastmae.tokens.shard import MappedShard
 
 
@@ -43,17 +58,38 @@ def audit(folder: Path, on_shard: Callable[[], object] = lambda: None) -> Iterat
     """
     info, manifest, found = _descriptions(folder)
     yield from found
-    if manifest is not None:
-        for name in manifest.files:
-            try:
-                manifest.check(name, folder / name)
-            except InputError as error:
-                yield Damage(name, str(error))
+    if manifest is not None and len(manifest.shards) != info.shards:
+        manifest = None
+        yield Damage(MANIFEST_FILE, f"does not list the {info.shards} shards of store.json")
+    checks = [(name, partial(manifest.check, name)) for name in manifest.files] if manifest is not None else _own_checks(info)
+    for name, check in checks:
+        try:
+            check(folder / name)
+        except InputError as error:
+            yield Damage(name, str(error))
     for shard in range(info.shards):
         damage = _of_shard(folder, shard, None if manifest is None else manifest.shards[shard])
         if damage is not None:
             yield damage
         on_shard()
+
+
+def _own_checks(info: StoreInfo) -> list[tuple[str, Callable[[Path], object]]]:
+    """How small files are checked without a manifest: by what store.json and they themselves say."""
+
+    def check_list(digest: str, file: Path) -> None:
+        if not file.exists() or ImageList(file).sha256() != digest:
+            raise InputError(f"{file}: missing or damaged")
+
+    def check_codebooks(other: str, file: Path) -> None:
+        load_codec(info.codec, info.token_dim, load_tensors(file))
+        copy = file.with_name(other)
+        if copy.exists() and copy.read_bytes() != file.read_bytes():
+            raise InputError(f"{file}: differs from {other}")
+
+    lists = [(list_name(number), partial(check_list, part.images_sha256)) for number, part in enumerate(info.parts)]
+    books = [(CODEBOOKS_FILE, partial(check_codebooks, CODEBOOKS_COPY)), (CODEBOOKS_COPY, partial(check_codebooks, CODEBOOKS_FILE))]
+    return [*lists, *(books if learns(info.codec) else [])]
 
 
 def description_of(folder: Path) -> StoreInfo:
@@ -99,7 +135,6 @@ def _of_shard(folder: Path, shard: int, listed: tuple[int, str] | None) -> Damag
         tensors = load_file(path)
     except (InputError, OSError, safetensors.SafetensorError) as error:
         return Damage(name, first_line(error), shard)
-    names = tensors.keys() | header.checksums.keys()
     names = tensors.keys() | header.checksums.keys()
     bad = sorted(tensor for tensor in names if not _intact(tensors.get(tensor), header.checksums.get(tensor)))
     if not bad:

@@ -83,7 +83,7 @@ class StoreInfo:
     """The contents of store.json: everything that a reader or a resumed writer must agree on.
 
     Attributes:
-        teacher: what made the tokens: `spec`, `kind` ('vit' or 'cnn'), `block`, `norm`, `input_size`, `grid`, `weights_sha256`.
+        teacher: what made the tokens, as `Teacher.describe` gives it.
         token_dim: channels of a token, C.
         middle_size: side of the middle image, in pixels.
         patch_size: side of a patch, in pixels.
@@ -247,7 +247,7 @@ def read_store_info(folder: Path) -> StoreInfo:
         raise InputError(f"{folder}: not a token store (no {STORE_FILE} in it); make one with `fastmae tokenize`")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: can't be read ({error}); tokenize again, or bring back the file") from error
     return StoreInfo.from_json(value, path)
 

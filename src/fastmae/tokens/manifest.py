@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors
 import xxhash
+from safetensors.numpy import load_file
 
 from fastmae.durable import write_whole
-from fastmae.errors import InputError
+from fastmae.errors import InputError, first_line
 from fastmae.tokens.format import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE, STORE_FILE, StoreInfo, checksum, shard_name
 
 HEADER_LENGTH = 8
@@ -80,7 +83,7 @@ class Manifest:
             raise InputError(f"{file.parent}: the store is not finished; run the same `fastmae tokenize` again to continue it") from error
         except InputError:
             raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise InputError(f"{file}: damaged; {_REPAIR}") from error
         if not whole:
             raise InputError(f"{file}: damaged, or changed by hand; {_REPAIR}")
@@ -100,6 +103,15 @@ class Manifest:
             raise InputError(f"{file}: missing; {_REPAIR}") from error
         if found != self.files[name]:
             raise InputError(f"{file}: damaged, or changed by hand; {_REPAIR}")
+
+    def check_all(self, folder: Path) -> None:
+        """Every small file is the one that was written.
+
+        Raises:
+            InputError: one is not.
+        """
+        for name in self.files:
+            self.check(name, folder / name)
 
     def _body(self) -> str:
         value: dict[str, Any] = {
@@ -125,9 +137,21 @@ def measure(file: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
+def load_tensors(file: Path) -> dict[str, np.ndarray]:
+    """A small safetensors file.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    try:
+        return load_file(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{file}: missing or damaged ({first_line(error)}); {_REPAIR}") from error
+
+
 def store_text(info: StoreInfo) -> str:
     """The contents of store.json."""
-    return json.dumps(info.to_json(), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(info.to_json(), indent=2) + "\n"  # in ASCII, so that paths of any encoding survive
 
 
 def check_description(manifest: Manifest, info: StoreInfo, folder: Path) -> None:

@@ -6,9 +6,9 @@ one pair of offsets, in patches, cuts both; nothing here can take them apart.
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
-import safetensors
 import torch
-from safetensors.numpy import load_file
 
 from fastmae.errors import InputError, first_line
 from fastmae.images import jpeg
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.tokens.codec import Codec, code_layout, load_codec
-from fastmae.tokens.files import LocalFiles, StoreFiles, is_url, open_files
+from fastmae.tokens.files import LocalFiles, MissingFileError, StoreFiles, is_url, open_files
 from fastmae.tokens.format import (
     CODEBOOKS_FILE,
     INDEX_FILE,
@@ -36,10 +34,10 @@ from fastmae.tokens.format import (
     read_store_info,
     shard_name,
 )
-from fastmae.tokens.manifest import Manifest, check_description
+from fastmae.tokens.manifest import Manifest, check_description, load_tensors
 from fastmae.tokens.shard import DamagedError, MappedShard
 
-MAPPED_SHARDS = 4096
+MAPPED_SHARDS = 1 << 14
 """Most shards that a process keeps mapped; the system allows some 65,000 maps."""
 
 
@@ -89,9 +87,15 @@ class TokenStore:
         if len(decoded) != self.info.images or not len(self):
             listed = f"lists {len(decoded)} images, store.json {self.info.images}"
             raise InputError(f"{self.folder / INDEX_FILE}: {listed}; bring back the file that belongs here")
+        if not ((self._shard_of >= 0) & (self._shard_of < self.info.shards) & (self._row_of < self.info.shard_size)).all():
+            raise InputError(
+                f"{self.folder / INDEX_FILE}: names shards or rows that can't be; `fastmae verify STORE --repair` makes it again"
+            )
         self.skipped = int((~decoded).sum())
         self._shards: OrderedDict[int, MappedShard] = OrderedDict()
         self._checked_records: dict[int, np.ndarray] = {}
+        self._bad_shards: dict[int, str] = {}
+        self._fetched_again: set[int] = set()
         self.most_mapped = MAPPED_SHARDS
 
     def __len__(self) -> int:
@@ -99,7 +103,7 @@ class TokenStore:
 
     def __getstate__(self) -> dict[str, Any]:
         # Maps don't travel between processes: each opens its own, and checks for itself.
-        return {**self.__dict__, "_shards": OrderedDict(), "_checked_records": {}}
+        return {**self.__dict__, "_shards": OrderedDict(), "_checked_records": {}, "_bad_shards": {}, "_fetched_again": set()}
 
     @property
     def shard_sizes(self) -> np.ndarray:
@@ -146,12 +150,12 @@ class TokenStore:
     def read_pixels(self, index: int, row: int, col: int, size: int, flipped: bool, out: np.ndarray) -> None:
         """Write the pixels of a view into uint8 [K, P s, P s]."""
         rows, cols = self._pixel_slices(row, col, size)
-        shard, place = self._find(index)
-        if shard.pixels is None:
-            info = self.info
-            view = jpeg.decode_part(shard.jpeg(place), rows.start, cols.start, out.shape[1], info.middle_size, info.channels)
+        info = self.info
+        if info.pixels == "jpeg":
+            part = (rows.start, cols.start, out.shape[1], info.middle_size, info.channels)
+            view = _decoded(self._record(index, MappedShard.jpeg), lambda data: jpeg.decode_part(data, *part))
         else:
-            view = shard.raw_pixels(place)[:, rows, cols]
+            view = self._record(index, MappedShard.raw_pixels)[:, rows, cols]
         if flipped:  # NumPy copies backwards at a fifth of torch's rate
             torch.from_numpy(out).copy_(torch.from_numpy(view).flip(-1))
         else:
@@ -164,45 +168,50 @@ class TokenStore:
         takes the teacher as flip-equivariant.
         """
         self._check_view(row, col, size)
-        shard, place = self._find(index)
-        if flipped and shard.flipped_tokens is not None:
+        if flipped and self.info.flips == "stored":
             first = self.grid - col - size
-            out[...] = shard.codes(place, flipped=True)[row : row + size, first : first + size]
+            out[...] = self._record(index, partial(MappedShard.codes, flipped=True))[row : row + size, first : first + size]
             return
-        codes = shard.codes(place)[row : row + size, col : col + size]
+        codes = self._record(index, MappedShard.codes)[row : row + size, col : col + size]
         out[...] = codes[:, ::-1] if flipped else codes
 
     def pixels(self, index: int) -> torch.Tensor:
         """The whole middle image: uint8 [K, S, S] of K channels."""
-        shard, place = self._find(index)
-        if shard.pixels is not None:
-            return torch.from_numpy(shard.raw_pixels(place).copy())
-        return torch.from_numpy(jpeg.decode(shard.jpeg(place), self.info.channels))
+        if self.info.pixels == "raw":
+            return torch.from_numpy(self._record(index, MappedShard.raw_pixels).copy())
+        return torch.from_numpy(_decoded(self._record(index, MappedShard.jpeg), lambda data: jpeg.decode(data, self.info.channels)))
 
     def key(self, index: int) -> str:
         """An image's key, for messages."""
-        table = self.table().select(["path", "row"])
-        return table["path"].filter(pa.compute.greater_equal(table["row"], 0))[index].as_py()
+        return self._keys[index].as_py()
+
+    @cached_property
+    def _keys(self) -> pa.ChunkedArray:
+        table = self.table(["path", "row"])
+        return table["path"].filter(pa.compute.greater_equal(table["row"], 0))
 
     def holds_the_images_of(self, other: "TokenStore") -> bool:
         """Whether image i is the same one in both, given that both were made from one list."""
-        mine, theirs = (store.table().select(["path", "row"]) for store in (self, other))
-        decoded = [pa.compute.greater_equal(table["row"], 0) for table in (mine, theirs)]
-        return mine["path"].filter(decoded[0]).equals(theirs["path"].filter(decoded[1]))
+        return self._keys.equals(other._keys)
 
-    def table(self) -> pa.Table:
-        """The whole index: a row an image of the list, skipped ones too, with the columns of `INDEX_SCHEMA`."""
-        return pq.read_table(self._checked(INDEX_FILE))
+    def table(self, columns: list[str] | None = None) -> pa.Table:
+        """The index: a row an image of the list, skipped ones too, with all the columns of `INDEX_SCHEMA`, or some."""
+        with self._checked(INDEX_FILE).open("rb") as file:
+            return pq.read_table(file, columns=columns)
 
     @cached_property
     def statistics(self) -> dict[str, torch.Tensor]:
         """Over the store: `mean` and `std` of each token channel, float32 [C]; `pixel_mean` and `pixel_std`, float32 [K]."""
-        return {name: torch.from_numpy(value) for name, value in _load_tensors(self._checked(STATISTICS_FILE)).items()}
+        file = self._checked(STATISTICS_FILE)
+        found = {name: torch.from_numpy(value) for name, value in load_tensors(file).items()}
+        if not {"mean", "std", "pixel_mean", "pixel_std"} <= found.keys():
+            raise InputError(f"{file}: lacks a mean or a deviation; `fastmae verify STORE --repair` brings it back")
+        return found
 
     @cached_property
     def codec(self) -> Codec:
         """What turns stored tokens back into float32, on any device."""
-        tensors = _load_tensors(self._checked(CODEBOOKS_FILE)) if CODEBOOKS_FILE in self.manifest.files else {}
+        tensors = load_tensors(self._checked(CODEBOOKS_FILE)) if CODEBOOKS_FILE in self.manifest.files else {}
         return load_codec(self.info.codec, self.token_dim, tensors)
 
     @cached_property
@@ -235,36 +244,77 @@ class TokenStore:
     def _checked(self, name: str) -> Path:
         """A small file, on this machine, as it was written."""
         file = self.files.path(name)
-        self.manifest.check(name, file)
+        try:
+            self.manifest.check(name, file)
+        except InputError:
+            if isinstance(self.files, LocalFiles):
+                raise
+            file.unlink(missing_ok=True)  # damaged in the cache, perhaps
+            file = self.files.path(name)
+            self.manifest.check(name, file)
         return file
 
-    def _find(self, index: int) -> tuple[MappedShard, int]:
+    def _record(self, index: int, read: Callable[[MappedShard, int], np.ndarray]) -> np.ndarray:
+        """Something of an image's record; from a shard that is fetched anew, once, where the cached one is damaged.
+
+        Raises:
+            IndexError: no such image.
+            DamagedError: not what was written.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a store of {len(self)}")
         number, row = int(self._shard_of[index]), int(self._row_of[index])
+        try:
+            return read(self._shard(number), row)
+        except DamagedError:
+            if isinstance(self.files, LocalFiles) or number in self._bad_shards or number in self._fetched_again:
+                raise
+        self._fetched_again.add(number)
+        self._shards.pop(number, None)
+        self.files.path(shard_name(number)).unlink(missing_ok=True)
+        return read(self._shard(number), row)
+
+    def _shard(self, number: int) -> MappedShard:
+        if number in self._bad_shards:
+            raise DamagedError(self._bad_shards[number])
         if number not in self._shards:
             self._shards[number] = self._open(number)
             if len(self._shards) > self.most_mapped:
                 self._shards.popitem(last=False)
-        return self._shards[number], row
+        return self._shards[number]
 
     def _open(self, number: int) -> MappedShard:
         shard = self._mapped(number)
-        self._checked_records[number] = shard.checked
         shape = (self.grid, self.grid, self.code_dim)
         if shard.tokens.shape[1:] != shape or shard.tokens.dtype != self.code_dtype:
             raise DamagedError(f"{shard.file}: holds tokens of {list(shard.tokens.shape[1:])}, not {list(shape)} as store.json says")
         return shard
 
     def _mapped(self, number: int, tries: int = 3) -> MappedShard:
-        file = self.files.path(shard_name(number))
         try:
-            return MappedShard(file, *self.manifest.shards[number], self._checked_records.get(number))
-        except DamagedError:
-            if isinstance(self.files, LocalFiles) or tries == 1:
+            file = self.files.path(shard_name(number))
+        except MissingFileError as error:
+            self._bad_shards[number] = str(error)
+            raise DamagedError(str(error)) from error
+        here = isinstance(self.files, LocalFiles)  # then a file that was checked stays what it was
+        try:
+            shard = MappedShard(file, *self.manifest.shards[number], self._checked_records.get(number) if here else None)
+            if here:
+                self._checked_records[number] = shard.checked
+            return shard
+        except DamagedError as error:
+            if here or tries == 1:
+                self._bad_shards[number] = str(error)
                 raise
         file.unlink(missing_ok=True)  # a copy in the cache: given up for another one this moment, or damaged there; it is fetched anew
         return self._mapped(number, tries - 1)
+
+
+def _decoded(data: np.ndarray, decode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    try:
+        return decode(data)
+    except (IndexError, ValueError) as error:
+        raise DamagedError(f"a stored JPEG that is none ({first_line(error)}); `fastmae verify STORE --repair` makes it again") from error
 
 
 def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0) -> list[TokenStore]:
@@ -284,8 +334,10 @@ def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0
     file = whole.path(SCALES_FILE)
     try:
         sizes = sorted(int(size) for size in json.loads(file.read_text(encoding="utf-8"))["sizes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{file}: can't be read ({first_line(error)}); run the same `fastmae tokenize` again") from error
+    if not sizes:
+        raise InputError(f"{file}: lists no size; run the same `fastmae tokenize` again")
     stores = [TokenStore(open_files(_below(location, size), cache, limit_bytes)) for size in sizes]
     for store in stores[1:]:
         if not stores[0].holds_the_images_of(store):
@@ -307,16 +359,10 @@ def pooled_statistics(stores: Sequence[TokenStore]) -> dict[str, torch.Tensor]:
     return {"mean": mean, "std": ((weights * (stds.square() + means.square())).sum(0) - mean.square()).clamp(min=0).sqrt()}
 
 
-def _load_tensors(file: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{file}: damaged ({first_line(error)}); `fastmae verify STORE --repair` brings it back") from error
-
-
 def _read_index(path: Path, columns: list[str]) -> dict[str, np.ndarray]:
     try:
-        table = pq.read_table(path, columns=columns)
+        with path.open("rb") as file:  # pyarrow takes no path that is not UTF-8
+            table = pq.read_table(file, columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: damaged ({error}); delete it and run the same `fastmae tokenize` again") from error
     if table.schema.names != columns or any(table.schema.field(c).type != INDEX_SCHEMA.field(c).type for c in columns):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import xxhash
 
-from fastmae.errors import InputError
+from fastmae.errors import InputError, first_line
 from fastmae.tokens.format import FLIPPED, METADATA_KEY, PIXELS, TOKENS, checksum
 from fastmae.tokens.manifest import read_header
 
@@ -39,13 +39,18 @@ class MappedShard:
         try:
             header = read_header(file)
             there = file.stat().st_size
-        except InputError as error:
-            raise DamagedError(str(error)) from error
-        if there != size:
-            raise self._damaged(f"has {there} bytes, not {size}")
-        if checksum(header) != header_checksum:
-            raise self._damaged("its header is damaged")
-        self.tensors = _map(file, size, header)
+            if there != size:
+                raise self._damaged(f"has {there} bytes, not {size}")
+            if checksum(header) != header_checksum:
+                raise self._damaged("its header is damaged")
+            self.tensors = _map(file, size, header)
+        except DamagedError:
+            raise
+        except (InputError, OSError, RuntimeError) as error:  # a cached copy can go at any moment
+            raise DamagedError(first_line(error)) from error
+        pixels = {"pixels"} if "pixels" in self.tensors else {"jpeg", "jpeg_offsets"}
+        if not {"tokens", "record_checksums"} | pixels <= self.tensors.keys():
+            raise self._damaged("lacks tensors that a shard has")
         checksums = json.loads(json.loads(header[8:])["__metadata__"][METADATA_KEY])["checksums"]
         for name in {"record_checksums", "jpeg_offsets"} & self.tensors.keys():
             if checksum(self.tensors[name].tobytes()) != checksums[name]:

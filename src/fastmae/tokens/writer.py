@@ -131,8 +131,7 @@ class StoreWriter:
     def finish(self) -> None:
         """Write the statistics, the index and the manifest of the now complete store."""
         if learns(self.info.codec):
-            copied = (self.folder / CODEBOOKS_FILE).read_bytes()
-            write_whole(self.folder / CODEBOOKS_COPY, lambda aside: aside.write_bytes(copied))
+            self._copy_codebooks()
         for folder in (self.folder, self.folder / SHARDS_FOLDER, self.folder / LISTS_FOLDER):
             remove_parts(folder)
         total, pixel_total = np.zeros((2, self.info.token_dim)), np.zeros((2, self.info.channels))
@@ -152,6 +151,12 @@ class StoreWriter:
         write_whole(self.folder / INDEX_FILE, self._write_index)
         self._manifest().write(self.folder)
 
+    def _copy_codebooks(self) -> None:
+        learnt, copy = self.folder / CODEBOOKS_FILE, self.folder / CODEBOOKS_COPY
+        write_new(copy, learnt.read_bytes())
+        if copy.read_bytes() != learnt.read_bytes():
+            raise InputError(f"{learnt}: differs from its copy, so one of them is damaged; `fastmae verify {self.folder} --repair`")
+
     def header(self, shard: int) -> ShardHeader:
         """What a written shard says of itself."""
         return self._read_back(shard)[0]
@@ -161,7 +166,7 @@ class StoreWriter:
         write_whole(self.folder / STORE_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
 
     def _write_index(self, aside: Path) -> None:
-        with pq.ParquetWriter(aside, INDEX_SCHEMA) as file:
+        with aside.open("wb") as opened, pq.ParquetWriter(opened, INDEX_SCHEMA) as file:  # pyarrow takes no path that is not UTF-8
             columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
             for shard in range(self.info.shards):
                 _append(columns, self.header(shard))
