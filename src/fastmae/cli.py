@@ -48,6 +48,9 @@ EXIT_CODES: dict[type[BaseException], int] = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the `fastmae` command; exits with the contract's code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names may hold what the terminal's encoding has no sign for
+            stream.reconfigure(errors="backslashreplace")
     code = run(sys.argv[1:] if args is None else list(args))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; in the interpreter's last second Ctrl-C would only spoil the code
     sys.exit(code)

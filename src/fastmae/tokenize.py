@@ -271,6 +271,8 @@ def _check(config: TokenizeConfig) -> None:
     if config.codec_images < 1:
         raise InputError(f"--codec-images {config.codec_images}: give 1 or more")
     parse_codec(config.codec)
+    if not str(config.store.absolute()).isprintable():
+        raise InputError(f"{str(config.store)!r}: safetensors and Parquet take no such path; give one in UTF-8 without control characters")
     if config.images.is_dir() and config.store.resolve().is_relative_to(config.images.resolve()):
         raise InputError(f"{config.store}: lies inside the images' folder; take a place outside {config.images}")
 

@@ -1,6 +1,7 @@
 """Training from a store that is somewhere else: through a bounded cache, to the same loss."""
 
 import json
+import shutil
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -73,6 +74,30 @@ def test_a_damaged_copy_in_the_cache_is_fetched_anew(server, pretrain, tmp_path)
     code, again, err = pretrain(url, tmp_path / "b", "--cache", str(tmp_path / "cache"))
     assert (code, again) == (0, first), err
     assert len({path for path in asked if "/shards/" in path}) == 4
+
+
+def test_a_damaged_record_or_index_in_the_cache_is_fetched_anew(server, small_store, flip_in_record, pretrain, tmp_path):
+    url, _ = server
+    cache = ["--cache", str(tmp_path / "cache")]
+    _, first, _ = pretrain(url, tmp_path / "a", *cache)
+    (held,) = (path.parent for path in (tmp_path / "cache").rglob("shards"))
+    flip_in_record(held, 1, 2)
+    index = held / "index.parquet"
+    index.write_bytes(index.read_bytes()[:-1] + b"x")
+    code, again, err = pretrain(url, tmp_path / "b", *cache)
+    assert (code, again) == (0, first), err
+
+
+def test_a_shard_that_is_not_there_stops_or_is_gone_without(small_store, pretrain, tmp_path):
+    shutil.copytree(small_store, tmp_path / "s")
+    (tmp_path / "s" / "shards" / "00002.safetensors").unlink()
+    for number, url in enumerate((str(tmp_path / "s"), f"file://{tmp_path / 's'}")):
+        cache = ["--cache", str(tmp_path / "cache")]
+        code, _, err = pretrain(url, tmp_path / f"a{number}", *cache)
+        assert code == 2
+        assert "00002.safetensors" in err
+        assert "Traceback" not in err
+        assert pretrain(url, tmp_path / f"b{number}", *cache, "--on-damage", "skip")[0] == 0
 
 
 def test_the_window_is_chosen_by_the_cache_and_kept_when_the_run_goes_on(server, small_store, pretrain, tmp_path):

@@ -317,3 +317,26 @@ def test_a_repair_of_what_follows_from_the_shards_needs_no_images(photos, vit_st
     flip(store / "statistics.safetensors")
     assert run(["verify", str(store), "--repair"]) == 0
     assert contents(store) == finished
+
+
+def test_names_that_are_not_utf8_and_a_single_image_are_stores_too(photos, vit_weights, fastmae_command, tmp_path):
+    images, store = Path(str(tmp_path) + "/im\udce9ges"), tmp_path / "störe"
+    images.mkdir()
+    shutil.copyfile(photos / "train" / "china" / "00.jpg", images / "\udcff.jpg")
+
+    def call(*args):
+        done = subprocess.run([*fastmae_command, *map(str, args), "--json"], capture_output=True, text=True, check=False)
+        return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}, done.stderr
+
+    tokenize = ["tokenize", images, store, *TEACHER, "--teacher-weights", vit_weights, *SMALL]
+    code, said, err = call(*tokenize, "--dry-run")
+    assert (code, said["images"]) == (0, 1), err
+    assert said["images_per_second"] > 0
+    assert call(*tokenize)[0] == 0
+    flip(store / "shards" / "00000.safetensors")
+    code, said, err = call("verify", store, "--repair", "--workers", "0")
+    assert (code, said) == (0, {"ok": True, "damaged": []}), err
+    tokenize[2] = str(tmp_path) + "/st\udcefre"
+    code, _, err = call(*tokenize)
+    assert code == 2
+    assert "give one in UTF-8" in err

@@ -327,7 +327,7 @@ def check_finite(tokens: torch.Tensor) -> None:
 
 
 def _float32(device: torch.device) -> contextlib.AbstractContextManager:
-    """Products in float32, whatever a training step around them does."""
+    """Products of float32 numbers, whatever autocast does around them (on CUDA in TF32, where that is allowed)."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
