@@ -55,11 +55,11 @@ def check_disk(folder: Path, images: StoreImages, left: int) -> None:
     batches = images.spread(min(SAMPLED // 4, info.parts[min(images.sources)].images), SAMPLED)
     kept = [image for batch in batches for _, image in images[batch] if not isinstance(image, Skipped)]
     pixels = sum((image.pixels if image.jpeg is None else image.jpeg).numel() for image in kept) / max(1, len(kept))
-    needed, free = left * bytes_an_image(info, pixels) + codebook_bytes(info), shutil.disk_usage(folder).free
+    needed, free = left * bytes_an_image(info, pixels) + codebook_bytes(info), shutil.disk_usage(nearest_folder(folder)).free
     if needed > free:
         small = replace(info, codec=f"pq{min(48, info.token_dim)}")
         with_small = left * bytes_an_image(small, pixels) + codebook_bytes(small)
-        smaller = f"; --codec {small.codec} takes {with_small / 1e9:.3g} GB" if with_small < needed else ""
+        smaller = f"; --codec {small.codec} takes {with_small / 1e9:.3g} GB" if with_small <= free else ""
         takes = f"{left} images take about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
         raise InputError(f"{folder}: {takes}{smaller}; free some, or take another disk")
 

@@ -1,14 +1,18 @@
 """`fastmae inspect`: what a store holds; and the summary that `tokenize` ends with."""
 
+import re
 from typing import Any
 
 from fastmae.config import InspectConfig
+from fastmae.errors import InputError
 from fastmae.tokens import TokenStore
 from fastmae.tokens.reader import open_scales
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
     """Say what a store holds; the command's JSON."""
+    if re.match(r"\w+:/", str(config.store)):
+        raise InputError(f"{config.store}: a URL; inspect reads a folder, so call it where the store's files are")
     stores = open_scales(config.store)
     info = stores[0].info
     summaries = [store_summary(store, images_per_second=None) for store in stores]

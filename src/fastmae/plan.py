@@ -176,7 +176,7 @@ def _check(config: PretrainConfig) -> None:
         raise InputError(f"--base-lr {config.base_lr}: give more than 0")
     if config.shuffle_window is not None and config.shuffle_window < 0:
         raise InputError(f"--shuffle-window {config.shuffle_window}: give 0 or more shards")
-    if not config.cache_size > 0:
+    if not 0 < config.cache_size < math.inf:
         raise InputError(f"--cache-size {config.cache_size}: give more than 0 gigabytes")
     if config.store_weights and config.target in ("pixels", "hog"):
         raise InputError(f"--store-weights: weighs the tokens of several stores; --target {config.target} reads none")

@@ -21,6 +21,7 @@ from fastmae.estimate import SAMPLED, bytes_an_image, check_disk, codebook_bytes
 from fastmae.images.listing import ImageList
 from fastmae.inspect import store_summary, summary_over_scales
 from fastmae.intake import Listed, check_lists, keep_list, listed_images, sources_of
+from fastmae.loading import worker_count
 from fastmae.offline import Loading, StoreImages, fill, sample_tokens
 from fastmae.processes import this_process
 from fastmae.progress import Progress, duration
@@ -79,6 +80,9 @@ def _tokenize(
 ) -> dict[str, Any]:
     """The store of one middle size; `like` is that of the smallest, whose codebooks all share."""
     teacher = _teacher(config, size, network)
+    if not (folder / STORE_FILE).exists():  # all that can be refused is refused before anything is written
+        info = _store_info(config, size, teacher, (listed.part,))
+        check_disk(folder, StoreImages(info, {0: ImageList(listed.file)}, {0: listed.source}), info.images)
     writer = _open_writer(config, size, folder, listed, teacher)
     loading = Loading(config.batch_size, config.workers, config.strict)
     share = range(rank, writer.info.shards, world_size)
@@ -86,20 +90,22 @@ def _tokenize(
     images = StoreImages.of_store(folder, writer.info, sources_of(listed, writer.info, missing))
     wanted, left = (sum(len(writer.info.part_of(shard)[1]) for shard in shards) for shards in (share, missing))
     _announce(config, teacher, writer.info.images, share, world_size)
-    if left:
+    if left and left < writer.info.images:
         check_disk(folder, images, left)
     begun = time.monotonic()
     try:
         smaller = memory_hint(f"give --batch-size {max(1, config.batch_size // 2)}, and the same call continues")
         with smaller:
             codec = _codec(config, writer, images, teacher, loading, like) if missing else None
-            with Progress("tokenize", "images", total=wanted, done=wanted - left) as progress:
-                if codec is not None:
+            if codec is None:
+                print(f"{folder}: nothing left to do")
+            else:
+                with Progress("tokenize", "images", total=wanted, done=wanted - left) as progress:
                     begun = time.monotonic()
                     fill(writer, codec, missing, images, teacher, loading, progress)
     except KeyboardInterrupt as stop:
         raise InterruptedRunError("interrupted; finished shards are kept, and the same call continues") from stop
-    rate = round(left / (time.monotonic() - begun), 2)
+    rate = round(left / (time.monotonic() - begun), 2) if left else None
     others = writer.missing_shards()
     if others:
         print(f"{folder}: this process's {len(share)} shards are done; {len(others)} of others are still to come")
@@ -171,7 +177,7 @@ def _codec(config: TokenizeConfig, writer: StoreWriter, images: StoreImages, tea
 
 def _dry_run(config: TokenizeConfig, sizes: list[int], listed: Listed, network: tuple[nn.Module, str | None]) -> dict[str, Any]:
     """Measure on a sample how big the store will be and how long it will take; nothing is written."""
-    images, total, seconds, per_image = listed.info.images, 0.0, 0.0, 0.0
+    images, total, seconds, per_image, books = listed.info.images, 0.0, 0.0, 0.0, 0
     if not images:
         raise InputError(f"{config.images}: holds nothing that the store does not hold already")
     for size in sizes:
@@ -182,13 +188,17 @@ def _dry_run(config: TokenizeConfig, sizes: list[int], listed: Listed, network: 
         measured = measure_sample(sample, teacher, loading, min(SAMPLED, images))
         size_each = bytes_an_image(info, measured.pixel_bytes)
         per_image += size_each
-        total += size_each * measured.decoded * images + codebook_bytes(info)
+        total += size_each * measured.decoded * images
+        books += 0 if config.add else codebook_bytes(info)
         seconds += images / measured.images_per_second
     free = shutil.disk_usage(nearest_folder(config.store)).free
+    total += books
+    learnt = f" and {books / 1e6:.1f} MB of codebooks" if books else ""
     print(
-        f"{images} images x {per_image / 1e3:.1f} kB = {total / 1e9:.3g} GB ({config.codec} tokens, {config.pixels} pixels; "
-        f"{free / 1e9:.3g} GB are free at {config.store}); about {duration(seconds)} on this {own_device(config.device).type} alone, "
-        f"{images / seconds:.1f} images/s; measured on {min(SAMPLED, images)} of them; nothing was written"
+        f"{images} images x {per_image / 1e3:.1f} kB{learnt} = {total / 1e9:.3g} GB ({config.codec} tokens, {config.pixels} pixels), "
+        f"{'MORE THAN' if total > free else 'of'} the {free / 1e9:.3g} GB that are free at {config.store}; about {duration(seconds)} on "
+        f"this {own_device(config.device).type} alone, {images / seconds:.1f} images/s; measured on {min(SAMPLED, images)} of them; "
+        "nothing was written"
     )
     return {
         "images": images, "skipped": 0, "grid": sizes[0] // config.patch_size, "token_dim": info.token_dim, "bytes": round(total),
@@ -271,6 +281,7 @@ def _check(config: TokenizeConfig) -> None:
     if config.codec_images < 1:
         raise InputError(f"--codec-images {config.codec_images}: give 1 or more")
     parse_codec(config.codec)
+    worker_count(config.workers)
     if not str(config.store.absolute()).isprintable():
         raise InputError(f"{str(config.store)!r}: safetensors and Parquet take no such path; give one in UTF-8 without control characters")
     if config.images.is_dir() and config.store.resolve().is_relative_to(config.images.resolve()):
@@ -327,7 +338,7 @@ def _name_skipped(store: TokenStore) -> None:
         print(f"  ... and {len(rows) - SHOWN_SKIPS} more; all are in {store.folder / 'index.parquet'}, column status")
 
 
-def _summary_of_share(writer: StoreWriter, share: range, images_per_second: float) -> dict[str, Any]:
+def _summary_of_share(writer: StoreWriter, share: range, images_per_second: float | None) -> dict[str, Any]:
     """The JSON of a process that finished before the others."""
     records = [image for shard in share for image in writer.header(shard).images]
     decoded = sum(image.row >= 0 for image in records)

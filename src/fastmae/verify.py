@@ -1,19 +1,24 @@
 """`fastmae verify`: re-read a token store, name what is damaged, and with `--repair` make just that again from the images."""
 
 import json
+import re
 import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from fastmae.config import VerifyConfig
 from fastmae.device import own_device
 from fastmae.durable import write_whole
 from fastmae.errors import FailedCheckError, InputError, first_line
 from fastmae.images.listing import ImageList, new_entries, write_list
+from fastmae.images.middle import MiddleImage
 from fastmae.images.sources import Source, open_source
-from fastmae.offline import Loading, StoreImages, fill
+from fastmae.loading import worker_count
+from fastmae.offline import Loading, Skipped, StoreImages, fill
 from fastmae.progress import Progress
 from fastmae.teachers.factory import teacher_of_store
 from fastmae.tokens.audit import Damage, audit, description_of
@@ -25,12 +30,14 @@ from fastmae.tokens.format import (
     MANIFEST_FILE,
     SCALES_FILE,
     STORE_FILE,
+    ShardHeader,
     StoreInfo,
     checksum,
     list_name,
     shard_path,
 )
 from fastmae.tokens.manifest import Manifest, load_tensors, read_header, store_text
+from fastmae.tokens.shard import MappedShard
 from fastmae.tokens.writer import StoreWriter
 
 SHOWN = 20
@@ -44,6 +51,8 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     Raises:
         FailedCheckError: something is damaged, and is not to be repaired or can't be.
     """
+    if re.match(r"\w+:/", str(config.store)):
+        raise InputError(f"{config.store}: a URL; verify reads a folder, so call it where the store's files are")
     damaged: list[dict[str, Any]] = []
     folders = _stores(config.store, config.repair, damaged)
     for folder in folders:
@@ -61,7 +70,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
             damaged.append({"file": str(folder / STORE_FILE), "what": what, "images": []})
     result = {"ok": not damaged, "damaged": damaged}
     if damaged:
-        way_out = "; the rest is sound" if config.repair else "; --repair makes it again from the images"
+        way_out = "; the rest is sound" if config.repair else "; --repair makes them again"
         raise FailedCheckError(f"{config.store}: {len(damaged)} of its files are damaged (first: {damaged[0]['file']}){way_out}", result)
     print(f"{config.store}: every byte is as it was written")
     return result
@@ -106,7 +115,8 @@ def _repair(config: VerifyConfig, folder: Path, found: list[Damage]) -> None:
             raise InputError(f"{folder}: {damaged} and its copy are both damaged, and no token can be read without; tokenize again")
         if damaged in files:
             write_whole(folder / damaged, partial(shutil.copyfile, folder / sound))
-    shards = [damage.shard for damage in found if damage.shard is not None]
+    damaged_shards = {damage.shard for damage in found if damage.shard is not None}
+    shards = sorted(damaged_shards | {shard for shard in range(info.shards) if not shard_path(folder, shard).exists()})
     parts = {info.part_of(shard)[0] for shard in shards}
     for part, described in enumerate(info.parts):
         moves = part in parts and described.kind in KINDS_WITH_PLACES  # a repacked archive has the same keys elsewhere
@@ -138,6 +148,7 @@ def _rebuild(config: VerifyConfig, writer: StoreWriter, shards: list[int], sourc
     teacher = teacher_of_store(info.teacher, info.middle_size, info.grid).to(own_device(config.device))
     codec = load_codec(info.codec, info.token_dim, load_tensors(folder / CODEBOOKS_FILE) if learns(info.codec) else {})
     images = StoreImages.of_store(folder, info, sources)
+    _check_unchanged(images, folder, shards, config)
     count = sum(len(info.part_of(shard)[1]) for shard in shards)
     with Progress("repair", "images", total=count) as progress:
         fill(writer, codec, shards, images, teacher, Loading(config.batch_size, config.workers), progress)
@@ -149,3 +160,39 @@ def _rebuild(config: VerifyConfig, writer: StoreWriter, shards: list[int], sourc
     there = [(shard_path(folder, shard), listed[shard]) for shard in shards]
     same = sum((path.stat().st_size, checksum(read_header(path))) == entry for path, entry in there)
     print(f"{folder}: {len(shards)} shards made again, {same} of them to the same bytes")
+
+
+def _check_unchanged(images: StoreImages, folder: Path, shards: list[int], config: VerifyConfig) -> None:
+    """The images of the shards that are made again are those that were there: a shard keeps a checksum of each one's pixels.
+
+    Raises:
+        InputError: some have changed, so what is still sound would be lost.
+    """
+    changed = []
+    for shard in shards:
+        listed = _listed_shard(folder, shard)
+        if listed is None:
+            continue
+        mapped, rows = listed
+        batches = list(images.batches_of(shard, config.batch_size))
+        for batch in images.load(batches, min(worker_count(config.workers), len(batches))):
+            changed += [key for key, image in batch if _pixels_checksum(image) != mapped.pixels_checksum(rows[key])]
+    if changed:
+        named = ", ".join(changed[:SHOWN]) + (", ..." if len(changed) > SHOWN else "")
+        raise InputError(f"{folder}: {len(changed)} images are not what they were ({named}); bring them back, or tokenize again")
+
+
+def _listed_shard(folder: Path, shard: int) -> tuple[MappedShard, dict[str, int]] | None:
+    """A damaged shard and its images' rows, where its header is sound and nothing but records is damaged."""
+    try:
+        mapped = MappedShard(shard_path(folder, shard), *Manifest.read(folder / MANIFEST_FILE).shards[shard])
+    except InputError:
+        return None
+    return mapped, {image.path: image.row for image in ShardHeader.from_file(mapped.file).images}
+
+
+def _pixels_checksum(image: MiddleImage | Skipped) -> int | None:
+    if isinstance(image, Skipped):
+        return None
+    kept = image.pixels if image.jpeg is None else image.jpeg
+    return xxhash.xxh3_64_intdigest(kept.contiguous().numpy().tobytes())

@@ -157,7 +157,15 @@ def test_a_disk_that_is_too_small_is_told_before_the_start(photos, tokenize, sma
     assert code == 2
     assert "30 images take about 0.00166 GB, and 0.001" in err
     assert "free some, or take another disk" in err
-    assert not list((small_disk / "s" / "shards").iterdir())
+    assert not (small_disk / "s").exists()
+
+
+def test_a_run_on_a_full_disk_is_one_line(vit_store, tiny_student, small_disk, capsys):
+    assert run(["pretrain", str(vit_store), str(small_disk / "run"), *tiny_student, "--epochs", "1", "--workers", "0"]) == 2
+    err = capsys.readouterr().err
+    assert "No space left on device" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not list(small_disk.rglob("*.part"))
 
 
 def test_a_store_on_a_full_disk_is_finished_on_another(photos, vit_store, tokenize, small_disk, tmp_path):
@@ -340,3 +348,56 @@ def test_names_that_are_not_utf8_and_a_single_image_are_stores_too(photos, vit_w
     code, _, err = call(*tokenize)
     assert code == 2
     assert "give one in UTF-8" in err
+
+
+@pytest.mark.parametrize(("wrong", "says"), [(["--codec", "pq999"], "more bytes than"), (["--workers", "-5"], "--workers -5")])
+def test_a_call_that_is_refused_leaves_nothing_in_the_way_of_the_right_one(wrong, says, photos, tokenize, tmp_path):
+    code, _, err = tokenize(photos / "val", tmp_path / "s", *wrong)
+    assert code == 2
+    assert says in err
+    assert not (tmp_path / "s" / "store.json").exists()
+    assert tokenize(photos / "val", tmp_path / "s")[0] == 0
+
+
+def test_more_images_than_the_store_was_begun_with_are_told_of_add(photos, vit_store, tokenize, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(photos / "train", images)
+    shutil.copytree(photos / "val", images / "more")
+    shutil.copytree(vit_store, tmp_path / "s")
+    code, _, err = tokenize(images, tmp_path / "s")
+    assert code == 2
+    assert "images: 30 (list " in err
+    assert "--add to take new images in" in err
+
+
+def test_a_repair_does_not_put_other_images_in_the_place_of_sound_records(photos, flip_in_record, tokenize, tmp_path):
+    images, store = tmp_path / "images", tmp_path / "s"
+    shutil.copytree(photos / "train", images)
+    assert tokenize(images, store)[0] == 0
+    flip_in_record(store, 1, 2)
+    damaged = contents(store)
+    keys = TokenStore(store).table()["path"].to_pylist()
+    shutil.copyfile(images / keys[0], images / keys[12])
+    assert run(["verify", str(store), "--repair", "--workers", "0"]) == 2
+    assert contents(store) == damaged
+    shutil.copyfile(photos / "train" / keys[12], images / keys[12])
+    assert run(["verify", str(store), "--repair", "--workers", "0"]) == 0
+    assert run(["verify", str(store)]) == 0
+
+
+def test_an_unfinished_store_is_said_to_be_just_that(photos, vit_store, tmp_path, capsys):
+    shutil.copytree(vit_store, tmp_path / "s")
+    for name in ("manifest.json", "index.parquet", "statistics.safetensors", "shards/00001.safetensors", "shards/00002.safetensors"):
+        (tmp_path / "s" / name).unlink()
+    assert run(["verify", str(tmp_path / "s"), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert [damage["file"].rsplit("/", 1)[1] for damage in json.loads(out)["damaged"]] == ["manifest.json"]
+    assert "not finished (2 of its 4 shards are there)" in err
+    assert run(["verify", str(tmp_path / "s"), "--repair", "--workers", "0"]) == 0
+    assert contents(tmp_path / "s") == contents(vit_store)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_commands_for_folders_say_so_of_a_url(command, capsys):
+    assert run([command, "https://example.org/x.tokens"]) == 2
+    assert "a URL" in capsys.readouterr().err

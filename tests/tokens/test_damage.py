@@ -114,6 +114,13 @@ def test_pretrain_stops_at_damage_by_default_and_goes_on_without_the_image_on_re
     assert "skipped image" in capfd.readouterr().err
 
 
+def test_a_run_that_meets_damage_saves_what_it_has_trained(copy, flip_in_record, tiny_student, tmp_path):
+    args = ["pretrain", str(copy), str(tmp_path / "run"), *tiny_student, "--epochs", "8", "--workers", "0", "--shuffle-window", "1"]
+    flip_in_record(copy, int(np.random.default_rng((0, 0)).permutation(4)[-1]), 0)  # of the last shard of the first epoch
+    assert run(args) == 2
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 2
+
+
 def test_a_record_is_checked_once_in_a_process(copy):
     store = TokenStore(copy)
     store.view(0, 0, 0, 4)

@@ -61,20 +61,23 @@ def audit(folder: Path, on_shard: Callable[[], object] = lambda: None) -> Iterat
     if manifest is not None and len(manifest.shards) != info.shards:
         manifest = None
         yield Damage(MANIFEST_FILE, f"does not list the {info.shards} shards of store.json")
-    checks = [(name, partial(manifest.check, name)) for name in manifest.files] if manifest is not None else _own_checks(info)
+    checks = [(name, partial(manifest.check, name)) for name in manifest.files] if manifest is not None else _own_checks(folder, info)
     for name, check in checks:
         try:
             check(folder / name)
         except InputError as error:
             yield Damage(name, str(error))
     for shard in range(info.shards):
+        if manifest is None and not shard_path(folder, shard).exists():  # of a store that is not finished
+            on_shard()
+            continue
         damage = _of_shard(folder, shard, None if manifest is None else manifest.shards[shard])
         if damage is not None:
             yield damage
         on_shard()
 
 
-def _own_checks(info: StoreInfo) -> list[tuple[str, Callable[[Path], object]]]:
+def _own_checks(folder: Path, info: StoreInfo) -> list[tuple[str, Callable[[Path], object]]]:
     """How small files are checked without a manifest: by what store.json and they themselves say."""
 
     def check_list(digest: str, file: Path) -> None:
@@ -89,7 +92,8 @@ def _own_checks(info: StoreInfo) -> list[tuple[str, Callable[[Path], object]]]:
 
     lists = [(list_name(number), partial(check_list, part.images_sha256)) for number, part in enumerate(info.parts)]
     books = [(CODEBOOKS_FILE, partial(check_codebooks, CODEBOOKS_COPY)), (CODEBOOKS_COPY, partial(check_codebooks, CODEBOOKS_FILE))]
-    return [*lists, *(books if learns(info.codec) else [])]
+    made = any(shard_path(folder, shard).exists() for shard in range(info.shards))
+    return [*lists, *(books if made and learns(info.codec) else [])]
 
 
 def description_of(folder: Path) -> StoreInfo:
@@ -119,6 +123,9 @@ def _descriptions(folder: Path) -> tuple[StoreInfo, Manifest | None, list[Damage
     if manifest is not None and bad_info is not None:
         return manifest.info, manifest, [Damage(STORE_FILE, bad_info)]
     assert info is not None
+    if bad_manifest and not (folder / MANIFEST_FILE).exists():
+        there = sum(shard_path(folder, shard).exists() for shard in range(info.shards))
+        bad_manifest = f"missing: the store is not finished ({there} of its {info.shards} shards are there)"
     return info, manifest, [Damage(MANIFEST_FILE, bad_manifest)] if bad_manifest else []
 
 

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import safetensors
 import xxhash
 
-from fastmae.errors import InputError
+from fastmae.errors import InputError, first_line
 
 FORMAT_NAME = "fastmae token store"
 FORMAT_VERSION = 2
@@ -220,6 +221,19 @@ class ShardHeader:
         return {METADATA_KEY: json.dumps({**value, "checksum": checksum(json.dumps(value).encode())})}
 
     @classmethod
+    def from_file(cls, path: Path) -> "ShardHeader":
+        """That of a shard on disk.
+
+        Raises:
+            InputError: as `from_metadata`, or a damaged file.
+        """
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                return cls.from_metadata(file.metadata(), path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(f"{path}: damaged ({first_line(error)})") from error
+
+    @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None, path: Path) -> "ShardHeader":
         """Read back what `to_metadata` wrote.
 
@@ -275,7 +289,7 @@ def checksum(data: bytes | memoryview) -> str:
 def _flat(info: StoreInfo) -> dict[str, Any]:
     flat = asdict(info)
     teacher = flat.pop("teacher")
-    flat["images"] = [(part["images"], part["images_sha256"][:12]) for part in flat.pop("parts")]
+    flat["images"] = " + ".join(f"{part['images']} (list {part['images_sha256'][:8]})" for part in flat.pop("parts"))
     return {**{f"teacher {name}": value for name, value in teacher.items() if name != "weights_file"}, **flat}
 
 

@@ -74,6 +74,7 @@ class StoreViews(Dataset[ViewBatch]):
         self.stores, self.draws, self.with_tokens, self.with_middle = stores, draws, with_tokens, with_middle
         self.on_damage = on_damage
         self.damaged: set[int] = set()
+        self.told: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.stores[0][0])
@@ -123,7 +124,9 @@ class StoreViews(Dataset[ViewBatch]):
                 if self.on_damage == "stop":
                     raise DamagedError(f"image {self.stores[0][0].key(candidate)}: {error}") from error
                 self.damaged.add(candidate)
-                print(f"skipped image {self.stores[0][0].key(candidate)}: {error}", file=sys.stderr, flush=True)
+                if str(error) not in self.told:  # a shard that is gone as a whole is named once
+                    self.told.add(str(error))
+                    print(f"skipped image {self.stores[0][0].key(candidate)}: {str(error).split(';')[0]}", file=sys.stderr, flush=True)
         raise DamagedError(f"{self.stores[0][0].folder}: all of its images are damaged; `fastmae verify STORE --repair` rebuilds them")
 
 

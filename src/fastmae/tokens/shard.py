@@ -92,6 +92,10 @@ class MappedShard:
         self._check(row, PIXELS, found)
         return found
 
+    def pixels_checksum(self, row: int) -> int | None:
+        """xxh3-64 of an image's JPEG or pixels as they were written; None for row -1, an image that was skipped."""
+        return None if row < 0 else int(self.record_checksums[row, PIXELS])
+
     def damaged_records(self) -> list[int]:
         """Rows whose tokens or pixels are not what was written; every byte is read."""
         found = []

@@ -63,7 +63,9 @@ class StoreWriter:
             begun = read_store_info(folder)
             differing = begun.differences(info)
             if differing:
-                raise InputError(f"{folder}: was begun with other settings ({'; '.join(differing)}); give them again, or another folder")
+                hint = ", or --add to take new images in" if all(name.startswith("images:") for name in differing) else ""
+                settings = "; ".join(differing)
+                raise InputError(f"{folder}: was begun with other settings ({settings}); give them again, or another folder{hint}")
             self.info = begun  # the images may lie elsewhere by now; the store's bytes stay as they were begun
         else:
             self._describe(info)

@@ -5,7 +5,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -67,7 +67,10 @@ class TrainState:
 
         def write(aside: Path) -> None:
             with aside.open("wb") as file:
-                torch.save(held, file)
+                try:
+                    torch.save(held, file)
+                except RuntimeError as error:  # what torch makes of a full disk
+                    raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
         on_first_process(fabric, lambda: write_whole(folder.checkpoint, write))
 
@@ -159,7 +162,13 @@ def fit(
     agreement = _Agreement(fabric)
     progress = Progress(what, "steps", steps, state.step, not fabric.is_global_zero, scale=batch_size, rate_unit="images")
     with StopRequest() as stop, progress, contextlib.closing(log) if log else contextlib.nullcontext():
-        batches = iter(loader)
+
+        def save_alone() -> None:
+            if fabric.world_size == 1 and state.step:  # of several processes the others don't know; they have their regular saves
+                state.sums = _mean_over_processes(fabric, sums, 1) if sums else {}
+                state.save(fabric, folder)
+
+        batches = _saved_on_failure(loader, save_alone)
         for first in batches:
             schedule.step_update(state.step)
             torch.manual_seed((seed * steps + state.step) * fabric.world_size + fabric.global_rank)
@@ -206,6 +215,15 @@ def fit(
             if must_stop and state.step < steps:
                 raise InterruptedRunError(f"stopped after step {state.step} of {steps}, and saved; the same call continues")
     return entry
+
+
+def _saved_on_failure(loader: Iterable[Any], save: Callable[[], None]) -> Iterator[Any]:
+    """The loader's batches; where it has none to give any more (a damaged store, a lost server), what was trained is saved first."""
+    try:
+        yield from loader
+    except InputError:
+        save()
+        raise
 
 
 class StopRequest:
