@@ -19,6 +19,6 @@ else:
         tokens = books["offset"] + books["scale"] * codes
     else:  # pq<M>: byte m chooses the m-th piece
         pieces = books["centroids"][np.arange(codes.shape[-1]), codes]  # [grid, grid, M, d]
-        tokens = books["offset"] + pieces.reshape(*codes.shape[:2], -1) @ books["inverse"]
+        tokens = shard["token_means"][0] + books["offset"] + pieces.reshape(*codes.shape[:2], -1) @ books["inverse"]
 jpeg = shard["jpeg"][: shard["jpeg_offsets"][1]].tobytes() if "jpeg" in shard else b""
 print(json.dumps({"codec": codec, "shape": tokens.shape, "mean": float(tokens.mean()), "jpeg_bytes": len(jpeg)}))

@@ -12,7 +12,7 @@ from fastmae.errors import InputError
 from fastmae.loading import worker_count
 from fastmae.offline import Loading, Skipped, StoreImages, run_teacher
 from fastmae.teachers import Teacher
-from fastmae.tokens.codec import code_layout, learnt_shapes
+from fastmae.tokens.codec import code_layout, keeps_means, learnt_shapes
 from fastmae.tokens.format import StoreInfo
 
 SAMPLED = 64
@@ -67,7 +67,8 @@ def check_disk(folder: Path, images: StoreImages, left: int) -> None:
 def bytes_an_image(info: StoreInfo, pixel_bytes: float) -> float:
     """On disk: tokens (twice with the mirrored images' own), pixels, and what names and checks them."""
     numbers, dtype = code_layout(info.codec, info.token_dim)
-    tokens = info.grid**2 * numbers * np.dtype(dtype).itemsize * (2 if info.flips == "stored" else 1)
+    mean = 2 * info.token_dim if keeps_means(info.codec) else 0
+    tokens = (info.grid**2 * numbers * np.dtype(dtype).itemsize + mean) * (2 if info.flips == "stored" else 1)
     return tokens + pixel_bytes + RECORD_BYTES
 
 

@@ -201,8 +201,13 @@ def run_teacher(teacher: Teacher, batch: list[tuple[str, "MiddleImage | Skipped"
     return TaughtBatch(tokens, flipped, kept, sums, batch)
 
 
-def sample_tokens(images: StoreImages, teacher: Teacher, loading: Loading, count: int, seed: int, progress: Progress) -> torch.Tensor:
-    """Tokens of images from all over the list, float32 [m, C], for a codec to learn from: the same for the same list and seed.
+def sample_tokens(
+    images: StoreImages, teacher: Teacher, loading: Loading, count: int, seed: int, progress: Progress
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of images from all over the list for a codec to learn from, the same for the same list and seed.
+
+    Returns:
+        float32 [m, C] each: the tokens, and of each the mean token of its image.
 
     Raises:
         InputError: none of them could be decoded.
@@ -214,11 +219,13 @@ def sample_tokens(images: StoreImages, teacher: Teacher, loading: Loading, count
     for batch in images.load(batches, min(worker_count(loading.workers), len(batches))):
         for grid in run_teacher(teacher, batch, images, loading).to_host().tokens:
             flat = grid.flatten(0, 1)
-            found.append(flat[torch.randperm(len(flat), generator=random)[:per_image]])
+            some = flat[torch.randperm(len(flat), generator=random)[:per_image]]
+            found.append(torch.stack([some, flat.mean(0).expand_as(some)]))
         progress.advance(len(batch))
     if not found:
         raise InputError(f"{images.origin}: none of the {count} images tried could be decoded")
-    return torch.cat(found)
+    tokens, means = torch.cat(found, dim=1)
+    return tokens, means
 
 
 def _write(writer: StoreWriter, codec: Codec, shard: int, parts: list[TaughtBatch]) -> None:

@@ -62,8 +62,8 @@ class StoredTokens:
 
     def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor:
         """As `Target`."""
-        found = [norm(codec.decode(codes)) for codec, norm, codes in zip(self.codecs, self.norms, batch.tokens, strict=True)]
-        return torch.cat(found, dim=-1)
+        stored = zip(self.codecs, self.norms, batch.tokens, batch.means, strict=True)
+        return torch.cat([norm(codec.decode_grids(codes, means)) for codec, norm, codes, means in stored], dim=-1)
 
 
 class OnlineTokens:

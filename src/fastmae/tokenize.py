@@ -6,6 +6,7 @@ Here: the options, which images are to be in the store, how much it will take. T
 import shutil
 import time
 from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from fastmae.tokens.format import (
     shard_path,
 )
 from fastmae.tokens.manifest import Manifest, load_tensors
-from fastmae.tokens.quantise import learn_codec
+from fastmae.tokens.quantise import learn_from
 from fastmae.tokens.writer import StoreWriter, begin_folder
 
 SHOWN_SKIPS = 20
@@ -54,17 +55,18 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
     _check(config)
     rank, world_size = _share(config)
     folders = [config.store / str(size) for size in sizes] if len(sizes) > 1 else [config.store]
-    network = load_network(config.teacher, config.teacher_weights)
+    load = cache(partial(load_network, config.teacher, config.teacher_weights))  # once, and after the images were found
     if config.dry_run:
         with listed_images(config.images, config.add, folders[0]) as listed:
-            return _dry_run(config, sizes, listed, network)
+            return _dry_run(config, sizes, listed, load())
     summaries = []
     for size, folder in zip(sizes, folders, strict=True):
         with listed_images(config.images, config.add, folder) as listed:
+            network = deepcopy(load())
             if len(sizes) > 1:
                 _begin_scales(config.store, sizes)
                 print(f"middle size {size}:")
-            summaries.append(_tokenize(config, size, folder, listed, deepcopy(network), rank, world_size, like=folders[0]))
+            summaries.append(_tokenize(config, size, folder, listed, network, rank, world_size, like=folders[0]))
     return summaries[0] if len(sizes) == 1 else summary_over_scales(summaries)
 
 
@@ -170,8 +172,8 @@ def _codec(config: TokenizeConfig, writer: StoreWriter, images: StoreImages, tea
         count = min(config.codec_images, info.parts[min(images.sources)].images)
         total = sum(len(places) for _, places in images.spread(count, loading.batch_size))
         with Progress(f"learn {info.codec}", "images", total=total) as shown:
-            sample = sample_tokens(images, teacher, loading, count, config.seed, shown)
-        writer.keep_codebooks(learn_codec(info.codec, sample, config.seed))
+            tokens, means = sample_tokens(images, teacher, loading, count, config.seed, shown)
+        writer.keep_codebooks(learn_from(info.codec, tokens, means, config.seed))
     return load_codec(info.codec, info.token_dim, load_tensors(file))
 
 

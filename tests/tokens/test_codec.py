@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from fastmae.errors import InputError
 from fastmae.tokens.codec import code_layout, learns, load_codec, parse_codec
-from fastmae.tokens.quantise import deal, learn_codec, share_variance
+from fastmae.tokens.quantise import deal, learn_codec, learn_from, share_variance
 
 C = 48
 NAMES = ["fp32", "fp16", "int8", "pq1", "pq12", "pq13"]  # 13 does not divide 48: groups of 4 directions, the last ones of 3
@@ -370,3 +370,30 @@ def test_codebooks_of_another_codec_are_refused(codecs):
     tensors = dict(codecs["int8"].tensors(), scale=np.zeros(C, np.float32))
     with pytest.raises(InputError, match="'scale' holds numbers that can't be"):
         load_codec("int8", C, tensors)
+
+
+def test_the_mean_of_an_images_decoded_tokens_is_its_own(tokens_of_images):
+    """Whatever the codes lose, an image keeps the mean in which its category lies; for views of it the same mean is added."""
+    tokens = tokens_of_images
+    codec = learn_from("pq4", tokens.flatten(0, 2), tokens.mean((1, 2), keepdim=True).expand_as(tokens).flatten(0, 2), 0)
+    codes, means = (torch.from_numpy(kept) for kept in codec.encode_grids(tokens))
+    assert (codes.shape, means.shape, means.dtype) == ((40, 6, 6, 4), (40, 12), torch.float16)
+    decoded = codec.decode_grids(codes, means)
+    torch.testing.assert_close(decoded.mean((1, 2)), tokens.mean((1, 2)), atol=4e-3, rtol=1e-3)
+    assert not torch.allclose(decoded, tokens, atol=0.1)
+    view = codec.decode_grids(codes[:, 1:4, 2:5].flatten(1, 2), means)
+    torch.testing.assert_close(view, decoded[:, 1:4, 2:5].flatten(1, 2))
+
+
+def test_without_means_kept_grids_are_tokens_alone(tokens_of_images):
+    codec = load_codec("fp32", 12, {})
+    codes, means = (torch.from_numpy(kept) for kept in codec.encode_grids(tokens_of_images))
+    assert means.shape == (40, 0)
+    assert torch.equal(codec.decode_grids(codes, means), tokens_of_images)
+
+
+@pytest.fixture(scope="module")
+def tokens_of_images():
+    """40 images of 6 x 6 tokens of 12 channels, each image around a mean of its own."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(40, 6, 6, 12, generator=generator) + 3 * torch.randn(40, 1, 1, 12, generator=generator)

@@ -65,7 +65,7 @@ class Kept:
             tokens: float32 [n, grid, grid, C], as the teacher gave them.
             with_loss: take in the loss, not just the features.
         """
-        decoded = self.codec.decode(_codes(self.codec, tokens)).flatten(1, 2)
+        decoded = self.codec.decode_grids(*_kept(self.codec, tokens)).flatten(1, 2)
         self.features.append(decoded.mean(1))
         if with_loss:
             grids = tokens.flatten(1, 2)
@@ -83,11 +83,11 @@ def speeds(codecs: Sequence[Codec], grids: torch.Tensor, device: torch.device, r
         rounds: to be timed.
     """
     size = view_size(grids)
-    views = grids[torch.arange(VIEWS) % len(grids), :size, :size].flatten(1, 2)
+    views = grids[torch.arange(VIEWS) % len(grids), :size, :size]
     works: dict[tuple[int, str], Callable[[int], float]] = {}
     for place, codec in enumerate(codecs):
         works[place, "encode"] = _encoding(codec, grids)
-        works[place, "decode"] = _decoding(codec, _codes(codec, views).to(device))
+        works[place, "decode"] = _decoding(codec, *(kept.to(device) for kept in _kept(codec, views)))
     seconds = interleave(works, rounds)
     return [(seconds[place, "encode"], seconds[place, "decode"]) for place in range(len(codecs))]
 
@@ -105,12 +105,13 @@ def finished(result: torch.Tensor) -> torch.Tensor:
 
 
 def _encoding(codec: Codec, grids: torch.Tensor) -> Callable[[int], float]:
-    return lambda _: seconds_of(lambda: codec.encode(grids))
+    return lambda _: seconds_of(lambda: codec.encode_grids(grids))
 
 
-def _decoding(codec: Codec, codes: torch.Tensor) -> Callable[[int], float]:
-    return lambda _: seconds_of(lambda: finished(codec.decode(codes)))
+def _decoding(codec: Codec, codes: torch.Tensor, means: torch.Tensor) -> Callable[[int], float]:
+    return lambda _: seconds_of(lambda: finished(codec.decode_grids(codes, means)))
 
 
-def _codes(codec: Codec, tokens: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(codec.encode(tokens)))
+def _kept(codec: Codec, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, means = codec.encode_grids(tokens)
+    return torch.from_numpy(np.ascontiguousarray(codes)), torch.from_numpy(means)

@@ -191,8 +191,9 @@ class StoreWorks:
 
         def look_up(batch: list[int]) -> None:
             tokens = torch.empty(len(batch), size, size, store.code_dim, dtype=dtype).numpy()
+            means = np.empty((len(batch), store.mean_dim), np.float16)
             for place, index in enumerate(batch):
-                store.read_codes(index, drawn[index].row, drawn[index].col, size, drawn[index].flipped, tokens[place])
+                store.read_codes(index, drawn[index].row, drawn[index].col, size, drawn[index].flipped, tokens[place], means[place])
 
         return self.batches.timed(number, look_up)
 

@@ -15,7 +15,7 @@ from fastmae.teachers import Teacher
 from fastmae.tokens import TokenStore
 from fastmae.tokens.codec import Codec, code_layout, learns, load_codec, parse_codec
 from fastmae.tokens.format import Part, StoreInfo, checksum, list_name
-from fastmae.tokens.quantise import learn_codec
+from fastmae.tokens.quantise import learn_from
 from fastmae.tokens.writer import StoreWriter, begin_folder
 
 SHARD_SIZE = 256
@@ -137,5 +137,5 @@ def _codec(info: StoreInfo, images: StoreImages, teacher: Teacher, loading: Load
     if not learns(info.codec):
         return load_codec(info.codec, info.token_dim, {})
     with Progress(f"learn {info.codec}", "images", total=min(count, info.images), quiet=True) as shown:
-        sample = sample_tokens(images, teacher, loading, min(count, info.images), seed, shown)
-    return learn_codec(info.codec, sample, seed)
+        tokens, means = sample_tokens(images, teacher, loading, min(count, info.images), seed, shown)
+    return learn_from(info.codec, tokens, means, seed)

@@ -31,7 +31,7 @@ from fastmae.offline import Loading, Places, StoreImages, run_teacher, sample_to
 from fastmae.progress import Progress
 from fastmae.teachers import Teacher, load_teacher
 from fastmae.tokens.codec import Codec, learns, load_codec
-from fastmae.tokens.quantise import learn_codec
+from fastmae.tokens.quantise import learn_from
 
 LEARNT, MEASURED = 0, 1
 """The two lists of images: those that codecs learn on (train/, with labels), and those whose loss is measured (val/)."""
@@ -175,11 +175,11 @@ def _images(config: BenchStoreConfig, source: Source, aside: Path, split: Split,
 
 def _learn(config: BenchStoreConfig, names: list[str], images: StoreImages, teacher: Teacher, loading: Loading) -> list[Codec]:
     """All codecs, from one sample of the images to learn on."""
-    sample = torch.empty(0)
+    tokens = means = torch.empty(0)
     if any(learns(name) for name in names):
         with Progress("learn", "images", total=sum(len(places) for _, places in _sampled(config, images))) as shown:
-            sample = sample_tokens(images, teacher, loading, _to_sample(config, images), config.seed, shown)
-    return [learn_codec(n, sample, config.seed) if learns(n) else load_codec(n, teacher.token_dim, {}) for n in names]
+            tokens, means = sample_tokens(images, teacher, loading, _to_sample(config, images), config.seed, shown)
+    return [learn_from(n, tokens, means, config.seed) if learns(n) else load_codec(n, teacher.token_dim, {}) for n in names]
 
 
 def _to_sample(config: BenchStoreConfig, images: StoreImages) -> int:

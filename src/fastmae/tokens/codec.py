@@ -7,6 +7,9 @@ pq<M>        M bytes a token (pq48: 48), product quantisation (Jegou et al. 2011
              code[m] = the centroid nearest to the m-th d numbers of (token - offset) @ forward,  d = ceil(C / M)
              codebooks.safetensors keeps, all float32, `offset` [C], `forward` [C, M d], `inverse` [M d, C], `centroids` [M, 256, d]
 
+pq<M> keeps the mean token of each image beside its codes, float16 [C], and learns and encodes what is left of the tokens without it:
+token = mean + what the codes give. The mean is the one that makes the decoded tokens' mean the image's own, where its category lies.
+
 So pq is a sum, too: of the rows code[m] of  tables[m] = centroids[m] @ inverse[m d : (m + 1) d].  The tables are not kept: at
 C = 768, M = 48 they have 38 MB, what is kept 5.5. How int8 and pq learn is `quantise`'s matter.
 """
@@ -91,6 +94,28 @@ class Codec:
         check_finite(tokens)
         codes = self.quantiser.encode(tokens.detach().float().reshape(-1, self.token_dim))
         return codes.reshape(*tokens.shape[:-1], self.code_dim).contiguous().cpu().numpy()
+
+    def encode_grids(self, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """What a shard keeps of whole images: codes [n, grid, grid, C'] and means, float16 [n, C], or [n, 0] where none are kept.
+
+        Args:
+            tokens: float32 [n, grid, grid, C].
+
+        Raises:
+            InputError: as `encode`.
+        """
+        if not keeps_means(self.name):
+            return self.encode(tokens), np.zeros((len(tokens), 0), np.float16)
+        check_finite(tokens)
+        means = tokens.mean((1, 2), keepdim=True)
+        codes = self.encode(tokens - means)
+        exact = tokens.mean((1, 2)) - self.decode(torch.from_numpy(codes)).mean((1, 2))
+        return codes, FloatCast(torch.float16).encode(exact).numpy()
+
+    def decode_grids(self, codes: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        """The tokens of images or of views of them, float32 [n, ..., C], from what `encode_grids` gave of each, on the codes' device."""
+        tokens = self.decode(codes)
+        return tokens + means.float().view(len(means), *[1] * (tokens.dim() - 2), -1) if means.shape[1] else tokens
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [..., C'] -> float32 tokens [..., C], on the codes' device.
@@ -278,6 +303,15 @@ def learns(name: str) -> bool:
         InputError: no such codec.
     """
     return parse_codec(name).family in ("int8", "pq")
+
+
+def keeps_means(name: str) -> bool:
+    """Whether the mean token of each image lies beside its codes.
+
+    Raises:
+        InputError: no such codec.
+    """
+    return parse_codec(name).family == "pq"
 
 
 def load_codec(name: str, token_dim: int, tensors: Mapping[str, np.ndarray]) -> Codec:

@@ -25,6 +25,7 @@ class ViewBatch:
     Attributes:
         pixels: uint8 [B, K, H, W].
         tokens: of each store, [B, N, C'] as its codec has them, patches row by row; none where the target does not read them.
+        means: of each store, float16 [B, C], the images' mean tokens, or [B, 0] where its codec keeps none.
         order: int64 [B, N]: see `Draw.order`.
         place: int64 [B, 3]: row and column of the view's first patch in the middle image, and 1 where it is flipped.
         middle: uint8 [B, K, S, S], whole middle images, where the target reads them.
@@ -32,6 +33,7 @@ class ViewBatch:
 
     pixels: torch.Tensor
     tokens: list[torch.Tensor]
+    means: list[torch.Tensor]
     order: torch.Tensor
     place: torch.Tensor
     middle: torch.Tensor | None = None
@@ -39,7 +41,8 @@ class ViewBatch:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ViewBatch":
         """The same batch with a function applied to each tensor (a move to a device, say)."""
         middle = None if self.middle is None else function(self.middle)
-        return ViewBatch(function(self.pixels), [function(t) for t in self.tokens], function(self.order), function(self.place), middle)
+        tokens, means = ([function(tensor) for tensor in tensors] for tensors in (self.tokens, self.means))
+        return ViewBatch(function(self.pixels), tokens, means, function(self.order), function(self.place), middle)
 
     def pin_memory(self) -> "ViewBatch":
         """Called by the DataLoader."""
@@ -97,19 +100,23 @@ class StoreViews(Dataset[ViewBatch]):
         made = ViewBatch(
             torch.empty(count, first.info.channels, side, side, dtype=torch.uint8, memory_format=LAYOUTS[first.info.pixels]),
             [torch.empty(count, size, size, s[0].code_dim, dtype=_torch_dtype(s[0])) for s in teachers],
+            [torch.empty(count, s[0].mean_dim, dtype=torch.float16) for s in teachers],
             torch.from_numpy(np.stack([draw.order for _, draw in views])),
             torch.tensor([[draw.row, draw.col, int(draw.flipped)] for _, draw in views]),
             torch.empty(count, first.info.channels, *2 * [first.info.middle_size], dtype=torch.uint8) if self.with_middle else None,
         )
-        pixels, tokens = made.pixels.numpy(), [codes.numpy() for codes in made.tokens]
+        pixels, encoded = (
+            made.pixels.numpy(),
+            [(codes.numpy(), means.numpy()) for codes, means in zip(made.tokens, made.means, strict=True)],
+        )
         for place, (index, draw) in enumerate(views):
-            shown = self._read(index, draw, pixels[place], [codes[place] for codes in tokens])
+            shown = self._read(index, draw, pixels[place], [(codes[place], means[place]) for codes, means in encoded])
             if made.middle is not None:
                 made.middle[place] = self.stores[0][draw.scale].pixels(shown)
         made.tokens = [tokens.flatten(1, 2) for tokens in made.tokens]
         return made
 
-    def _read(self, index: int, draw: Draw, pixels: np.ndarray, tokens: Sequence[np.ndarray]) -> int:
+    def _read(self, index: int, draw: Draw, pixels: np.ndarray, tokens: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
         """Write a view of an image, or of the next one that is not damaged; which one it was."""
         where = (draw.row, draw.col, self.draws.size, draw.flipped)
         for candidate in itertools.chain([index], (later % len(self) for later in range(index + 1, index + len(self)))):
@@ -117,8 +124,8 @@ class StoreViews(Dataset[ViewBatch]):
                 continue
             try:
                 self.stores[0][draw.scale].read_pixels(candidate, *where, pixels)
-                for scales, codes in zip(self.stores, tokens, strict=False):
-                    scales[draw.scale].read_codes(candidate, *where, codes)
+                for scales, (codes, mean) in zip(self.stores, tokens, strict=False):
+                    scales[draw.scale].read_codes(candidate, *where, codes, mean)
                 return candidate
             except DamagedError as error:
                 if self.on_damage == "stop":

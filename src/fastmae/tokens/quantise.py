@@ -13,13 +13,28 @@ import numpy as np
 import torch
 
 from fastmae.errors import InputError
-from fastmae.tokens.codec import ENTRIES, Codec, ProductQuantiser, ScalarQuantiser, check_finite, code_layout, load_codec, parse_codec
+from fastmae.tokens.codec import (
+    ENTRIES,
+    Codec,
+    ProductQuantiser,
+    ScalarQuantiser,
+    check_finite,
+    code_layout,
+    keeps_means,
+    load_codec,
+    parse_codec,
+)
 
 LEAST_SAMPLE = {"int8": 2, "pq": ENTRIES}
 """Tokens without which a codec can't learn; `learn_codec` says how many are well spent."""
 CLIPPED, MARGIN = 1e-3, 0.25
 """int8's range: between these quantiles of the sample (below and above), widened at both ends by this part of it. A few tokens gone
 astray do not coarsen a channel, and of held-out numbers 6 in a million (a CNN's: 56) were clamped."""
+
+
+def learn_from(name: str, tokens: torch.Tensor, means: torch.Tensor, seed: int) -> Codec:
+    """A codec fitted to what `sample_tokens` gives: to the tokens without their images' means, where it keeps those."""
+    return learn_codec(name, tokens - means if keeps_means(name) else tokens, seed)
 
 
 def learn_codec(name: str, sample: torch.Tensor, seed: int) -> Codec:

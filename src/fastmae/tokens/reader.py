@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ import torch
 from fastmae.errors import InputError, first_line
 from fastmae.images import jpeg
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
-from fastmae.tokens.codec import Codec, code_layout, load_codec
+from fastmae.tokens.codec import Codec, code_layout, keeps_means, load_codec
 from fastmae.tokens.files import LocalFiles, MissingFileError, StoreFiles, is_url, open_files
 from fastmae.tokens.format import (
     CODEBOOKS_FILE,
@@ -37,6 +37,7 @@ from fastmae.tokens.format import (
 from fastmae.tokens.manifest import Manifest, check_description, load_tensors
 from fastmae.tokens.shard import DamagedError, MappedShard
 
+Found = TypeVar("Found")
 MAPPED_SHARDS = 1 << 14
 """Most shards that a process keeps mapped; the system allows some 65,000 maps."""
 
@@ -144,8 +145,9 @@ class TokenStore:
     def view_tokens(self, index: int, row: int, col: int, size: int, flipped: bool = False) -> torch.Tensor:
         """The tokens of `view` alone, decoded; of the view mirrored from left to right, when `flipped`."""
         codes = np.empty((size, size, self.code_dim), self.code_dtype)
-        self.read_codes(index, row, col, size, flipped, codes)
-        return self.codec.decode(torch.from_numpy(codes))
+        mean = np.empty(self.mean_dim, np.float16)
+        self.read_codes(index, row, col, size, flipped, codes, mean)
+        return self.codec.decode_grids(torch.from_numpy(codes)[None], torch.from_numpy(mean)[None])[0]
 
     def read_pixels(self, index: int, row: int, col: int, size: int, flipped: bool, out: np.ndarray) -> None:
         """Write the pixels of a view into uint8 [K, P s, P s]."""
@@ -161,8 +163,8 @@ class TokenStore:
         else:
             out[...] = view
 
-    def read_codes(self, index: int, row: int, col: int, size: int, flipped: bool, out: np.ndarray) -> None:
-        """Write the tokens of a view, as the codec has them, into [s, s, C'] of the codec's dtype.
+    def read_codes(self, index: int, row: int, col: int, size: int, flipped: bool, out: np.ndarray, mean: np.ndarray) -> None:
+        """Write the tokens of a view, as the codec has them, into [s, s, C'] of its dtype; its image's mean into float16 [C] or [0].
 
         A store with `flips` 'stored' looks up what the teacher gave for the mirrored image; another mirrors the grid, which
         takes the teacher as flip-equivariant.
@@ -170,9 +172,11 @@ class TokenStore:
         self._check_view(row, col, size)
         if flipped and self.info.flips == "stored":
             first = self.grid - col - size
-            out[...] = self._record(index, partial(MappedShard.codes, flipped=True))[row : row + size, first : first + size]
+            codes, mean[...] = self._record(index, partial(MappedShard.codes, flipped=True))
+            out[...] = codes[row : row + size, first : first + size]
             return
-        codes = self._record(index, MappedShard.codes)[row : row + size, col : col + size]
+        codes, mean[...] = self._record(index, MappedShard.codes)
+        codes = codes[row : row + size, col : col + size]
         out[...] = codes[:, ::-1] if flipped else codes
 
     def pixels(self, index: int) -> torch.Tensor:
@@ -220,6 +224,11 @@ class TokenStore:
         return code_layout(self.info.codec, self.token_dim)[0]
 
     @cached_property
+    def mean_dim(self) -> int:
+        """Channels of the mean that lies beside each image's codes: C, or 0 where the codec keeps none."""
+        return self.token_dim if keeps_means(self.info.codec) else 0
+
+    @cached_property
     def code_dtype(self) -> np.dtype:
         """Of those numbers."""
         return np.dtype(code_layout(self.info.codec, self.token_dim)[1])
@@ -254,7 +263,7 @@ class TokenStore:
             self.manifest.check(name, file)
         return file
 
-    def _record(self, index: int, read: Callable[[MappedShard, int], np.ndarray]) -> np.ndarray:
+    def _record(self, index: int, read: Callable[[MappedShard, int], Found]) -> Found:
         """Something of an image's record; from a shard that is fetched anew, once, where the cached one is damaged.
 
         Raises:
@@ -286,7 +295,8 @@ class TokenStore:
     def _open(self, number: int) -> MappedShard:
         shard = self._mapped(number)
         shape = (self.grid, self.grid, self.code_dim)
-        if shard.tokens.shape[1:] != shape or shard.tokens.dtype != self.code_dtype:
+        means = shard.tensors.get("token_means", np.zeros((0, 0), np.float16))
+        if shard.tokens.shape[1:] != shape or shard.tokens.dtype != self.code_dtype or means.shape[1] != self.mean_dim:
             raise DamagedError(f"{shard.file}: holds tokens of {list(shard.tokens.shape[1:])}, not {list(shape)} as store.json says")
         return shard
 

@@ -14,7 +14,8 @@ from fastmae.tokens.manifest import read_header
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "U8": np.uint8, "I8": np.int8, "I64": np.int64, "U64": np.uint64}
 """safetensors' names of the dtypes that a shard holds."""
-COLUMNS = {TOKENS: "tokens", FLIPPED: "flipped_tokens"}
+PREFIXES = {TOKENS: "", FLIPPED: "flipped_"}
+NO_MEAN = np.zeros(0, np.float16)
 
 
 class DamagedError(InputError):
@@ -60,16 +61,18 @@ class MappedShard:
         self.record_checksums = self.tensors["record_checksums"]
         self.checked = checked if checked is not None else np.zeros((len(self.record_checksums), 3), dtype=bool)
 
-    def codes(self, row: int, flipped: bool = False) -> np.ndarray:
-        """[grid, grid, C'] of an image, on the disk; of its mirror image where the store keeps that.
+    def codes(self, row: int, flipped: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [grid, grid, C'] and mean float16 [C] or [0] of an image, on the disk; of its mirror image where the store keeps that.
 
         Raises:
             DamagedError: not what was written.
         """
         column = FLIPPED if flipped else TOKENS
-        found = self.tensors[COLUMNS[column]][row]
-        self._check(row, column, found)
-        return found
+        prefix = PREFIXES[column]
+        codes, means = self.tensors[f"{prefix}tokens"][row], self.tensors.get(f"{prefix}token_means")
+        mean = NO_MEAN if means is None else means[row]
+        self._check(row, column, codes, mean)
+        return codes, mean
 
     def raw_pixels(self, row: int) -> np.ndarray:
         """uint8 [K, S, S] of an image, on the disk, in a store of raw pixels.
@@ -112,10 +115,13 @@ class MappedShard:
                 found.append(row)
         return found
 
-    def _check(self, row: int, column: int, data: np.ndarray) -> None:
+    def _check(self, row: int, column: int, *data: np.ndarray) -> None:
         if self.checked[row, column]:
             return
-        if xxhash.xxh3_64_intdigest(data.data) != self.record_checksums[row, column]:
+        digest = xxhash.xxh3_64()
+        for part in data:
+            digest.update(part.data)
+        if digest.intdigest() != self.record_checksums[row, column]:
             what = "pixels" if column == PIXELS else "tokens"
             raise self._damaged(f"the {what} of its image {row} are damaged")
         self.checked[row, column] = True

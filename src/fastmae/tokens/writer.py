@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from fastmae.durable import holds_anything, remove_parts, write_new, write_whole
 from fastmae.errors import InputError, first_line
 from fastmae.images.entries import label_of
-from fastmae.tokens.codec import Codec, learns
+from fastmae.tokens.codec import Codec, keeps_means, learns
 from fastmae.tokens.format import (
     CODEBOOKS_COPY,
     CODEBOOKS_FILE,
@@ -113,13 +113,12 @@ class StoreWriter:
             images: all images of the shard, skipped ones too.
             flipped_tokens: of the mirrored images, like `tokens`, when the store keeps them.
         """
-        tensors = {"tokens": codec.encode(tokens), **self._pixel_tensors(pixels)}
-        records = [tensors["tokens"], [jpeg.numpy() for jpeg in pixels]]
+        tensors = self._pixel_tensors(pixels)
+        records: list[list[bytes]] = [_encoded(tensors, "", codec, tokens), [kept.numpy().tobytes() for kept in pixels]]
         if flipped_tokens is not None:
-            tensors["flipped_tokens"] = codec.encode(flipped_tokens)
-            records.append(tensors["flipped_tokens"])
+            records.append(_encoded(tensors, "flipped_", codec, flipped_tokens))
         tensors["record_checksums"] = np.array(
-            [[xxhash.xxh3_64_intdigest(record.tobytes()) for record in row] for row in zip(*records, strict=True)],
+            [[xxhash.xxh3_64_intdigest(record) for record in row] for row in zip(*records, strict=True)],
             dtype=np.uint64,
         ).reshape(len(pixels), len(records))
         # Beside the tokens, not in them: sums for the store's statistics, so that finishing reads no tokens again.
@@ -204,6 +203,15 @@ class StoreWriter:
             return {"pixels": torch.stack(pixels).numpy() if pixels else np.zeros((0, self.info.channels, size, size), np.uint8)}
         offsets = np.cumsum([0, *(len(jpeg) for jpeg in pixels)], dtype=np.int64)
         return {"jpeg": torch.cat(pixels).numpy() if pixels else np.zeros(0, np.uint8), "jpeg_offsets": offsets}
+
+
+def _encoded(tensors: dict[str, np.ndarray], prefix: str, codec: Codec, tokens: torch.Tensor) -> list[bytes]:
+    """Add codes, and means where the codec keeps them, to a shard's tensors; each image's bytes of both."""
+    codes, means = codec.encode_grids(tokens)
+    tensors[f"{prefix}tokens"] = codes
+    if keeps_means(codec.name):
+        tensors[f"{prefix}token_means"] = means
+    return [code.tobytes() + mean.tobytes() for code, mean in zip(codes, means, strict=True)]
 
 
 def begin_folder(folder: Path) -> None:
