@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
+import pyarrow.parquet as pq
 from torch import nn
 
 from fastmae.config import TokenizeConfig
@@ -33,6 +34,7 @@ from fastmae.tokens.codec import Codec, learns, load_codec, parse_codec
 from fastmae.tokens.format import (
     CODEBOOKS_COPY,
     CODEBOOKS_FILE,
+    INDEX_FILE,
     MANIFEST_FILE,
     SCALES_FILE,
     STORE_FILE,
@@ -331,13 +333,16 @@ def _announce(config: TokenizeConfig, teacher: Teacher, images: int, share: rang
 def _name_skipped(store: TokenStore) -> None:
     if not store.skipped:
         return
-    table = store.table(["path", "status"])
-    rows = table.filter(pa.compute.not_equal(table["status"], "ok")).to_pylist()
-    print(f"skipped {len(rows)} of {store.info.images} files:")
+    rows: list[dict[str, str]] = []
+    with store.files.path(INDEX_FILE).open("rb") as file:  # a part at a time: it may list millions
+        for part in pq.ParquetFile(file).iter_batches(columns=["path", "status"]):
+            if len(rows) < SHOWN_SKIPS:
+                rows += part.filter(pa.compute.not_equal(part["status"], "ok")).to_pylist()
+    print(f"skipped {store.skipped} of {store.info.images} files:")
     for row in rows[:SHOWN_SKIPS]:
         print(f"  {row['path']}: {row['status']}")
-    if len(rows) > SHOWN_SKIPS:
-        print(f"  ... and {len(rows) - SHOWN_SKIPS} more; all are in {store.folder / 'index.parquet'}, column status")
+    if store.skipped > SHOWN_SKIPS:
+        print(f"  ... and {store.skipped - SHOWN_SKIPS} more; all are in {store.folder / 'index.parquet'}, column status")
 
 
 def _summary_of_share(writer: StoreWriter, share: range, images_per_second: float | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import default_collate
-from torchvision import transforms  # type: ignore[import-untyped]
+from torchvision import transforms
 
 from fastmae.bench.sample import (
     Remembered,

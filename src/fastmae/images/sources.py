@@ -28,7 +28,7 @@ class Source(Protocol):
     def kind(self) -> str: ...  # noqa: D102 - described above
 
     @property
-    def path(self) -> Path: ...  # noqa: D102
+    def path(self) -> Path: ...  # noqa: D102 - described above
 
     def entries(self) -> Iterator[bytes]:
         """The entry of each image (see `entries`), in any order; a stream.

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import fsspec.asyn  # type: ignore[import-untyped]
-import fsspec.core  # type: ignore[import-untyped]
+import fsspec.asyn
+import fsspec.core
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from fastmae.durable import PART_SUFFIX, write_whole
