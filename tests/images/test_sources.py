@@ -1,7 +1,9 @@
 import pickle
+from pathlib import Path
 
 import pytest
 
+from fastmae.cli import run
 from fastmae.errors import InputError
 from fastmae.images.entries import entry_of, key_of, label_of
 from fastmae.images.listing import ImageList, write_list
@@ -149,3 +151,14 @@ def test_the_label_is_the_folder_that_holds_the_image():
         "/1.jpg": "",
     }
     assert {key: label_of(key) for key in keys} == keys
+
+
+def test_a_source_given_from_below_is_kept_as_a_whole_path(photos, vit_weights, tmp_path, monkeypatch, capsys):
+    here = tmp_path / "work" / "deep"
+    here.mkdir(parents=True)
+    (tmp_path / "work" / "pictures").symlink_to(photos / "val")
+    monkeypatch.chdir(here)
+    assert open_source(Path("../pictures")).path == photos / "val"
+    teacher = ["--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", str(vit_weights)]
+    assert run(["tokenize", "../pictures", "../a.tokens", *teacher, "--middle-size", "32", "--workers", "0"]) == 0
+    assert run(["inspect", "../a.tokens"]) == 0

@@ -54,7 +54,7 @@ def open_source(path: Path) -> Source:
     Raises:
         InputError: nothing is there, or nothing that holds images.
     """
-    path = path.absolute()
+    path = path.resolve() if ".." in path.parts else path.absolute()  # a store keeps it: it must mean the same from everywhere
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
