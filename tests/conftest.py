@@ -125,6 +125,14 @@ def tiny_student() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def tiny_run(vit_store: Path, tiny_student: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs on `vit_store`: its encoder has 2 blocks of width 64, patch 16, 64 px."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert run(["pretrain", str(vit_store), str(folder), *tiny_student, "--epochs", "2", "--workers", "0"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def fastmae_command() -> list[str]:
     """The command as a process of its own."""
     return [sys.executable, "-m", "fastmae"]

@@ -12,7 +12,7 @@ from fastmae.config import AblateConfig, KnnConfig, PretrainConfig, TokenizeConf
 from fastmae.durable import write_json
 from fastmae.errors import InputError
 from fastmae.evaluate.knn import accuracy_of, labelled_features
-from fastmae.evaluate.linear import linear_accuracy
+from fastmae.evaluate.logistic import linear_accuracy
 from fastmae.images.sources import labelled_split
 from fastmae.plan import plan
 from fastmae.pretrain import pretrain

@@ -266,6 +266,7 @@ def build_encoder(
     depth: int | None = None,
     heads: int | None = None,
     channels: int = 3,
+    **extra: Any,
 ) -> Encoder:
     """A timm ViT at random, with fixed sin-cos positions as MAE has them.
 
@@ -277,6 +278,7 @@ def build_encoder(
         depth: another number of blocks.
         heads: another number of heads.
         channels: of the images.
+        extra: arguments of timm's besides, for use after pre-training (`dynamic_img_size`, `drop_path_rate`).
 
     Raises:
         InputError: no such ViT, or sizes that don't divide.
@@ -286,14 +288,9 @@ def build_encoder(
     if image_size % patch_size:
         raise InputError(f"--image-size {image_size}: not a multiple of the store's patch size {patch_size}")
     rotary = is_model_in_modules(name, ["eva"])
-    # The final norm over all tokens, before pooling, whatever the name's own head has.
-    head: dict[str, Any] = {"global_pool": "avg", "use_fc_norm" if rotary else "fc_norm": False}
-    changed: dict[str, Any] = {"embed_dim": width, "depth": depth, "num_heads": heads}
-    changed = {key: value for key, value in changed.items() if value is not None}
+    arguments = timm_arguments(name, image_size, patch_size, width, depth, heads, channels)
     try:
-        encoder: Encoder = timm.create_model(
-            name, pretrained=False, num_classes=0, img_size=image_size, patch_size=patch_size, in_chans=channels, **head, **changed
-        )
+        encoder: Encoder = timm.create_model(name, pretrained=False, **arguments, **extra)
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"--encoder {name}: timm can't build it with these sizes ({' '.join(str(error).split())})") from error
     side = image_size // patch_size
@@ -310,6 +307,16 @@ def build_encoder(
         positions = sincos_positions(encoder.patch_embed.grid_size, encoder.embed_dim)
         encoder.pos_embed = nn.Parameter(F.pad(positions, (0, 0, prefix, 0))[None], requires_grad=False)
     return encoder
+
+
+def timm_arguments(
+    name: str, image_size: int, patch_size: int, width: int | None, depth: int | None, heads: int | None, channels: int
+) -> dict[str, Any]:
+    """What `timm.create_model(name, **arguments)` takes for a network with the parameters of `build_encoder`'s, by the same names."""
+    # The final norm over all tokens, before pooling, whatever the name's own head has.
+    head: dict[str, Any] = {"global_pool": "avg", "use_fc_norm" if is_model_in_modules(name, ["eva"]) else "fc_norm": False}
+    changed = {key: value for key, value in {"embed_dim": width, "depth": depth, "num_heads": heads}.items() if value is not None}
+    return {"num_classes": 0, "img_size": image_size, "patch_size": patch_size, "in_chans": channels, **head, **changed}
 
 
 def without_masking(encoder: Encoder) -> Encoder:

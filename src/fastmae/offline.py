@@ -4,10 +4,11 @@ The three overlap, and nothing grows with the number of images.
 """
 
 import errno
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -31,6 +32,7 @@ SAMPLE_TOKENS = 1 << 16
 NOT_A_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 """What the system answers to a line of a list that names no file."""
 
+Image = TypeVar("Image")
 Places = tuple[int, range]
 """Images to read together: a part of the store, and places in its list."""
 
@@ -40,6 +42,29 @@ class Skipped:
     """An image that could not be decoded, and why."""
 
     reason: str
+
+
+def read_or_skip(source: Source, entry: bytes, read: Callable[[BinaryIO], Image]) -> Image | Skipped:
+    """What `read` makes of an image's open file; or why the image is to be skipped.
+
+    Raises:
+        OSError: the machine's fault (a failing disk, a lost mount), which says nothing about the image.
+    """
+    try:
+        with source.open(entry) as file:
+            return read(file)
+    except UndecodableError as error:
+        return Skipped(str(error))
+    except PermissionError as error:
+        return Skipped(f"can't be read: {error.strerror}")
+    except FileNotFoundError:
+        if source.kind == "folder" and not (source.path / key_of(entry)).is_symlink():
+            raise
+        return Skipped("no such file" if source.kind == "list" else "a link to a file that is not there")
+    except OSError as error:
+        if error.errno in NOT_A_FILE:
+            return Skipped(f"can't be read: {error.strerror}")
+        raise
 
 
 @dataclass(frozen=True)
@@ -85,22 +110,8 @@ class StoreImages(Dataset[list[tuple[str, "MiddleImage | Skipped"]]]):
     def _middle_image(self, source: Source, entry: bytes) -> "MiddleImage | Skipped":
         info = self.info
         quality = info.jpeg_quality if info.pixels == "jpeg" else None
-        try:
-            with source.open(entry) as file:
-                return make_middle_image(file, key_of(entry), info.middle_size, info.resize, quality, info.channels)
-        except UndecodableError as error:
-            return Skipped(str(error))
-        except PermissionError as error:
-            return Skipped(f"can't be read: {error.strerror}")
-        except FileNotFoundError:
-            if source.kind == "folder" and not (source.path / key_of(entry)).is_symlink():
-                raise
-            return Skipped("no such file" if source.kind == "list" else "a link to a file that is not there")
-        except OSError as error:
-            if error.errno in NOT_A_FILE:
-                return Skipped(f"can't be read: {error.strerror}")
-            raise
-        # Any other OSError (a failing disk, a lost mount) stops the command: it says nothing about the image.
+        size, name = info.middle_size, key_of(entry)
+        return read_or_skip(source, entry, lambda file: make_middle_image(file, name, size, info.resize, quality, info.channels))
 
     def batches_of(self, shard: int, batch_size: int) -> Iterator[Places]:
         """A shard's images, `batch_size` at a time. Batches never cross a shard, so its bytes don't depend on where a call began."""

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from fastmae.config import PretrainConfig
 from fastmae.device import memory_hint
+from fastmae.encoders import initialise_student
 from fastmae.errors import InputError
 from fastmae.images.views import ViewDraws, normalise
 from fastmae.loading import guarded, heed_only_the_parent, worker_count
@@ -27,7 +28,7 @@ from fastmae.tokens.files import PREFETCH_AT_MOST
 from fastmae.tokens.format import shard_name
 from fastmae.tokens.loader import StoreViews, ViewBatch, as_read
 from fastmae.training.engine import launch, on_first_process, scales_gradients
-from fastmae.training.loop import TrainState, fit
+from fastmae.training.loop import TrainState, fit, micro_batches
 from fastmae.training.optimiser import adamw, cosine_schedule
 from fastmae.training.run_folder import RunFolder, read_metrics
 from fastmae.training.sampler import ShuffleOrder, StepSampler
@@ -56,6 +57,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
     folder = RunFolder(config.run, description, resume=True)
 
     student = build_student(config, made.patch_size, made.target_dim, made.channels)
+    begun_with = initialise_student(student, config.init) if config.init and not folder.checkpoint.exists() else ""
     ema = ModelEmaV3(student, config.ema, use_warmup=True, device=fabric.device) if config.ema else None
     model = fabric.setup_module(cast(nn.Module, torch.compile(student)) if config.compile else student)
     optimizer = _optimizer(config, student, fabric)
@@ -65,6 +67,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
     state.restore(fabric, folder)
     if fabric.is_global_zero:
         _announce(config, made, student, parts, state.step, fabric)
+        if begun_with:
+            print(f"begins with {begun_with}")
     share = config.batch_size // fabric.world_size // parts
     with memory_hint(f"give --micro-batch {max(1, share // 2)} (now {share}), and the same call continues"):
         entry = fit(
@@ -105,12 +109,6 @@ def _last_entry(folder: RunFolder) -> dict[str, Any]:
             f"{folder.path}: the run is finished and its checkpoint whole, but its metrics.jsonl is gone; --no-resume trains again"
         )
     return entries[-1]
-
-
-def micro_batches(share: int, most: int) -> int:
-    """Into how many equal parts a device's share of a batch is cut so that none has more than `most` views (0: no limit)."""
-    least = -(-share // most) if most else 1
-    return next(parts for parts in range(least, share + 1) if share % parts == 0)
 
 
 def speed(config: PretrainConfig, timed_steps: int) -> float:

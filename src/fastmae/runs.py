@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 from fastmae.config import PretrainConfig
+from fastmae.errors import InputError
 from fastmae.model import Encoder, Student, build_encoder, without_masking
 from fastmae.training.run_folder import CHECKPOINT_FILE, load_checkpoint, read_run
 
@@ -63,27 +65,54 @@ def load_student(run: Path) -> tuple[dict[str, Any], Student]:
     return description, student.eval()
 
 
-def load_encoder(run: str | Path, image_size: int | None = None, trained: bool = True) -> Encoder:
+def load_encoder(run: str | Path, image_size: int | None = None, trained: bool = True, **extra: Any) -> Encoder:
     """A run's encoder as a timm VisionTransformer, in evaluation mode.
 
     Args:
         run: a run's folder, or a checkpoint file.
         image_size: another image size than the run's views, in pixels; position embeddings are resampled.
         trained: False gives the same architecture at random.
+        extra: arguments of timm's besides (`dynamic_img_size`, `drop_path_rate`).
 
     Raises:
         InputError: no such run, or a damaged checkpoint.
     """
     description, weights = load_run(Path(run))
-    options = description["options"]
+    encoder = encoder_of(description, weights, trained, extra)
+    if image_size is not None and (image_size, image_size) != encoder.patch_embed.img_size:
+        encoder.set_input_size(img_size=(image_size, image_size))
+    return encoder
+
+
+def encoder_of(description: dict[str, Any], weights: dict[str, torch.Tensor], trained: bool, extra: dict[str, Any]) -> Encoder:
+    """The encoder out of what `load_run` gives, at the run's own image size; the other arguments as `load_encoder`'s."""
+    if "encoder" not in description and "store" not in description:
+        raise InputError(f"a run of `fastmae {description.get('task')}` holds no encoder; give the run that it was made from")
+    build = _of_supervised if "encoder" in description else _of_pretraining
+    return build(description, weights, trained, extra).eval()
+
+
+def _of_pretraining(description: dict[str, Any], weights: dict[str, torch.Tensor], trained: bool, extra: dict[str, Any]) -> Encoder:
+    options, store = description["options"], description["store"]
     encoder = build_encoder(
-        options["encoder"], options["image_size"], description["store"]["patch_size"],
+        options["encoder"], options["image_size"], store["patch_size"],
         options["encoder_width"], options["encoder_depth"], options["encoder_heads"],
-        description["store"]["channels"],
+        store["channels"], **extra,
     )  # fmt: skip
     if trained:
-        encoder.load_state_dict({name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")})
-    without_masking(encoder)
-    if image_size is not None and image_size != options["image_size"]:
-        encoder.set_input_size(img_size=(image_size, image_size))
-    return encoder.eval()
+        encoder.load_state_dict(weights_below("encoder.", weights))
+    return without_masking(encoder)
+
+
+def _of_supervised(description: dict[str, Any], weights: dict[str, torch.Tensor], trained: bool, extra: dict[str, Any]) -> Encoder:
+    built = description["encoder"]
+    encoder: Encoder = timm.create_model(built["architecture"], **built["arguments"], **extra)
+    if trained:
+        encoder.load_state_dict(weights_below(built["prefix"], weights))
+    encoder.reset_classifier(0)
+    return encoder
+
+
+def weights_below(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of one module, by their names in it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

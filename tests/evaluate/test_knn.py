@@ -74,7 +74,7 @@ def test_a_bare_timm_name_and_a_teacher_by_name(photos, vit_weights, capsys):
         (["efficientnet-lite0", "--pool", "class"], "no class token"),
         (["timm/vit_tiny_patch16_224", "--features", "teacher"], "goes with a run"),
         (["timm/vit_tiny_patch16_224", "--no-pretrained", "--block", "12"], "blocks 0 to 11"),
-        (["no-such-run"], "no checkpoint"),
+        (["no-such-run"], "no such run; give a run's folder"),
         (["efficientnet-lite0", "--k", "0"], "--k 0"),
     ],
 )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastmae.evaluate.linear import linear_accuracy
+from fastmae.evaluate.logistic import linear_accuracy
 
 
 @pytest.mark.parametrize("classes", [2, 7])

@@ -1,10 +1,11 @@
 import math
 
+import timm
 import torch
 from torch import nn
 
 from fastmae.model import Student, build_encoder
-from fastmae.training.optimiser import adamw, cosine_schedule
+from fastmae.training.optimiser import adamw, cosine_schedule, layer_decayed_groups, linear_schedule
 
 
 def test_weight_decay_spares_what_has_fewer_than_two_dimensions():
@@ -32,3 +33,30 @@ def test_no_warm_up_starts_at_the_full_rate():
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=2.0)
     cosine_schedule(optimizer, steps=10, warmup_steps=0, min_lr=0.0).step_update(0)
     assert optimizer.param_groups[0]["lr"] == 2.0
+
+
+def test_layers_learn_slower_the_deeper_they_lie():
+    """MAE's rule, decay^(L + 1 - id): embeddings id 0, block i id i + 1, the rest L + 1."""
+    encoder = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=5)
+    model = nn.Sequential(encoder, nn.Linear(5, 2))
+    groups = layer_decayed_groups(model, encoder, weight_decay=0.05, layer_decay=0.5)
+    scale = {id(p): group.get("lr_scale", 1.0) for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    names = dict(encoder.named_parameters()) | {f"top.{name}": p for name, p in model[1].named_parameters()}
+    assert len(scale) == len(names) == sum(len(group["params"]) for group in groups)
+    for name, parameter in names.items():
+        place = 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else 4
+        place = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else place
+        assert scale[id(parameter)] == 0.5 ** (4 - place), name
+        spared = parameter.ndim <= 1 or name in ("pos_embed", "cls_token")
+        assert decay[id(parameter)] == (0 if spared else 0.05), name
+
+
+def test_the_schedules_keep_to_the_layers_scales_and_the_poly_one_is_a_line():
+    parameter = [nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.AdamW([{"params": parameter, "lr_scale": 0.25}], lr=2.0)
+    schedule = linear_schedule(optimizer, steps=110, warmup_steps=10, min_lr=0.0)
+    for step in range(110):
+        schedule.step_update(step)
+        expected = 2.0 * step / 10 if step < 10 else 2.0 * (1 - (step - 10) / 100)
+        assert math.isclose(optimizer.param_groups[0]["lr"], 0.25 * expected, abs_tol=1e-9), step

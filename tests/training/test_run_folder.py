@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmae.errors import InputError
-from fastmae.training.run_folder import RunFolder, load_checkpoint, read_metrics, read_run
+from fastmae.training.run_folder import RunFolder, load_checkpoint, read_evaluations, read_metrics, read_run
 
 DESCRIPTION = {"options": {"epochs": 3, "betas": (0.9, 0.95)}, "store": {"images": 10}}
 
@@ -39,12 +39,15 @@ def test_the_log_is_cut_back_to_the_checkpoint_and_half_a_line_is_dropped(tmp_pa
     log = folder.metrics(0)
     for step in (1, 2, 3):
         log.write(step, {"loss": float(step)})
+        log.write_evaluation(step, {"top1": 10.0 * step})
     log.close()
-    with log.path.open("a") as file:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with metrics.open("a") as file:
         file.write('{"step": 4, "lo')
     folder.metrics(2).close()
     assert [entry["step"] for entry in read_metrics(tmp_path / "run")] == [1, 2]
-    assert json.loads(log.path.read_text().splitlines()[0]) == {"step": 1, "loss": 1.0}
+    assert json.loads(metrics.read_text().splitlines()[0]) == {"step": 1, "loss": 1.0}
+    assert read_evaluations(tmp_path / "run") == [{"step": 1, "top1": 10.0}, {"step": 2, "top1": 20.0}]
 
 
 def test_a_damaged_or_foreign_checkpoint_is_one_line(tmp_path):

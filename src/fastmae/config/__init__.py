@@ -6,8 +6,12 @@ stand here with their section, and nowhere else.
 """
 
 from fastmae.config.common import DEFAULT_TEACHER, OFFLINE_TEACHER, Common, Precision
+from fastmae.config.detection import DetectConfig
+from fastmae.config.downstream import FinetuneConfig, LinearConfig, SupervisedConfig
 from fastmae.config.evaluation import KnnConfig
+from fastmae.config.exporting import ExportConfig, FeaturesConfig
 from fastmae.config.pretraining import TARGET_DEFAULTS, PretrainConfig, implied_values
+from fastmae.config.segmentation import SegmentConfig
 from fastmae.config.stores import InspectConfig, TokenizeConfig, VerifyConfig
 from fastmae.config.studies import AblateConfig, BenchLoaderConfig, BenchStoreConfig, DemoConfig, RecipesConfig
 
@@ -20,11 +24,18 @@ __all__ = [
     "BenchStoreConfig",
     "Common",
     "DemoConfig",
+    "DetectConfig",
+    "ExportConfig",
+    "FeaturesConfig",
+    "FinetuneConfig",
     "InspectConfig",
     "KnnConfig",
+    "LinearConfig",
     "Precision",
     "PretrainConfig",
     "RecipesConfig",
+    "SegmentConfig",
+    "SupervisedConfig",
     "TokenizeConfig",
     "VerifyConfig",
     "implied_values",

@@ -14,7 +14,8 @@ class KnnConfig(Common):
     """k-nearest-neighbour accuracy of frozen features: train/ votes on val/."""
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
-    """A run's folder or checkpoint, a bare timm name (timm/NAME), or a teacher (efficientnet-lite0)."""
+    """A run's folder or checkpoint, an exported model, timm/NAME, a checkpoint of MAE's, DINO's or iBOT's own, or a teacher
+    (efficientnet-lite0, hf/NAME)."""
     data: Positional[Annotated[Path, arg(metavar="DATA")]]
     """Folder with train/<class>/* and val/<class>/*."""
     features: Literal["encoder", "random", "teacher"] = "encoder"
@@ -28,7 +29,7 @@ class KnnConfig(Common):
     image_size: int | None = None
     """Side in pixels; default: the encoder's own."""
     pretrained: bool = True
-    """For timm/NAME: the hub's weights; --no-pretrained leaves it at random."""
+    """--no-pretrained takes the same network at random."""
     weights: Path | None = None
     """Weights file for a timm/NAME, instead of the hub's."""
     block: int | None = None

@@ -30,6 +30,9 @@ class PretrainConfig(Common):
     """Another number of blocks than the encoder's own."""
     encoder_heads: int | None = None
     """Another number of attention heads than the encoder's own."""
+    init: str = ""
+    """Start from these weights instead of at random: a run (its decoder and heads too, where they fit), timm/NAME, a checkpoint of MAE's,
+    DINO's or iBOT's own, an exported model."""
     image_size: int = 224
     """Side of a view in pixels. (Sec. 4.1.1)"""
     mask_ratio: float = 0.75

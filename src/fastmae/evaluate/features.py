@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +18,8 @@ from fastmae.teachers import Teacher
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 """uint8 [B, K, S, S] -> float32 [B, D]."""
+Read = Callable[[torch.Tensor], torch.Tensor]
+"""float32 [B, K, S, S], normalised -> float32 [B, D]."""
 
 
 class WholeImages(Dataset[torch.Tensor]):
@@ -54,18 +57,48 @@ def embed_with_encoder(
         std: the same.
 
     Raises:
+        InputError: no class token to take, or no such block.
+    """
+    read = features_of(encoder, pool, block)
+    return lambda pixels: read(normalise(pixels, mean, std))
+
+
+def features_of(encoder: Encoder, pool: str, block: int | None = None) -> Read:
+    """Normalised images [B, K, S, S] -> a ViT's features [B, D]; the arguments, and what is raised, are those of `embed_with_encoder`."""
+    check_pool(encoder, pool)
+    tokens = tokens_of(encoder, block)
+    return lambda images: pooled(*tokens(images), pool)
+
+
+def check_pool(encoder: Encoder, pool: str) -> None:
+    """Whether an encoder has what is to be its features.
+
+    Raises:
         InputError: no class token to take.
     """
     if pool == "class" and getattr(encoder, "cls_token", None) is None:
         raise InputError("--pool class: this encoder has no class token; take --pool mean")
+
+
+def pooled(patches: torch.Tensor, prefix: torch.Tensor, pool: str) -> torch.Tensor:
+    """Features [B, D]: 'mean' of the patch tokens [B, N, D], or 'class' for the first of the prefix tokens [B, P, D]."""
+    return patches.mean(1) if pool == "mean" else prefix[:, 0]
+
+
+def tokens_of(encoder: Encoder, block: int | None = None) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Normalised images [B, K, S, S] -> a ViT's patch tokens [B, N, D] and prefix tokens [B, P, D] after a block and the final norm.
+
+    Raises:
+        InputError: no such block.
+    """
     blocks = len(encoder.blocks)
     if block is not None and not -blocks <= block < blocks:
         raise InputError(f"--block {block}: this encoder has blocks 0 to {blocks - 1}")
+    index = blocks - 1 if block is None else block % blocks
 
-    def embed(pixels: torch.Tensor) -> torch.Tensor:
-        index = blocks - 1 if block is None else block % blocks
-        patches, prefix = encoder.forward_intermediates(
-            normalise(pixels, mean, std),
+    def read(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return encoder.forward_intermediates(
+            images,
             indices=[index],
             norm=True,
             output_fmt="NLC",
@@ -73,9 +106,8 @@ def embed_with_encoder(
             intermediates_only=True,
             stop_early=True,
         )[0]
-        return patches.mean(1) if pool == "mean" else prefix[:, 0]
 
-    return embed
+    return read
 
 
 def embed_with_teacher(teacher: Teacher) -> Embed:
@@ -83,7 +115,6 @@ def embed_with_teacher(teacher: Teacher) -> Embed:
     return lambda pixels: teacher(pixels).mean((1, 2))
 
 
-@torch.inference_mode()
 def embed_files(
     paths: list[Path],
     embed: Embed,
@@ -111,12 +142,30 @@ def embed_files(
     Raises:
         InputError: a file that can't be decoded.
     """
-    images = WholeImages(paths, size, resize, channels)
+    return embed_pictures(WholeImages(paths, size, resize, channels), len(paths), embed, device, batch_size, workers, what)
+
+
+@torch.no_grad()  # not inference_mode: a probe's loss keeps features for its backward pass
+def embed_pictures(
+    pictures: Dataset[Any], count: int, embed: Embed | Read, device: torch.device, batch_size: int, workers: int, what: str
+) -> torch.Tensor:
+    """Features of a data set's pictures, float32 [count, D], on the CPU.
+
+    Args:
+        pictures: gives what `embed` takes, for one picture; or that and more, which is left aside.
+        count: of them.
+        embed: on a batch.
+        device: of the network.
+        batch_size: images a forward.
+        workers: decoding processes.
+        what: first word of the progress line.
+    """
     pinned = device.type == "cuda"
-    loader = DataLoader(images, batch_size, num_workers=workers, pin_memory=pinned, worker_init_fn=heed_only_the_parent)
+    loader = DataLoader(pictures, batch_size, num_workers=workers, pin_memory=pinned, worker_init_fn=heed_only_the_parent)
     features = []
-    with Progress(what, "images", total=len(paths)) as progress:
-        for pixels in guarded(loader):
-            features.append(embed(pixels.to(device, non_blocking=True)).float().cpu())
-            progress.advance(len(pixels))
+    with Progress(what, "images", total=count) as progress:
+        for batch in guarded(loader):
+            given = batch[0] if isinstance(batch, list | tuple) else batch
+            features.append(embed(given.to(device, non_blocking=True)).float().cpu())
+            progress.advance(len(given))
     return torch.cat(features)

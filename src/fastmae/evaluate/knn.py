@@ -9,11 +9,12 @@ import torch.nn.functional as F
 
 from fastmae.config import KnnConfig
 from fastmae.device import resolve_device
+from fastmae.encoders import NotAViTError, open_encoder
 from fastmae.errors import InputError
 from fastmae.evaluate.features import Embed, embed_files, embed_with_encoder, embed_with_teacher
 from fastmae.images.sources import labelled_split
 from fastmae.loading import worker_count
-from fastmae.runs import load_encoder, load_run
+from fastmae.runs import load_run
 from fastmae.teachers import Teacher
 from fastmae.teachers.efficientnet_lite import LITES
 from fastmae.teachers.factory import load_network, teacher_of_store
@@ -129,42 +130,46 @@ def knn_accuracy(
 
 
 def frozen_features(config: KnnConfig, device: torch.device) -> FrozenFeatures:
-    """What `RUN` names: a run (its encoder, the same at random, or its teacher), a timm name, or a teacher.
+    """What `RUN` names: an encoder (of a run, also at random, or its teacher; see `encoders`), or a teacher.
 
     Raises:
         InputError: none of these, or options that don't go with it.
     """
-    if config.run in LITES or config.run.startswith(("timm/", "hf/", "clip/", "file/")):
-        return _of_name(config, device)
-    run = Path(config.run)
-    description, _ = load_run(run)
-    store, options = description["store"], description["options"]
     if config.features == "teacher":
-        size = store["middle_sizes"][-1]
-        teacher = teacher_of_store(store["teachers"][0], size, size // store["patch_size"]).to(device)
-        return FrozenFeatures(embed_with_teacher(teacher), size, store["resize"], store["channels"])
+        return _of_teacher(config, device)
     torch.manual_seed(config.seed)
-    size, patch = config.image_size or options["image_size"], store["patch_size"]
-    if size % patch:
-        raise InputError(f"--image-size {size}: not a multiple of the run's patch size {patch}; take {max(patch, size // patch * patch)}")
-    encoder = load_encoder(run, size, trained=config.features == "encoder").to(device)
-    mean, std = store["normalisation"]
-    return FrozenFeatures(embed_with_encoder(encoder, config.pool, config.block, mean, std), size, store["resize"], store["channels"])
+    if config.run in LITES or config.run.startswith("hf/"):
+        return _of_network(config, load_network(config.run, config.weights)[0], device)
+    try:
+        opened = open_encoder(
+            config.run, config.image_size, weights=config.weights, pretrained=config.pretrained and config.features == "encoder"
+        )
+    except NotAViTError as other:
+        return _of_network(config, other.network, device)
+    embed = embed_with_encoder(opened.network.to(device), config.pool, config.block, opened.mean, opened.std)
+    return FrozenFeatures(embed, opened.image_size, opened.resize, opened.channels)
 
 
-def _of_name(config: KnnConfig, device: torch.device) -> FrozenFeatures:
+def _of_teacher(config: KnnConfig, device: torch.device) -> FrozenFeatures:
+    """The teacher of a run's store, at the size at which it saw the images."""
+    if not Path(config.run).exists():
+        raise InputError(f"--features teacher: goes with a run, not with {config.run}")
+    description, _ = load_run(Path(config.run))
+    store = description.get("store")
+    if store is None:
+        raise InputError(f"--features teacher: {config.run} was not pre-trained on a store; give the run that it was made from")
+    size = store["middle_sizes"][-1]
+    teacher = teacher_of_store(store["teachers"][0], size, size // store["patch_size"]).to(device)
+    return FrozenFeatures(embed_with_teacher(teacher), size, store["resize"], store["channels"])
+
+
+def _of_network(config: KnnConfig, network: Any, device: torch.device) -> FrozenFeatures:
+    """A teacher by name, that is no plain ViT of timm's."""
     if config.features != "encoder":
-        raise InputError(f"--features {config.features} goes with a run; for a network at random give timm/NAME --no-pretrained")
-    torch.manual_seed(config.seed)
-    network: Any
-    network, _ = load_network(config.run, config.weights, config.pretrained)
-    own = getattr(network, "pretrained_cfg", {})  # transformers' models have none
-    size = int(config.image_size or (own["input_size"][-1] if own else network.native_size))
-    if hasattr(network, "num_prefix_tokens") and hasattr(network, "set_input_size"):  # a ViT
-        network.set_input_size(img_size=(size, size))
-        embed = embed_with_encoder(network.eval().to(device), config.pool, config.block, own["mean"], own["std"])
-        return FrozenFeatures(embed, size, "whole")
+        raise InputError(f"--features {config.features}: {config.run} is a teacher; give a run, or timm/NAME")
     if config.pool == "class":
         raise InputError(f"--pool class: {config.run} has no class token; take --pool mean")
+    own = getattr(network, "pretrained_cfg", {})  # transformers' models have none
+    size = int(config.image_size or (own["input_size"][-1] if own else network.native_size))
     teacher = Teacher(config.run, network, size, max(1, size // TEACHER_PATCH), config.block)
     return FrozenFeatures(embed_with_teacher(teacher.to(device)), size, "whole")

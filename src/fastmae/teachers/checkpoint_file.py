@@ -18,8 +18,12 @@ NOT_ENCODER = ("decoder_", "mask_token", "masked_embed", "head.", "fc.", "predic
 """MAE's decoder, iBOT's mask, and the heads of all."""
 
 
-def load_checkpoint_file(path: Path) -> tuple[Any, str]:
+def load_checkpoint_file(path: Path, **extra: Any) -> tuple[Any, str]:
     """The encoder in a checkpoint, as a timm VisionTransformer with a class token; normalised with ImageNet's mean and deviation.
+
+    Args:
+        path: of the checkpoint.
+        extra: arguments of timm's besides.
 
     Returns:
         The model, and the file.
@@ -36,22 +40,22 @@ def load_checkpoint_file(path: Path) -> tuple[Any, str]:
     if width not in HEADS or colours != 3:
         raise InputError(f"{path}: a ViT of width {width}; name the model that it is: --teacher timm/NAME --teacher-weights {path}")
     grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
-    model: Any = timm.create_model(
-        "vit_base_patch16_224",
-        num_classes=0,
-        img_size=grid * patch,
-        patch_size=patch,
-        embed_dim=width,
-        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-        num_heads=HEADS[width],
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        qkv_bias="blocks.0.attn.qkv.bias" in state,
-        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
-        global_pool="avg" if "fc_norm.weight" in state else "token",
-    )
+    arguments = {
+        "num_classes": 0,
+        "img_size": grid * patch,
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "num_heads": HEADS[width],
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "global_pool": "avg" if "fc_norm.weight" in state else "token",
+    }
+    model: Any = timm.create_model("vit_base_patch16_224", **arguments, **extra)
     load_strictly(model, state, path)
     imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "input_size": (3, grid * patch, grid * patch)}
-    model.pretrained_cfg = {**model.pretrained_cfg, **imagenet}
+    model.pretrained_cfg = {**model.pretrained_cfg, **imagenet, "architecture": "vit_base_patch16_224", "arguments": arguments}
     return model, str(path.absolute())
 
 

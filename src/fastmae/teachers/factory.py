@@ -72,13 +72,14 @@ def teacher_of_store(description: dict[str, Any], middle_size: int, grid: int) -
     return teacher
 
 
-def load_network(spec: str, weights: Path | None = None, pretrained: bool = True) -> tuple[nn.Module, str | None]:
+def load_network(spec: str, weights: Path | None = None, pretrained: bool = True, **extra: Any) -> tuple[nn.Module, str | None]:
     """The bare network, without its classifier.
 
     Args:
         spec: `timm/NAME`, `hf/NAME`, `clip/NAME`, `file/PATH`, `efficientnet-lite0` or `efficientnet-lite2`.
         weights: for timm/NAME and clip/NAME, a file in timm's own layout instead of the hub's.
         pretrained: False leaves a timm/NAME at random.
+        extra: arguments for timm's own models besides (`dynamic_img_size`, `drop_path_rate`).
 
     Returns:
         The network, and the file or package that its weights came from; None for the hub or random ones.
@@ -93,7 +94,7 @@ def load_network(spec: str, weights: Path | None = None, pretrained: bool = True
             _stay_offline_without_a_hub()
         return load_huggingface(spec, rest), str(Path(rest).absolute()) if Path(rest).exists() else None
     if source == "file" and rest:
-        return load_checkpoint_file(Path(rest))
+        return load_checkpoint_file(Path(rest), **extra)
     if source not in ("timm", "clip"):
         raise InputError(f"no teacher '{spec}'; give timm/NAME, hf/NAME, clip/NAME, file/PATH, or {' or '.join(LITES)}")
     name = rest if source == "timm" else CLIPS.get(rest.replace("/", "-"), "")
@@ -103,10 +104,10 @@ def load_network(spec: str, weights: Path | None = None, pretrained: bool = True
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 1)
         raise InputError(f"{spec}: timm has no such model{f'; did you mean timm/{near[0]}' if near else ''}")
     if weights is None and pretrained:
-        return _from_hub(spec, name), None
+        return _from_hub(spec, name, **extra), None
     try:
-        model = timm.create_model(name, pretrained=False, num_classes=0)
-    except RuntimeError as error:
+        model = timm.create_model(name, pretrained=False, num_classes=0, **extra)
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"{spec}: timm can't build it ({first_line(error)})") from error
     if weights is None:
         return model, None
@@ -114,10 +115,10 @@ def load_network(spec: str, weights: Path | None = None, pretrained: bool = True
     return model, str(weights.absolute())
 
 
-def _from_hub(spec: str, name: str) -> nn.Module:
+def _from_hub(spec: str, name: str, **extra: Any) -> nn.Module:
     reachable = _stay_offline_without_a_hub()
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0)
+        return timm.create_model(name, pretrained=True, num_classes=0, **extra)
     except HUB_ERRORS as error:
         cause = " ".join(str(error).split())[:160] if reachable else "no network, and not in the local cache"
         raise InputError(

@@ -3,14 +3,15 @@
 import contextlib
 import itertools
 import math
+import random
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from timm.scheduler.scheduler import Scheduler
@@ -19,12 +20,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from fastmae.durable import write_whole
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
 from fastmae.loading import STOP_SIGNALS
 from fastmae.progress import Progress
 from fastmae.training.engine import bare, on_first_process, scales_gradients
-from fastmae.training.run_folder import RunFolder, load_checkpoint
+from fastmae.training.evaluation import Evaluation
+from fastmae.training.run_folder import RunFolder, load_checkpoint, write_checkpoint
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 AGREE_EVERY = 1.0
@@ -50,6 +51,7 @@ class TrainState:
         step: steps done.
         seconds: of training, over all calls.
         sums: of the scalars since the last log entry.
+        best: the largest figure that an evaluation gave.
     """
 
     network: nn.Module
@@ -60,19 +62,12 @@ class TrainState:
     step: int = 0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
+    best: float = -math.inf
 
     def save(self, fabric: Fabric, folder: RunFolder) -> None:
         """Write the checkpoint, whole or not at all."""
         held = self._as_dict(fabric)
-
-        def write(aside: Path) -> None:
-            with aside.open("wb") as file:
-                try:
-                    torch.save(held, file)
-                except RuntimeError as error:  # what torch makes of a full disk
-                    raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-
-        on_first_process(fabric, lambda: write_whole(folder.checkpoint, write))
+        on_first_process(fabric, lambda: write_checkpoint(folder.checkpoint, held))
 
     def restore(self, fabric: Fabric, folder: RunFolder) -> None:
         """Go on from the folder's checkpoint, where there is one.
@@ -90,6 +85,7 @@ class TrainState:
             if saved["precision"]:  # none where the run went on so far without a scaler
                 fabric.strategy.precision.load_state_dict(saved["precision"])
             self.step, self.seconds, self.sums = saved["step"], saved["seconds"], saved["sums"]
+            self.best = saved.get("best", -math.inf)
         found: Any = fabric.all_gather(torch.tensor(self.step, device=fabric.device))
         if (found != self.step).any():
             raise InputError(f"{folder.path}: processes find different checkpoints there; it must lie on a disk that all of them share")
@@ -105,6 +101,7 @@ class TrainState:
             "step": self.step,
             "seconds": self.seconds,
             "sums": self.sums,
+            "best": self.best,
         }
 
 
@@ -125,6 +122,7 @@ def fit(
     save_every: float,
     log_every: int,
     parts: int = 1,
+    evaluation: Evaluation | None = None,
 ) -> dict[str, float]:
     """Train from `state.step` to `steps`, saving and logging on the way.
 
@@ -144,6 +142,7 @@ def fit(
         save_every: minutes between checkpoints.
         log_every: steps between log entries.
         parts: batches of equal size whose gradients are accumulated to a step.
+        evaluation: what is measured on the way.
 
     Returns:
         The last log entry.
@@ -171,21 +170,13 @@ def fit(
         batches = _saved_on_failure(loader, save_alone)
         for first in batches:
             schedule.step_update(state.step)
-            torch.manual_seed((seed * steps + state.step) * fabric.world_size + fabric.global_rank)
-            scalars: dict[str, torch.Tensor] = {}
-            for part, batch in enumerate(itertools.chain([first], itertools.islice(batches, parts - 1)), 1):
-                with fabric.no_backward_sync(state.model, enabled=fabric.world_size > 1 and part < parts):
-                    found = step_function(state.model, batch)
-                    fabric.backward(found["loss"] / parts)
-                for name, value in found.items():
-                    scalars[name] = scalars.get(name, 0.0) + value.detach() / parts
-            norm = _clip(fabric, state, clip_grad)
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
+            _seed_generators((seed * steps + state.step) * fabric.world_size + fabric.global_rank)
+            parts_of_step = itertools.chain([first], itertools.islice(batches, parts - 1))
+            scalars = _take_step(fabric, state, parts_of_step, parts, step_function, clip_grad)
             state.step += 1
             if state.ema is not None:
                 state.ema.update(state.network, state.step)
-            for name, value in {**scalars, "grad_norm": norm}.items():
+            for name, value in scalars.items():
                 sums[name] = sums[name] + value if name in sums else value
 
             now = time.monotonic()
@@ -196,7 +187,7 @@ def fit(
                 _check_finite(fabric, entry, state.step, folder)
                 entry |= {
                     "epoch": round(state.step / steps_an_epoch, 4),
-                    "lr": state.optimizer.param_groups[0]["lr"],
+                    "lr": max(group["lr"] for group in state.optimizer.param_groups),  # of the head, where layers decay
                     "images_per_second": round(batch_size * (state.step - last_logged_step) / (now - last_logged), 2),
                     "seconds": round(state.seconds, 3),
                 }
@@ -205,6 +196,10 @@ def fit(
                     log.write(state.step, entry)
                 progress.advance(0, loss=f"{entry['loss']:.4f}", lr=f"{entry['lr']:.2e}")
             progress.advance(1)
+
+            if evaluation is not None and evaluation.due(state.step, steps):
+                pause = evaluation.run(fabric, state, folder, log, state.step / steps_an_epoch)
+                begun, last_logged = begun + pause, last_logged + pause
 
             must_stop, must_save = agreement.on(stop.requested, now - last_saved >= 60 * save_every)
             if must_stop or must_save or state.step == steps:
@@ -217,6 +212,30 @@ def fit(
     return entry
 
 
+def _take_step(
+    fabric: Fabric, state: TrainState, batches: Iterable[Any], parts: int, step_function: StepFunction, clip_grad: float
+) -> dict[str, torch.Tensor]:
+    """One step of the optimizer over the gradients of its batches; the step's scalars, averaged over them, and `grad_norm`."""
+    scalars: dict[str, torch.Tensor] = {}
+    for part, batch in enumerate(batches, 1):
+        with fabric.no_backward_sync(state.model, enabled=fabric.world_size > 1 and part < parts):
+            found = step_function(state.model, batch)
+            fabric.backward(found["loss"] / parts)
+        for name, value in found.items():
+            scalars[name] = scalars.get(name, 0.0) + value.detach() / parts
+    norm = _clip(fabric, state, clip_grad)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return {**scalars, "grad_norm": norm}
+
+
+def _seed_generators(seed: int) -> None:
+    """What is drawn in a step: masks and drop path by torch, mixing of images by NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def _saved_on_failure(loader: Iterable[Any], save: Callable[[], None]) -> Iterator[Any]:
     """The loader's batches; where it has none to give any more (a damaged store, a lost server), what was trained is saved first."""
     try:
@@ -224,6 +243,12 @@ def _saved_on_failure(loader: Iterable[Any], save: Callable[[], None]) -> Iterat
     except InputError:
         save()
         raise
+
+
+def micro_batches(share: int, most: int) -> int:
+    """Into how many equal parts a device's share of a batch is cut so that none has more than `most` views (0: no limit)."""
+    least = -(-share // most) if most else 1
+    return next(parts for parts in range(least, share + 1) if share % parts == 0)
 
 
 class StopRequest:

@@ -2,7 +2,9 @@
 
 RUN/run.json                what the run is: options, store, encoder (`fastmae knn RUN` needs nothing else but weights)
 RUN/checkpoint.pt           the last checkpoint, whole or not there; read with weights_only
+RUN/best.pt                 the weights of the best evaluation, where the task names a figure
 RUN/metrics.jsonl           a line a log entry
+RUN/evaluations.jsonl       a line an evaluation
 RUN/tensorboard/            the same, for TensorBoard
 RUN/replaced-1/ ...         what --no-resume set aside
 """
@@ -21,8 +23,12 @@ from fastmae.errors import InputError, first_line
 
 RUN_FILE = "run.json"
 CHECKPOINT_FILE = "checkpoint.pt"
+BEST_FILE = "best.pt"
 METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+FILES = (CHECKPOINT_FILE, BEST_FILE, METRICS_FILE, EVALUATIONS_FILE, TENSORBOARD_FOLDER, RUN_FILE)
+"""All of a run's; run.json last: a folder without it is no run."""
 
 
 class RunFolder:
@@ -60,6 +66,11 @@ class RunFolder:
         """Where the checkpoint is, or will be."""
         return self.path / CHECKPOINT_FILE
 
+    @property
+    def best(self) -> Path:
+        """Where the best weights are, or will be."""
+        return self.path / BEST_FILE
+
     def metrics(self, step: int) -> "MetricsLog":
         """The log, cut back to what was written up to a step."""
         return MetricsLog(self.path, step)
@@ -70,13 +81,20 @@ class RunFolder:
             number += 1
         aside = self.path / f"replaced-{number}"
         aside.mkdir()
-        for name in (CHECKPOINT_FILE, METRICS_FILE, TENSORBOARD_FOLDER, RUN_FILE):  # run.json last: without it, no run
+        for name in (
+            CHECKPOINT_FILE,
+            BEST_FILE,
+            METRICS_FILE,
+            EVALUATIONS_FILE,
+            TENSORBOARD_FOLDER,
+            RUN_FILE,
+        ):  # run.json last: without it, no run
             if (self.path / name).exists():
                 (self.path / name).rename(aside / name)
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard, one entry for both.
+    """metrics.jsonl, evaluations.jsonl and TensorBoard.
 
     Args:
         run: the run's folder.
@@ -84,18 +102,27 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, step: int):
-        self.path = run / METRICS_FILE
-        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
-        write_whole(self.path, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
+        self.run = run
+        for name in (METRICS_FILE, EVALUATIONS_FILE):
+            kept = [line for line in _whole_lines(run / name) if json.loads(line)["step"] <= step]
+            if kept or (run / name).exists() or name == METRICS_FILE:
+                write_whole(run / name, lambda aside, kept=kept: aside.write_text("".join(kept), encoding="utf-8"))  # type: ignore[misc]
         self.board = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add an entry for a step; JSON has no word for infinity (a gradient's norm, while its scale is being found), so that is null."""
+        """Add what a step gave; JSON has no word for infinity (a gradient's norm, while its scale is being found), so that is null."""
+        self._write(METRICS_FILE, step, values)
+
+    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Add what an evaluation after a step gave."""
+        self._write(EVALUATIONS_FILE, step, values)
+
+    def _write(self, name: str, step: int, values: Mapping[str, float]) -> None:
         entry = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with (self.run / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **entry}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
 
     def close(self) -> None:
         """Flush both."""
@@ -125,6 +152,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _whole_lines(path / METRICS_FILE)]
 
 
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """All entries of a run's evaluations.jsonl, in order."""
+    return [json.loads(line) for line in _whole_lines(path / EVALUATIONS_FILE)]
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint, to the CPU, without running code from it.
 
@@ -140,6 +172,32 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # damaged zip, pickle with code, wrong contents
         raise InputError(f"{path}: damaged, or not a checkpoint of fastmae ({first_line(error)})") from error
     return value
+
+
+def write_checkpoint(path: Path, held: Mapping[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        OSError: a full disk, say.
+    """
+
+    def write(aside: Path) -> None:
+        with aside.open("wb") as file:
+            try:
+                torch.save(held, file)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+    write_whole(path, write)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint of a run, and not another project's; its tensors are not read."""
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # another kind of file, or an older one of torch's, which can't be mapped: not ours
+        return False
+    return isinstance(value, dict) and "model" in value and "run" in value
 
 
 def _whole_lines(path: Path) -> list[str]:
