@@ -17,8 +17,8 @@ from fastmae.images.sources import labelled_split
 from fastmae.plan import plan
 from fastmae.pretrain import pretrain
 from fastmae.recipes import load_recipe
+from fastmae.report.charts import bars
 from fastmae.report.page import Section, write_page
-from fastmae.report.pictures import bars
 from fastmae.tokenize import tokenize
 
 
@@ -193,8 +193,8 @@ def _write(config: AblateConfig, title: str, results: list[dict[str, Any]]) -> N
         f"teacher {config.teacher}. The paper's column is of another size, other images and another measure: "
         "compare the order, not the figures."
     )
-    pictures = [bars({r["row"]: r[key] for r in results}, label) for key, label in (("knn", "kNN top-1 %"), ("linear", "linear top-1 %"))]
-    sections = [Section("The rows", "", shown, pictures[0]), Section("Linear classifier on frozen features", "", (), pictures[1])]
+    charts = [bars({r["row"]: r[key] for r in results}, label) for key, label in (("knn", "kNN top-1 %"), ("linear", "linear top-1 %"))]
+    sections = [Section("The rows", "Nearest neighbours, and a linear classifier on frozen features.", shown, charts=charts)]
     write_page(config.out / f"{config.table}.html", title, lead, sections)
     widths = {name: max(len(name), *(len(row[name]) for row in shown)) for name in shown[0]}
     print(title)

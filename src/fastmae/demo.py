@@ -14,10 +14,12 @@ from fastmae.durable import write_whole
 from fastmae.errors import InputError
 from fastmae.evaluate.knn import knn
 from fastmae.images.sources import labelled_split
-from fastmae.pretrain import pretrain, speed
+from fastmae.pretrain import pretrain
 from fastmae.recipes import load_recipe
+from fastmae.report.charts import bars, curves
 from fastmae.report.page import Section, write_page
-from fastmae.report.pictures import bars, curves, predictions
+from fastmae.report.pictures import predictions
+from fastmae.steps import speed
 from fastmae.tokenize import tokenize
 from fastmae.tokens import TokenStore
 from fastmae.training.run_folder import read_metrics, read_run
@@ -159,7 +161,7 @@ def _sections(
             f"One seed. Random init is the floor, the teacher the ceiling. Tokenising took {tokenize_seconds:.0f} s, once, "
             "and is not in the pre-training seconds.",
             rows,
-            bars({name: result["top1"] for name, result in accuracy.items()}, "kNN top-1 %"),
+            charts=[bars({name: result["top1"] for name, result in accuracy.items()}, "kNN top-1 %")],
         ),
         Section(
             "What FastMAE predicts",
@@ -169,7 +171,7 @@ def _sections(
         Section(
             "Losses while training",
             "The two methods' losses are of different targets and can't be compared with each other.",
-            picture=curves(losses, "s", "loss", "seconds of training", "loss"),
+            charts=[curves(losses, "s", "loss", "seconds of training", "loss")],
         ),
     ]
 

@@ -1,66 +1,69 @@
 """`fastmae pretrain`: a token store in, a run with a trained encoder out (Sec. 3.2.4, Fig. 3b)."""
 
-import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
-from timm.models.eva import EvaBlock
-from timm.models.vision_transformer import Block
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader
 
 from fastmae.config import PretrainConfig
 from fastmae.device import memory_hint
+from fastmae.durable import write_json
 from fastmae.encoders import initialise_student
 from fastmae.errors import InputError
-from fastmae.images.views import ViewDraws, normalise
-from fastmae.loading import guarded, heed_only_the_parent, worker_count
-from fastmae.model import Student, StudentLoss, visible_patches
-from fastmae.plan import Plan, loss_weights, plan
+from fastmae.evaluate.while_training import knn_of_student, labelled_images
+from fastmae.model import Student
+from fastmae.plan import Plan, plan
+from fastmae.profile import profile
 from fastmae.runs import build_student
-from fastmae.targets import OnlineTokens
-from fastmae.tokens.files import PREFETCH_AT_MOST
-from fastmae.tokens.format import shard_name
-from fastmae.tokens.loader import StoreViews, ViewBatch, as_read
-from fastmae.training.engine import launch, on_first_process, scales_gradients
+from fastmae.steps import launch_for, optimizer_for, step_function, view_loader
+from fastmae.tokens.files import is_url
+from fastmae.training.engine import on_first_process
+from fastmae.training.evaluation import Evaluation
 from fastmae.training.loop import TrainState, fit, micro_batches
-from fastmae.training.optimiser import adamw, cosine_schedule
-from fastmae.training.run_folder import RunFolder, read_metrics
-from fastmae.training.sampler import ShuffleOrder, StepSampler
+from fastmae.training.optimiser import cosine_schedule
+from fastmae.training.run_folder import INPUTS_FILE, RunFolder, read_metrics
 
 NOT_OF_THE_RUN = (
     "stores", "run", "config", "print_config", "json", "resume", "device", "devices", "strategy", "workers", "save_every", "recipe",
     "micro_batch", "compile", "checkpoint_activations", "on_damage", "cache", "cache_size",
+    "profile", "knn_every", "knn_data",
 )  # fmt: skip
 """Options that may change when a run is continued: they change where and how fast it trains, not what."""
-PREFETCH_EVERY = 16
-"""Steps between two looks at which shards come next."""
-SHARDED_BLOCKS = (Block, EvaBlock)
-"""What FSDP shards one by one."""
+KNN_BATCH = 64
+"""Images a forward, while measuring."""
 
 
-def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
-    """Train a run to its end, or continue it; the command's JSON (None in all processes but the first)."""
+def pretrain(config: PretrainConfig, measure: Callable[[Any], Mapping[str, float]] | None = None) -> dict[str, Any] | None:
+    """Train a run to its end, or continue it; the command's JSON (None in all processes but the first).
+
+    Args:
+        config: the options.
+        measure: takes the student, every `knn_every` epochs; None: its k-NN accuracy, where that is asked for.
+    """
+    if config.profile:
+        return profile(config)
     made = plan(config)
+    labelled = labelled_images(config.knn_data, made.stores[0][0], config.image_size) if config.knn_every and measure is None else None
     images, steps = len(made.stores[0][0]), made.steps
-    fabric = _launch(config)
+    fabric = launch_for(config)
     if config.batch_size % fabric.world_size:
         raise InputError(f"--batch-size {config.batch_size}: not a multiple of the {fabric.world_size} processes")
     parts = micro_batches(config.batch_size // fabric.world_size, config.micro_batch)
     description = describe(config, made)
     on_first_process(fabric, lambda: RunFolder(config.run, description, config.resume))
+    on_first_process(fabric, lambda: write_json(config.run / INPUTS_FILE, {"stores": [_from_anywhere(store) for store in config.stores]}))
     folder = RunFolder(config.run, description, resume=True)
 
     student = build_student(config, made.patch_size, made.target_dim, made.channels)
     begun_with = initialise_student(student, config.init) if config.init and not folder.checkpoint.exists() else ""
     ema = ModelEmaV3(student, config.ema, use_warmup=True, device=fabric.device) if config.ema else None
     model = fabric.setup_module(cast(nn.Module, torch.compile(student)) if config.compile else student)
-    optimizer = _optimizer(config, student, fabric)
+    optimizer = optimizer_for(config, student, fabric)
     warmup = min(round(config.warmup_epochs * images / config.batch_size), steps // 2)
     schedule = cosine_schedule(optimizer, steps, warmup, config.min_lr)
     state = TrainState(student, model, fabric.setup_optimizers(optimizer), description, ema)
@@ -70,6 +73,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
         if begun_with:
             print(f"begins with {begun_with}")
     share = config.batch_size // fabric.world_size // parts
+    if labelled is not None:
+        measure = knn_of_student(labelled, made.stores[0][-1].normalisation, fabric, KNN_BATCH, config.workers)
+    evaluation = Evaluation(max(1, round(config.knn_every * images / config.batch_size)), measure) if measure is not None else None
     with memory_hint(f"give --micro-batch {max(1, share // 2)} (now {share}), and the same call continues"):
         entry = fit(
             fabric,
@@ -87,6 +93,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
             save_every=config.save_every,
             log_every=config.log_every,
             parts=parts,
+            evaluation=evaluation,
         )
     if not fabric.is_global_zero:
         return None
@@ -111,69 +118,9 @@ def _last_entry(folder: RunFolder) -> dict[str, Any]:
     return entries[-1]
 
 
-def speed(config: PretrainConfig, timed_steps: int) -> float:
-    """Views a second of a run on this machine, measured over a few steps of a student that is thrown away."""
-    made, fabric = plan(config), _launch(config)
-    student = build_student(config, made.patch_size, made.target_dim, made.channels)
-    model = fabric.setup_module(student)
-    optimizer: Any = fabric.setup_optimizers(_optimizer(config, student, fabric))
-    step, begun = step_function(config, made, fabric.device), 0.0
-    for number, batch in enumerate(itertools.islice(view_loader(config, made, 0, fabric), timed_steps + 2)):
-        if number == 2:  # the first steps also allocate
-            begun = time.monotonic()
-        fabric.backward(step(model, batch)["loss"])
-        optimizer.step()
-        optimizer.zero_grad()
-    return config.batch_size * timed_steps / (time.monotonic() - begun)
-
-
-def view_loader(config: PretrainConfig, made: Plan, start_step: int, fabric: Fabric, parts: int = 1) -> Iterable[ViewBatch]:
-    """Batches of this process from a step on, moved to its device."""
-    size = config.image_size // made.patch_size
-    draws = ViewDraws(size, config.flip, config.mask, visible_patches(size**2, config.mask_ratio), config.seed)
-    for store in itertools.chain(*made.stores):
-        store.most_mapped = 2 * made.shuffle_window or store.most_mapped  # what the cache has given up, a map would hold on to
-    order = ShuffleOrder(made.stores[0][0].shard_sizes, config.seed, made.shuffle_window)
-    views = StoreViews(made.stores, draws, made.target.reads_tokens, made.target.reads_middle, config.on_damage)
-    sampler = StepSampler(
-        len(made.stores[0][0]), config.batch_size, made.steps, config.seed, start_step, fabric.global_rank, fabric.world_size, parts, order
-    )
-    workers = min(worker_count(config.workers), max(1, len(sampler)))
-    loader = DataLoader(
-        views, batch_sampler=sampler, num_workers=workers, collate_fn=as_read,
-        pin_memory=fabric.device.type == "cuda", worker_init_fn=heed_only_the_parent,
-    )  # fmt: skip
-    batches = (batch.map(lambda tensor: tensor.to(fabric.device, non_blocking=True)) for batch in guarded(loader))
-    return _prefetching(batches, config, made, sampler, start_step, parts)
-
-
-def _prefetching(
-    batches: Iterable[ViewBatch], config: PretrainConfig, made: Plan, sampler: StepSampler, start_step: int, parts: int
-) -> Iterator[ViewBatch]:
-    """The same batches; on the way, the shards that come next are fetched from where the stores are."""
-    ahead = min(2 * made.shuffle_window or PREFETCH_AT_MOST, PREFETCH_AT_MOST)
-    for number, batch in enumerate(batches):
-        if number % (PREFETCH_EVERY * parts) == 0:
-            names = [shard_name(shard) for shard in sampler.shards_ahead(start_step + number // parts, ahead)]
-            for store in itertools.chain(*made.stores):
-                if store.info.shard_size == made.stores[0][0].info.shard_size:  # else its shards hold other images
-                    store.files.prefetch(names)
-        yield batch
-
-
-def step_function(config: PretrainConfig, made: Plan, device: torch.device) -> Callable[[nn.Module, ViewBatch], Mapping[str, torch.Tensor]]:
-    """A pre-training step's scalars, for `fit`."""
-    target = made.target
-    loss = StudentLoss(config.loss, config.all_layers_weight, target.dims, loss_weights(config, len(target.dims)))
-    mean, std = made.stores[0][-1].normalisation
-    if isinstance(target, OnlineTokens):
-        target.to(device)
-
-    def step(model: nn.Module, batch: ViewBatch) -> Mapping[str, torch.Tensor]:
-        images = normalise(batch.pixels, mean, std)
-        return loss(model(images, batch.order), target(batch, images), batch.order)
-
-    return step
+def _from_anywhere(location: str) -> str:
+    """A store's path from the root; a URL as it is."""
+    return location if is_url(location) else str(Path(location).resolve())
 
 
 def describe(config: PretrainConfig, made: Plan) -> dict[str, Any]:
@@ -201,15 +148,6 @@ def describe(config: PretrainConfig, made: Plan) -> dict[str, Any]:
             "teachers": [stores[-1].info.teacher for stores in made.stores],
         },
     }
-
-
-def _launch(config: PretrainConfig) -> Fabric:
-    return launch(config.device, config.precision, config.devices, config.seed, config.strategy, SHARDED_BLOCKS)
-
-
-def _optimizer(config: PretrainConfig, student: nn.Module, fabric: Fabric) -> torch.optim.AdamW:
-    lr = config.base_lr * config.batch_size / 256
-    return adamw(student, lr, config.weight_decay, config.betas, fused=not scales_gradients(fabric))
 
 
 def _announce(config: PretrainConfig, made: Plan, student: Student, parts: int, done: int, fabric: Fabric) -> None:

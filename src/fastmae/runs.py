@@ -8,6 +8,7 @@ import torch
 
 from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
+from fastmae.linear import with_fast_linear
 from fastmae.model import Encoder, Student, build_encoder, without_masking
 from fastmae.training.run_folder import CHECKPOINT_FILE, load_checkpoint, read_run
 
@@ -24,7 +25,7 @@ def build_student(config: PretrainConfig, patch_size: int, target_dim: int, chan
             config.encoder_heads,
             channels,
         )
-        return Student(
+        student = Student(
             encoder,
             target_dim,
             mask_ratio=config.mask_ratio,
@@ -33,9 +34,11 @@ def build_student(config: PretrainConfig, patch_size: int, target_dim: int, chan
             decoder_depth=config.decoder_depth,
             decoder_width=config.decoder_width,
             decoder_heads=config.decoder_heads,
+            decoder_class_token=config.decoder_class_token,
             predict_visible=config.loss_on == "all",
             checkpoint_activations=config.checkpoint_activations,
         )
+    return with_fast_linear(student)
 
 
 def load_run(run: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

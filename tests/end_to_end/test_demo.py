@@ -13,7 +13,8 @@ def test_the_demo_compares_four_kinds_of_features_and_draws_a_self_contained_pag
     assert float(result["rows"][3]["kNN top-1 %"]) == 100.0
     assert "FastMAE" in err  # with --json the table goes there
     page = (tmp_path / "demo" / "index.html").read_text()
-    assert page.count("data:image/png;base64,iVBOR") == 3
+    assert page.count("data:image/png;base64,iVBOR") == 1
+    assert page.count("<svg") == 2
     assert "http" not in page.replace("http-equiv", "")
     assert run(args) == 0  # again: everything is there, only the k-NN and the page are made anew
     again = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -145,3 +146,17 @@ def test_data_that_can_not_be_learnt_from_are_named_before_the_start(tiny_run, p
     assert (code, "no folder 'train'" in err) == (2, True)
     assert run(["finetune", str(tiny_run), str(photos)]) == 2
     assert "give --out DIR" in capsys.readouterr().err
+
+
+def test_two_processes_train_and_measure_as_one_does(tiny_run, photos, tmp_path, capsys, fastmae_command):
+    plain = ["--augment", "crop", "--drop-path", "0", "--epochs", "2", "--eval-every", "1", *SHORT]
+    assert run(["finetune", str(tiny_run), str(photos), "--out", str(tmp_path / "one"), *plain]) == 0
+    two = [*fastmae_command, "finetune", str(tiny_run), str(photos), "--out", str(tmp_path / "two"), *plain, "--devices", "2"]
+    done = subprocess.run(two, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1  # one of them speaks
+    one, other = (read_evaluations(tmp_path / name) for name in ("one", "two"))
+    assert [entry["top1"] for entry in one] == [entry["top1"] for entry in other]
+    assert [entry["val_loss"] for entry in one] == pytest.approx([entry["val_loss"] for entry in other], rel=1e-4)
+    losses = [[entry["loss"] for entry in read_metrics(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

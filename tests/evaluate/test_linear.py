@@ -53,7 +53,8 @@ def test_the_command_reads_a_teachers_features(how, photos, vit_weights, capsys)
 
 
 def test_a_probe_with_a_folder_is_kept_and_resumed_and_is_no_encoder(tiny_run, photos, tmp_path, capsys):
-    args = ["linear", str(tiny_run), str(photos), "--out", str(tmp_path / "probe"), "--epochs", "10", "--eval-every", "10", "--workers", "0", "--json"]
+    args = ["linear", str(tiny_run), str(photos), "--out", str(tmp_path / "probe"), "--epochs", "10", "--eval-every", "10"]
+    args += ["--workers", "0", "--json"]
     assert run(args) == 0
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (tmp_path / "probe" / "confusion.png").exists()

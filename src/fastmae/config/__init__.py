@@ -5,12 +5,14 @@ A value comes from, each over the one before: the default here, the recipe (reci
 stand here with their section, and nowhere else.
 """
 
+from fastmae.config.benches import BenchStepConfig
 from fastmae.config.common import DEFAULT_TEACHER, OFFLINE_TEACHER, Common, Precision
 from fastmae.config.detection import DetectConfig
 from fastmae.config.downstream import FinetuneConfig, LinearConfig, SupervisedConfig
 from fastmae.config.evaluation import KnnConfig
 from fastmae.config.exporting import ExportConfig, FeaturesConfig
 from fastmae.config.pretraining import TARGET_DEFAULTS, PretrainConfig, implied_values
+from fastmae.config.reporting import ReportConfig
 from fastmae.config.segmentation import SegmentConfig
 from fastmae.config.stores import InspectConfig, TokenizeConfig, VerifyConfig
 from fastmae.config.studies import AblateConfig, BenchLoaderConfig, BenchStoreConfig, DemoConfig, RecipesConfig
@@ -21,6 +23,7 @@ __all__ = [
     "TARGET_DEFAULTS",
     "AblateConfig",
     "BenchLoaderConfig",
+    "BenchStepConfig",
     "BenchStoreConfig",
     "Common",
     "DemoConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "Precision",
     "PretrainConfig",
     "RecipesConfig",
+    "ReportConfig",
     "SegmentConfig",
     "SupervisedConfig",
     "TokenizeConfig",

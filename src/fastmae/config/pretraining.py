@@ -62,6 +62,8 @@ class PretrainConfig(Common):
     """Its width."""
     decoder_heads: int = 16
     """Its attention heads."""
+    decoder_class_token: bool = False
+    """The decoder sees the encoder's class token too, as MAE's does."""
     flip: bool = True
     """Flip half of the views, pixels and token grid together."""
 
@@ -107,6 +109,12 @@ class PretrainConfig(Common):
     """Gigabytes that it may take."""
     on_damage: Literal["stop", "skip"] = "stop"
     """At an image whose stored bytes are not those that were written: stop, or go on without it."""
+    profile: bool = False
+    """Say after 50 steps where a step's time goes and which part to change; nothing is trained or written."""
+    knn_every: float = 0.0
+    """Epochs between measurements of the encoder's k-NN accuracy; 0: none. They are not part of the training's seconds."""
+    knn_data: Path | None = None
+    """Labelled images for it, train/<class>/* and val/<class>/*. Default: the store's own, by their folders, every fifth held out."""
     save_every: float = 10.0
     """Minutes between checkpoints."""
     log_every: int = 10
@@ -118,8 +126,8 @@ class PretrainConfig(Common):
 TARGET_DEFAULTS: dict[str, dict[str, Any]] = {
     "tokens": {},
     "teacher": {},
-    # MAE: mean squared error on norm-pix patches, eight decoder blocks, the last layer alone supervised.
-    "pixels": {"loss": "mse", "norm": "none", "all_layers": False, "decoder_depth": 8},
+    # MAE: mean squared error on norm-pix patches, eight decoder blocks that see the class token, the last layer alone supervised.
+    "pixels": {"loss": "mse", "norm": "none", "all_layers": False, "decoder_depth": 8, "decoder_class_token": True},
     # MaskFeat: mean squared error on histograms that are L2-normalised already.
     "hog": {"loss": "mse"},
 }

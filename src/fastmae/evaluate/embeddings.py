@@ -168,7 +168,7 @@ def embedder(opened: OpenedEncoder, pool: str, block: int | None, dense: bool, f
         with fabric.autocast():
             patches, prefix = tokens(normalise(pixels.to(device, non_blocking=True), opened.mean, opened.std))
         patches, prefix = patches.float(), prefix.float()
-        return pooled(patches, prefix, pool), patches.unflatten(1, (grid, grid)) if dense else None
+        return pooled(network, patches, prefix, pool), patches.unflatten(1, (grid, grid)) if dense else None
 
     return embed
 

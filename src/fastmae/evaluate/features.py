@@ -67,7 +67,7 @@ def features_of(encoder: Encoder, pool: str, block: int | None = None) -> Read:
     """Normalised images [B, K, S, S] -> a ViT's features [B, D]; the arguments, and what is raised, are those of `embed_with_encoder`."""
     check_pool(encoder, pool)
     tokens = tokens_of(encoder, block)
-    return lambda images: pooled(*tokens(images), pool)
+    return lambda images: pooled(encoder, *tokens(images), pool)
 
 
 def check_pool(encoder: Encoder, pool: str) -> None:
@@ -80,9 +80,12 @@ def check_pool(encoder: Encoder, pool: str) -> None:
         raise InputError("--pool class: this encoder has no class token; take --pool mean")
 
 
-def pooled(patches: torch.Tensor, prefix: torch.Tensor, pool: str) -> torch.Tensor:
-    """Features [B, D]: 'mean' of the patch tokens [B, N, D], or 'class' for the first of the prefix tokens [B, P, D]."""
-    return patches.mean(1) if pool == "mean" else prefix[:, 0]
+def pooled(encoder: Encoder, patches: torch.Tensor, prefix: torch.Tensor, pool: str) -> torch.Tensor:
+    """Features [B, D]: 'mean' of the patch tokens [B, N, D], or 'class' for the first of the prefix tokens [B, P, D].
+
+    A fine-tuned encoder's norm stands behind the mean, and is part of it.
+    """
+    return encoder.fc_norm(patches.mean(1)) if pool == "mean" else prefix[:, 0]
 
 
 def tokens_of(encoder: Encoder, block: int | None = None) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
@@ -147,7 +150,14 @@ def embed_files(
 
 @torch.no_grad()  # not inference_mode: a probe's loss keeps features for its backward pass
 def embed_pictures(
-    pictures: Dataset[Any], count: int, embed: Embed | Read, device: torch.device, batch_size: int, workers: int, what: str
+    pictures: Dataset[Any],
+    count: int,
+    embed: Embed | Read,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    what: str,
+    quiet: bool = False,
 ) -> torch.Tensor:
     """Features of a data set's pictures, float32 [count, D], on the CPU.
 
@@ -159,11 +169,12 @@ def embed_pictures(
         batch_size: images a forward.
         workers: decoding processes.
         what: first word of the progress line.
+        quiet: without it.
     """
     pinned = device.type == "cuda"
     loader = DataLoader(pictures, batch_size, num_workers=workers, pin_memory=pinned, worker_init_fn=heed_only_the_parent)
     features = []
-    with Progress(what, "images", total=count) as progress:
+    with Progress(what, "images", total=count, quiet=quiet) as progress:
         for batch in guarded(loader):
             given = batch[0] if isinstance(batch, list | tuple) else batch
             features.append(embed(given.to(device, non_blocking=True)).float().cpu())

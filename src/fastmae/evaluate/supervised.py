@@ -186,7 +186,7 @@ def drawn_from(*seed: int) -> Iterator[None]:
     word = int(np.random.SeedSequence(seed).generate_state(1)[0])
     random.seed(word)
     np.random.seed(word)
-    torch.manual_seed(word)
+    torch.default_generator.manual_seed(word)  # the CPU's alone: torch.manual_seed would seed GPUs too, a fifth of a millisecond
     try:
         yield
     finally:
@@ -256,7 +256,7 @@ def _outcome(folder: RunFolder, task: Task, settings: Settings) -> dict[str, Any
     evaluations, logged = read_evaluations(folder.path), read_metrics(folder.path)
     if not evaluations or not logged:
         raise InputError(f"{folder.path}: the run is finished, but its logs are gone; --no-resume trains again")
-    last = {name: value for name, value in evaluations[-1].items() if name not in ("step", "epoch")}
+    last = {name: value for name, value in evaluations[-1].items() if name not in ("step", "epoch", "seconds")}
     best = max(evaluations, key=lambda entry: entry[task.metric] if entry[task.metric] is not None else -math.inf)
     return {
         **last,

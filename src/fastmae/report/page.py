@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from fastmae.durable import write_whole
 
@@ -20,12 +21,14 @@ class Section:
         text: a paragraph.
         rows: a table: a dict a row, all with the same keys (the table's head).
         picture: a PNG's bytes.
+        charts: drawings of `charts`.
     """
 
     heading: str
     text: str = ""
     rows: Sequence[dict[str, Any]] = ()
     picture: bytes | None = None
+    charts: Sequence[Markup] = ()
 
     @property
     def png(self) -> str:

@@ -1,9 +1,8 @@
-"""What a student predicts, beside what the store holds, as colours; and curves. Each function gives a PNG's bytes."""
+"""What a student predicts, beside what the store holds, as colours. A PNG's bytes."""
 
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -29,10 +28,11 @@ def predictions(run: Path, store: TokenStore, images: int, seed: int) -> bytes:
     """A row an image: the view, what was visible of it, the predicted features, and the stored ones.
 
     Features are shown by their first three principal components, fitted on the stored ones; where a patch was visible, the
-    prediction is that of the encoder's last layer, else the decoder's.
+    prediction is that of the encoder's last layer where it has one, else what is stored. MAE's pixels are shown as pixels, each patch
+    given back its own mean and deviation.
 
     Args:
-        run: a run with all layers supervised, on `store`.
+        run: on `store`.
         store: its token store.
         images: how many rows.
         seed: of the choice of images and masks.
@@ -44,54 +44,42 @@ def predictions(run: Path, store: TokenStore, images: int, seed: int) -> bytes:
     pixels = normalise(batch.pixels, *store.normalisation)
     target = target_of(batch, pixels)
     prediction = student(pixels, batch.order)
-    in_order = torch.cat([prediction.layers[-1], prediction.decoded[:, -(student.patches - student.visible) :]], dim=1)
+    visible = batch.order[:, : student.visible]
+    known = prediction.layers[-1] if prediction.layers else target.gather(1, visible.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
+    in_order = torch.cat([known, prediction.decoded[:, -(student.patches - student.visible) :]], dim=1)
     predicted = torch.zeros_like(target).scatter_(1, batch.order.unsqueeze(-1).expand_as(target), in_order)
-    size = config.image_size // store.info.patch_size
-    patch = store.info.patch_size
-    seen = torch.zeros(images, size * size, dtype=torch.bool).scatter_(1, batch.order[:, : student.visible], True)
-    seen_pixels = seen.view(images, size, 1, size, 1).expand(-1, -1, patch, -1, patch).reshape(images, 1, size * patch, size * patch)
-    shown = batch.pixels[:, [0, 0, 0] if batch.pixels.shape[1] < 3 else [0, 1, 2]] / 255  # grey, RGB, or the first three channels
-    columns = {
-        "view": shown.permute(0, 2, 3, 1),
-        "visible": torch.where(seen_pixels, shown, torch.tensor(HIDDEN)).permute(0, 2, 3, 1),
-        "predicted features": None,
-        "stored features": None,
-    }
-    columns["predicted features"], columns["stored features"] = _as_colours(predicted, target, size)
-    return _grid_of_pictures({name: value.numpy() for name, value in columns.items() if value is not None})
+    shown = as_shown(batch.pixels)
+    columns = {"view": shown, "visible": _where_seen(shown, visible, store.info.patch_size)}
+    if config.target == "pixels":
+        columns["predicted pixels"] = as_shown(255 * _as_pixels(predicted, batch.pixels / 255, store.info.patch_size))
+    else:
+        what = "features" if config.target != "hog" else "HOG"
+        colours = as_colours(predicted, target, config.image_size // store.info.patch_size)
+        columns |= dict(zip((f"predicted {what}", f"{'stored' if config.target == 'tokens' else 'wanted'} {what}"), colours, strict=True))
+    return grid_of_pictures({name: value.numpy() for name, value in columns.items()})
 
 
-def curves(series: dict[str, list[dict[str, Any]]], x: str, y: str, x_label: str, y_label: str) -> bytes:
-    """Lines over a common axis, one a run.
-
-    Args:
-        series: name -> log entries.
-        x: key of the horizontal values.
-        y: key of the vertical values.
-        x_label: of the axis.
-        y_label: the same.
-    """
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for name, entries in series.items():
-        axes.plot([entry[x] for entry in entries], [entry[y] for entry in entries], label=name)
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return _png(figure)
+def as_shown(pixels: torch.Tensor) -> torch.Tensor:
+    """[B, K, H, W] of values to 255 -> [B, H, W, 3] in [0, 1]: grey, RGB, or the first three channels."""
+    return (pixels[:, [0, 0, 0] if pixels.shape[1] < 3 else [0, 1, 2]] / 255).clamp(0, 1).permute(0, 2, 3, 1)
 
 
-def bars(values: dict[str, float], x_label: str) -> bytes:
-    """Horizontal bars with their values, the first on top."""
-    figure = Figure(figsize=(6.4, 0.5 * len(values) + 0.8), layout="constrained")
-    axes = figure.subplots()
-    drawn = axes.barh(list(values), list(values.values()), height=0.6)
-    axes.bar_label(drawn, fmt="%.1f", padding=3)
-    axes.invert_yaxis()
-    axes.set(xlabel=x_label, xlim=(0, max(100.0, *values.values()) * 1.08))
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return _png(figure)
+def _where_seen(shown: torch.Tensor, visible: torch.Tensor, patch: int) -> torch.Tensor:
+    """[B, H, W, 3] with the patches that are not in `visible` [B, V] blanked."""
+    batch, height = shown.shape[:2]
+    size = height // patch
+    seen = torch.zeros(batch, size * size, dtype=torch.bool).scatter_(1, visible, True).view(batch, size, 1, size, 1)
+    return torch.where(seen.expand(-1, -1, patch, -1, patch).reshape(batch, height, height, 1), shown, torch.tensor(HIDDEN))
+
+
+def _as_pixels(predicted: torch.Tensor, images: torch.Tensor, patch: int) -> torch.Tensor:
+    """Norm-pix predictions [B, N, K * P * P] -> pixels [B, K, H, W], by the mean and deviation that each patch of `images` has."""
+    batch, channels, height, _ = images.shape
+    size = height // patch
+    rows = images.unflatten(2, (size, patch)).unflatten(4, (size, patch)).permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
+    restored = predicted * (rows.var(-1, keepdim=True) + 1e-6).sqrt() + rows.mean(-1, keepdim=True)
+    tiles = restored.view(batch, size, size, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
+    return tiles.reshape(batch, channels, height, height)
 
 
 def _spread_views(store: TokenStore, config: PretrainConfig, images: int, seed: int) -> ViewBatch:
@@ -104,8 +92,8 @@ def _spread_views(store: TokenStore, config: PretrainConfig, images: int, seed: 
     return views.batch([(index, replace(draws.draw(0, index, [store.grid]), row=centre, col=centre)) for index in chosen])
 
 
-def _as_colours(predicted: torch.Tensor, stored: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, N, C] each -> [B, size, size, 3] each in [0, 1], by the stored features' first three principal components."""
+def as_colours(predicted: torch.Tensor, stored: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features as colours: [B, N, C] each -> [B, size, size, 3] each in [0, 1], by the stored ones' first three principal components."""
     flat = stored.flatten(0, 1)
     centre = flat.mean(0)
     _, _, components = torch.pca_lowrank(flat - centre, q=3, center=False)
@@ -114,7 +102,8 @@ def _as_colours(predicted: torch.Tensor, stored: torch.Tensor, size: int) -> tup
     return tuple(c.view(len(c), size, size, 3) for c in coloured)
 
 
-def _grid_of_pictures(columns: dict[str, np.ndarray]) -> bytes:
+def grid_of_pictures(columns: dict[str, np.ndarray]) -> bytes:
+    """A column a name, a row a picture: each [rows, H, W, 3] in [0, 1]. An empty name draws no title."""
     rows = len(next(iter(columns.values())))
     figure = Figure(figsize=(1.7 * len(columns), 1.65 * rows + 0.3), layout="constrained")
     for col, (name, pictures) in enumerate(columns.items()):

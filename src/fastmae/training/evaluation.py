@@ -47,7 +47,7 @@ class Evaluation:
             found = dict(self.measure(network))
         state.model.train()
         if log is not None:
-            log.write_evaluation(state.step, {"epoch": round(epoch, 4), **found})
+            log.write_evaluation(state.step, {"epoch": round(epoch, 4), "seconds": round(state.seconds, 3), **found})
         if self.metric and found[self.metric] > state.best:
             state.best = found[self.metric]
             held = {"model": network.state_dict(), "run": state.run, "step": state.step, "evaluation": found}

@@ -1,6 +1,7 @@
 """A run on disk: what it was asked for, its checkpoint, its metrics.
 
 RUN/run.json                what the run is: options, store, encoder (`fastmae knn RUN` needs nothing else but weights)
+RUN/inputs.json             where its stores were found last; they may move
 RUN/checkpoint.pt           the last checkpoint, whole or not there; read with weights_only
 RUN/best.pt                 the weights of the best evaluation, where the task names a figure
 RUN/metrics.jsonl           a line a log entry
@@ -24,6 +25,7 @@ from fastmae.errors import InputError, first_line
 RUN_FILE = "run.json"
 CHECKPOINT_FILE = "checkpoint.pt"
 BEST_FILE = "best.pt"
+INPUTS_FILE = "inputs.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -145,6 +147,13 @@ def read_run(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{file}: not a run's description")
     return value
+
+
+def read_inputs(path: Path) -> dict[str, Any]:
+    """Where a run's inputs were when it trained last; empty where that is not known."""
+    file = path / INPUTS_FILE
+    value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
