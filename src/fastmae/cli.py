@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
     "bench step": (configs.BenchStepConfig, "fastmae.bench.step:bench_step"),
     "bench loader": (configs.BenchLoaderConfig, "fastmae.bench.loader:bench_loader"),
     "bench store": (configs.BenchStoreConfig, "fastmae.bench.store:bench_store"),
+    "bench accuracy": (configs.BenchAccuracyConfig, "fastmae.bench.accuracy:bench_accuracy"),
     "recipes": (configs.RecipesConfig, "fastmae.recipes:list_recipes"),
     "demo": (configs.DemoConfig, "fastmae.demo:demo"),
 }

@@ -1,5 +1,6 @@
 """`fastmae pretrain`: a token store in, a run with a trained encoder out (Sec. 3.2.4, Fig. 3b)."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -75,7 +76,7 @@ def pretrain(config: PretrainConfig, measure: Callable[[Any], Mapping[str, float
     share = config.batch_size // fabric.world_size // parts
     if labelled is not None:
         measure = knn_of_student(labelled, made.stores[0][-1].normalisation, fabric, KNN_BATCH, config.workers)
-    evaluation = Evaluation(max(1, round(config.knn_every * images / config.batch_size)), measure) if measure is not None else None
+    evaluation = Evaluation(math.ceil(config.knn_every * images / config.batch_size), measure) if measure is not None else None
     with memory_hint(f"give --micro-batch {max(1, share // 2)} (now {share}), and the same call continues"):
         entry = fit(
             fabric,

@@ -123,3 +123,37 @@ class DemoConfig(Common):
 @dataclass(kw_only=True)
 class RecipesConfig(Common):
     """List the recipes."""
+
+
+@dataclass(kw_only=True)
+class BenchAccuracyConfig(Common):
+    """Train FastMAE and MAE for an equal time on the same images, and draw their accuracy over that time: Fig. 5 at your size."""
+
+    images: Positional[Annotated[Path, arg(metavar="IMAGES")]]
+    """Labelled images, train/<class>/* and val/<class>/*: train/ is pre-trained on, without its labels; val/ is measured."""
+    out: Path = Path("fastmae-accuracy")
+    """Folder for the store, the runs, the figure and the table; the same call again goes on."""
+    minutes: float = 30.0
+    """Of training in all, dealt out equally to the methods and seeds. Tokenising and measuring come on top, and are told."""
+    seeds: int = 1
+    """Runs of each method, from --seed on; means are given, and their spread."""
+    points: int = 10
+    """Measurements along each run, evenly over its epochs, besides the one before it."""
+    recipe: str = "vit_tiny_cpu"
+    """Of FastMAE."""
+    mae_recipe: str = "mae_tiny_cpu"
+    """Of MAE: the same encoder, image size and batch."""
+    teacher: str = OFFLINE_TEACHER
+    """As in tokenize."""
+    teacher_weights: Path | None = None
+    """As in tokenize."""
+    teacher_block: int | None = None
+    """As in tokenize."""
+    middle_size: str = "96"
+    """As in tokenize."""
+    patch_size: int = 8
+    """As in tokenize."""
+    flip: bool = True
+    """As in pretrain."""
+    workers: int = -1
+    """Loading processes; -1: the cores but one, at most 8."""

@@ -232,7 +232,7 @@ def _batches(config: SupervisedConfig, task: Task, settings: Settings, start: in
 
 
 def _evaluation(task: Task, settings: Settings, fabric: Fabric) -> Evaluation:
-    every = max(1, round(settings.eval_every * settings.steps_an_epoch))
+    every = math.ceil(settings.eval_every * settings.steps_an_epoch)
     return Evaluation(every, lambda network: task.evaluate(network, fabric), task.metric)
 
 
