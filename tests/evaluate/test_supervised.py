@@ -30,7 +30,7 @@ def test_imagenet_gets_the_published_recipe():
 def test_small_data_get_a_smaller_batch_and_enough_steps(images, batch, least_epochs):
     settings = settle(config(), IMAGENET, images)
     assert (settings.batch_size, settings.epochs) == (batch, least_epochs)
-    assert settings.lr == pytest.approx(2e-3 * (batch / 1024) ** 0.5)
+    assert settings.lr == pytest.approx(2e-3 * (batch / 1024) ** 0.25)
     assert settings.warmup_epochs == pytest.approx(0.05 * least_epochs)
 
 

@@ -27,8 +27,9 @@ from fastmae.evaluate.labelled import (
 )
 from fastmae.evaluate.supervised import Recipe, Settings, Task, adamw_groups, evaluation_batches, settle, train_task
 
-IMAGENET = Recipe(images=1_281_167, epochs=100, batch_size=1024, lr=2e-3, warmup_epochs=5)
-"""MAE's for ViT-B (base rate 5e-4 for 256 images; paper Sec. 4.1.2)."""
+IMAGENET = Recipe(images=1_281_167, epochs=100, batch_size=1024, lr=2e-3, warmup_epochs=5, lr_power=0.25)
+"""MAE's for ViT-B (base rate 5e-4 for 256 images; paper Sec. 4.1.2). On 480 photos of ten garments, batch 32, 50 epochs, an encoder of
+4 x 128 came to 38.3, 49.2 and 44.2 % of 120 held out of train/ at rates of 3.5e-4 (power 0.5), 1e-3 and 3e-3; 0.25 gives 8.4e-4."""
 HEAD_DEVIATION = 2e-5
 """Of the classifier's weights at the start."""
 

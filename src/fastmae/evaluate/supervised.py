@@ -31,6 +31,7 @@ from fastmae.training.sampler import StepSampler
 
 NOT_OF_THE_RUN = (
     "data", "out", "config", "print_config", "json", "resume", "device", "devices", "workers", "save_every", "log_every", "micro_batch",
+    "pictures", "checkpoint_activations",
 )  # fmt: skip
 """Options that may change when a run is continued."""
 LEAST_STEPS = 2000
@@ -50,7 +51,8 @@ class Recipe:
         batch_size: images a step.
         lr: at that batch size.
         warmup_epochs: of linear warm-up.
-        lr_power: on small data the rate grows with the batch size to this power: 0.5 (AdamW), 0 (LARS, whose steps are relative).
+        lr_power: on small data the rate grows with the batch size to this power: 0.5 is usual for AdamW; 0 for LARS, whose steps are
+            relative to the weights.
     """
 
     images: int

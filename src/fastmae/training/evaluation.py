@@ -1,5 +1,6 @@
 """What is measured now and then while a run trains: logged, and the weights with the best figure kept."""
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from fastmae.training.run_folder import MetricsLog, RunFolder, write_checkpoint
 
 if TYPE_CHECKING:
     from fastmae.training.loop import TrainState
+TOLD = 4
+"""Figures of an evaluation that are printed; all of them are logged."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Evaluation:
             found = dict(self.measure(network))
         state.model.train()
         if log is not None:
+            told = ", ".join(f"{name} {value:g}" for name, value in itertools.islice(found.items(), TOLD))
+            print(f"epoch {epoch:.4g} (step {state.step}): {told}", flush=True)
             log.write_evaluation(state.step, {"epoch": round(epoch, 4), "seconds": round(state.seconds, 3), **found})
         if self.metric and found[self.metric] > state.best:
             state.best = found[self.metric]
