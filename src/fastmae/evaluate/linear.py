@@ -54,6 +54,8 @@ def linear(config: LinearConfig) -> dict[str, Any] | None:
             out = config.out or Path(nowhere) / "linear"
             result = train_task(replace(config, out=out), _task(config, data, opened, read, kept, out), settings)
     if result is not None:
+        if config.out is None:
+            result = {name: value for name, value in result.items() if name not in ("best", "checkpoint")}
         result |= {"train": len(data.train), "val": len(data.val), "classes": len(data.classes), "dim": kept["val"].shape[1]}
         how = "logistic regression" if config.solver == "logistic" else f"{result['epochs']} epochs of LARS"
         print(
