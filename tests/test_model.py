@@ -225,6 +225,20 @@ def test_fusion_reads_every_layer(batch):
     assert all(layer.grad is not None and layer.grad.any() for layer in layers)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize("options", [{}, {"decoder_depth": 3}, {"predict_visible": True}])
+def test_the_decoder_sees_the_class_token_where_asked_without_a_parameter_more(name, options, batch):
+    images, _, order = batch
+    with_class, without = (student(name, decoder_class_token=seen, **options) for seen in (True, False))
+    without.load_state_dict(with_class.state_dict())
+    prefix, layers = with_class.encode_with_prefix(images, order[:, :4])
+    decoded = with_class.decode(layers, order, prefix)
+    torch.testing.assert_close(decoded, with_class(images, order).decoded)
+    assert decoded.shape == without(images, order).decoded.shape
+    assert (decoded - without(images, order).decoded).abs().max() > 1e-3
+    assert all(gradient.any() for gradient in torch.autograd.grad(decoded.sum(), prefix)[0].unbind(1))
+
+
 def test_positions_are_fixed_sincos_and_the_class_token_has_none():
     model = student()
     assert not model.encoder.pos_embed.requires_grad

@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed
 from timm.models import is_model_in_modules
 from timm.models.eva import Eva
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fastmae.decoder import DecoderBlock
 from fastmae.errors import InputError
+from fastmae.linear import linear
 
 Encoder = Any
 """A timm ViT: its attributes differ between its kinds, and nn.Module types them as Tensor or Module."""
@@ -109,7 +111,7 @@ class ProjectVisible(nn.Conv2d):
         patch = self.kernel_size[0]
         batch, _, height, width = images.shape
         visible = _gather(F.unfold(images, patch, stride=patch).transpose(1, 2), self.places)
-        projected = F.linear(visible, self.weight.flatten(1), self.bias)
+        projected = linear(visible, self.weight.flatten(1), self.bias)
         places = self.places.unsqueeze(-1).expand_as(projected)
         whole = projected.new_zeros(batch, height // patch * (width // patch), self.out_channels).scatter(1, places, projected)
         return whole.transpose(1, 2).unflatten(2, (height // patch, width // patch))
@@ -148,6 +150,7 @@ class Student(nn.Module):
         decoder_depth: blocks. (Sec. 4.3.3)
         decoder_width: W.
         decoder_heads: attention heads of a block.
+        decoder_class_token: the decoder sees the encoder's class token (and registers) too, as MAE's does.
         predict_visible: the decoder predicts the visible patches too, not the masked ones alone.
         checkpoint_activations: compute the blocks' activations again in the backward pass instead of keeping them.
     """
@@ -162,6 +165,7 @@ class Student(nn.Module):
         decoder_depth: int = 1,
         decoder_width: int = 512,
         decoder_heads: int = 16,
+        decoder_class_token: bool = False,
         predict_visible: bool = False,
         checkpoint_activations: bool = False,
     ):
@@ -171,7 +175,8 @@ class Student(nn.Module):
         width, depth = int(encoder.embed_dim), len(encoder.blocks)
         self.patches = int(grid[0] * grid[1])
         self.visible = visible_patches(self.patches, mask_ratio)
-        self.first_predicted = 0 if predict_visible else self.visible
+        self.decoder_prefix = int(encoder.num_prefix_tokens) if decoder_class_token else 0
+        self.first_predicted = self.decoder_prefix + (0 if predict_visible else self.visible)
         self.checkpoint_activations = checkpoint_activations
         encoder.set_grad_checkpointing(checkpoint_activations)
 
@@ -185,7 +190,7 @@ class Student(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.decoder_position = nn.Parameter(sincos_positions(grid, decoder_width), requires_grad=False)
         self.decoder_blocks = nn.Sequential(
-            *(Block(decoder_width, decoder_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(decoder_depth))
+            *(DecoderBlock(decoder_width, decoder_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(decoder_depth))
         )
         self.decoder_norm = LayerNorm(decoder_width)
         self.decoder_head = nn.Linear(decoder_width, target_dim)
@@ -198,9 +203,9 @@ class Student(nn.Module):
             images: float [B, K, H, W], normalised.
             order: int64 [B, N]: the first V places are visible, the rest masked.
         """
-        layers = self.encode(images, order[:, : self.visible])
+        prefix, layers = self.encode_with_prefix(images, order[:, : self.visible])
         by_layer = [head(layer) for head, layer in zip(self.layer_heads, layers, strict=True)] if self.layer_heads else []
-        return Prediction(self.decode(layers, order), by_layer)
+        return Prediction(self.decode(layers, order, prefix if self.decoder_prefix else None), by_layer)
 
     def encode(self, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
         """The patch tokens after each encoder block, the last one after the final norm too.
@@ -212,6 +217,10 @@ class Student(nn.Module):
         Returns:
             One [B, V, D] a block.
         """
+        return self.encode_with_prefix(images, visible)[1]
+
+    def encode_with_prefix(self, images: torch.Tensor, visible: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Class and register tokens at the end, [B, R, D], and what `encode` gives."""
         masking = (self.encoder.patch_embed.proj, self.encoder.patch_drop)
         for module in masking:
             module.places = visible
@@ -220,14 +229,16 @@ class Student(nn.Module):
         finally:
             for module in masking:
                 module.places = None
-        return [*layers[:-1], final[:, self.encoder.num_prefix_tokens :]]
+        prefix, patches = final.tensor_split([self.encoder.num_prefix_tokens], dim=1)
+        return prefix, [*layers[:-1], patches]
 
-    def decode(self, layers: list[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
+    def decode(self, layers: list[torch.Tensor], order: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
         """Predict the masked patches.
 
         Args:
             layers: as `encode` gives them.
             order: int64 [B, N].
+            prefix: [B, R, D], the encoder's class token and registers, for a decoder that sees them; they have no position.
 
         Returns:
             [B, M, C], for the last M places of `order`.
@@ -238,12 +249,19 @@ class Student(nn.Module):
                 torch.stack([project(layer) for project, layer in zip(self.fusion_projections, layers, strict=True)]).sum(0)
             )
         # Attention knows no order, so the patches stay shuffled: visible ones first, positions shuffled along.
-        batch, hidden = len(order), self.patches - self.visible
-        tokens = torch.cat([self.decoder_embed(read), self.mask_token.expand(batch, hidden, -1).to(read.dtype)], dim=1)
-        tokens = tokens + self.decoder_position[order]
-        for block in self.decoder_blocks:
-            tokens = checkpoint(block, tokens, use_reentrant=False) if self.checkpoint_activations and self.training else block(tokens)
-        return self.decoder_head(self.decoder_norm(tokens[:, self.first_predicted :]))
+        visible, hidden = order.split([self.visible, self.patches - self.visible], dim=1)
+        tokens = self.decoder_embed(read) + self.decoder_position[visible]
+        if prefix is not None:
+            tokens = torch.cat([self.decoder_embed(prefix).to(tokens.dtype), tokens], dim=1)
+        masked = (self.mask_token[0] + self.decoder_position, hidden)
+        first, *others = self.decoder_blocks
+        tokens = self._run(first, tokens, 0 if others else self.first_predicted, masked)
+        for block in others:
+            tokens = self._run(block, tokens, self.first_predicted if block is others[-1] else 0)
+        return self.decoder_head(self.decoder_norm(tokens))
+
+    def _run(self, block: nn.Module, *given: Any) -> torch.Tensor:
+        return checkpoint(block, *given, use_reentrant=False) if self.checkpoint_activations and self.training else block(*given)
 
     def _initialise(self) -> None:
         """MAE's: Xavier-uniform linear layers, zero biases, mask token of deviation 0.02 (the encoder came so already)."""

@@ -107,11 +107,11 @@ def _step_of(config: PretrainConfig, made: Plan, fabric: Fabric, student: Studen
     def take(batch: ViewBatch, clock: Clock) -> None:
         with clock.of("encoder"), fabric.autocast():
             images = normalise(batch.pixels, mean, std)
-            layers = student.encode(images, batch.order[:, : student.visible])
-        cut = [layer.detach().requires_grad_() for layer in layers]
+            prefix, layers = student.encode_with_prefix(images, batch.order[:, : student.visible])
+        cut_prefix, *cut = (part.detach().requires_grad_() for part in (prefix, *layers))
         with clock.of("decoder"), fabric.autocast():
             by_layer = [head(layer) for head, layer in zip(student.layer_heads, cut, strict=True)] if student.layer_heads else []
-            outputs = [student.decode(cut, batch.order), *by_layer]
+            outputs = [student.decode(cut, batch.order, cut_prefix if student.decoder_prefix else None), *by_layer]
         with clock.of("target"):
             target = made.target(batch, images)
         leaves = [output.detach().requires_grad_() for output in outputs]
@@ -120,8 +120,8 @@ def _step_of(config: PretrainConfig, made: Plan, fabric: Fabric, student: Studen
         with clock.of("decoder"):
             torch.autograd.backward(outputs, [leaf.grad for leaf in leaves])
         with clock.of("encoder"):
-            reached = [(layer, leaf.grad) for layer, leaf in zip(layers, cut, strict=True) if leaf.grad is not None]
-            torch.autograd.backward([layer for layer, _ in reached], [gradient for _, gradient in reached])
+            reached = [(part, leaf.grad) for part, leaf in zip((prefix, *layers), (cut_prefix, *cut), strict=True) if leaf.grad is not None]
+            torch.autograd.backward([part for part, _ in reached], [gradient for _, gradient in reached])
 
     return take
 

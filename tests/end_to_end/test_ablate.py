@@ -14,7 +14,7 @@ def test_a_table_is_run_row_by_row_and_goes_on_where_it_was(photos, tmp_path, ca
     assert rows[2]["paper"].startswith("84.3")
     assert "Table 2" in err
     page = (out / "targets.html").read_text()
-    assert page.count("data:image/png;base64,iVBOR") == 2
+    assert page.count("<svg") == 2
 
     lost = out / "targets" / "HOG-seed0.json"
     lost.unlink()  # as after a kill between a run's end and its measure
