@@ -69,3 +69,5 @@ def test_a_networks_layers_change_their_way_and_nothing_else():
     assert list(fast.state_dict()) == list(network.state_dict())
     tokens = torch.randn(32, 49, 96)
     torch.testing.assert_close(fast(tokens), network(tokens), atol=1e-4, rtol=1e-4)
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens), fast(tokens))

@@ -28,6 +28,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except (OSError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
         raise InputError(f"{path}: damaged, or not a weights file ({first_line(error)})") from error
     except Exception as error:  # pickle.UnpicklingError and its kin
+        if "weights only" not in str(error).lower():
+            raise InputError(f"{path}: not a weights file, or a damaged one") from error
         raise InputError(
             f"{path}: holds more than tensors, and reading it would run its code ({first_line(error)}); "
             "save its state dict alone, as safetensors"

@@ -17,8 +17,8 @@ from fastmae.config import BenchStepConfig, PretrainConfig, implied_values
 from fastmae.errors import InputError, first_line
 from fastmae.images.views import normalise
 from fastmae.model import StudentLoss, build_encoder, sincos_positions, visible_patches
-from fastmae.pretrain import optimizer_for
 from fastmae.runs import build_student
+from fastmae.steps import optimizer_for
 from fastmae.targets import NormPix, OnlineTokens, StoredTokens, Target, patch_norm
 from fastmae.teachers import Teacher
 from fastmae.tokens.codec import load_codec
@@ -169,7 +169,9 @@ class Steps:
 
         def scalar() -> torch.Tensor:
             images = normalise(batch.pixels)
-            return loss(model(images, batch.order), target(batch, images), batch.order)["loss"]
+            with self.fabric.autocast():  # a teacher computes in the student's precision
+                wanted = target(batch, images)
+            return loss(model(images, batch.order), wanted, batch.order)["loss"]
 
         return Step(student, target, self._trained(scalar, optimizer))
 

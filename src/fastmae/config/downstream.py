@@ -48,7 +48,7 @@ class SupervisedConfig(Common):
     """Decay of a moving average of the weights, 0.9999 say; it is then what is evaluated. 0: none."""
 
     eval_every: float | None = None
-    """Epochs between evaluations on val/. Default: a tenth of the run."""
+    """Epochs between evaluations on val/. Default: a tenth of the run, at least one."""
     micro_batch: int = 0
     """Most images that a device takes at once; gradients of the rest of its share are accumulated. 0: all of it."""
     precision: Precision = "auto"

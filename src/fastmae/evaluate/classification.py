@@ -69,11 +69,14 @@ def draw_confusion(counts: torch.Tensor, classes: list[str], path: Path) -> None
     if len(classes) <= NAMED_CLASSES:
         axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
         axes.set_yticks(range(len(classes)), classes, fontsize=7)
+        for true, said in counts.nonzero().tolist():
+            ink = "white" if shares[true, said] > 0.5 else "black"
+            axes.text(said, true, str(int(counts[true, said])), ha="center", va="center", fontsize=6, color=ink)
     axes.set(xlabel="predicted", ylabel="true", title=f"right: {100 * counts.diag().sum() / counts.sum():.1f} %")
     figure.colorbar(drawn, ax=axes, shrink=0.7, label="share of the true class")
     worst = worst_pairs(counts, classes)
     if worst:
-        figure.supxlabel("most often: " + "; ".join(worst), fontsize=7)
+        figure.supxlabel("taken most often:\n" + "\n".join(worst), fontsize=8)
     write_whole(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
 
 

@@ -57,7 +57,7 @@ def linear(config: LinearConfig) -> dict[str, Any] | None:
         if config.out is None:
             result = {name: value for name, value in result.items() if name not in ("best", "checkpoint")}
         result |= {"train": len(data.train), "val": len(data.val), "classes": len(data.classes), "dim": kept["val"].shape[1]}
-        how = "logistic regression" if config.solver == "logistic" else f"{result['epochs']} epochs of LARS"
+        how = "logistic regression" if config.solver == "logistic" else f"{result['epochs']} epochs of LARS, {_best(result)}"
         print(
             f"{config.run}{'' if config.pretrained else ', at random'}: linear top-1 {result['top1']:.1f} %, top-5 {result['top5']:.1f} % "
             f"({how}; {len(data.train)} train, {len(data.val)} val images, {len(data.classes)} classes)"
@@ -151,8 +151,14 @@ def _logistic(data: LabelledFolder, kept: dict[str, torch.Tensor]) -> dict[str, 
     return {"top1": round(top1, 3), "top5": round(top5, 3)}
 
 
+def _best(result: dict[str, Any]) -> str:
+    return f"best evaluation {result['best_top1']:.1f} % at epoch {result['best_epoch']:g}"
+
+
 def _check(config: LinearConfig) -> None:
     if config.augment == "none" and (config.devices > 1 or this_process().world_size > 1):
         raise InputError("--augment none: features are kept in one process, and the probe on them takes minutes there; give --devices 1")
+    if config.out is not None and config.solver == "logistic":
+        raise InputError("--out: --solver logistic keeps nothing; leave it out, or take --solver lars")
     if config.augment == "crop" and config.solver == "logistic":
         raise InputError("--solver logistic: takes features that stand still; give --augment none")

@@ -7,7 +7,7 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,7 @@ def settle(config: SupervisedConfig, recipe: Recipe, images: int) -> Settings:
     warmup = recipe.warmup_epochs * epochs / recipe.epochs if config.warmup_epochs is None else config.warmup_epochs
     power = 1.0 if images >= recipe.images / 10 else recipe.lr_power
     lr = recipe.lr * (batch / recipe.batch_size) ** power if config.lr is None else config.lr
-    return Settings(images, epochs, batch, lr, warmup, config.eval_every or epochs / 10)
+    return Settings(images, epochs, batch, lr, warmup, config.eval_every or max(1.0, epochs / 10))
 
 
 @dataclass
@@ -126,6 +126,7 @@ class Task:
         schedule: of the learning rate.
         optimizer: takes groups and a rate; None: AdamW with the options' betas.
         collate: samples -> batch; None: torch's own.
+        told: figures that are printed after each evaluation; empty: the first ones.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Task:
     schedule: Callable[[torch.optim.Optimizer, int, int, float], Scheduler] = cosine_schedule
     optimizer: Callable[[list[dict[str, Any]], float], torch.optim.Optimizer] | None = None
     collate: Callable[[list[Any]], Any] | None = None
+    told: tuple[str, ...] = ()
 
 
 def train_task(config: SupervisedConfig, task: Task, settings: Settings) -> dict[str, Any] | None:
@@ -235,11 +237,12 @@ def _batches(config: SupervisedConfig, task: Task, settings: Settings, start: in
 
 def _evaluation(task: Task, settings: Settings, fabric: Fabric) -> Evaluation:
     every = math.ceil(settings.eval_every * settings.steps_an_epoch)
-    return Evaluation(every, lambda network: task.evaluate(network, fabric), task.metric)
+    return Evaluation(every, lambda network: task.evaluate(network, fabric), task.metric, task.told)
 
 
 def _options(config: SupervisedConfig) -> dict[str, Any]:
-    options = {name: value for name, value in asdict(config).items() if name not in NOT_OF_THE_RUN}
+    settled = {setting.name for setting in fields(Settings)}  # those stand in the settings, as they came out
+    options = {name: value for name, value in asdict(config).items() if name not in NOT_OF_THE_RUN and name not in settled}
     return {name: str(value) if name == "weights" and value else value for name, value in options.items()}
 
 

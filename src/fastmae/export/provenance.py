@@ -94,6 +94,8 @@ def _teachers(teachers: list[dict[str, Any]]) -> dict[str, str]:
         name, spec = f"teacher {number}" if len(teachers) > 1 else "teacher", teacher["spec"]
         local = spec.startswith("hf/") and teacher["weights_file"]
         shown[name] = f"hf/{Path(spec).name}" if local else _without_path(spec)
+        if teacher["weights_file"] and spec.startswith(("timm/", "clip/")):
+            shown[name] += f", weights of {Path(teacher['weights_file']).name}"
         shown[f"{name}, its features"] = f"block {teacher['block']}, norm {teacher['norm']}, seen at {teacher['input_size']} px"
         shown[f"{name}, SHA-256 of its weights"] = teacher["weights_sha256"]
     return shown

@@ -13,7 +13,7 @@ from fastmae.report.pictures import predictions
 from fastmae.runs import load_encoder
 from fastmae.tokens import TokenStore
 from fastmae.tokens.reader import open_scales
-from fastmae.training.run_folder import CHECKPOINT_FILE, read_evaluations, read_inputs, read_metrics, read_run
+from fastmae.training.run_folder import CHECKPOINT_FILE, RUN_FILE, read_evaluations, read_inputs, read_metrics, read_run
 
 SETTINGS = (
     "encoder", "encoder_width", "encoder_depth", "encoder_heads", "image_size", "mask_ratio", "mask", "target", "norm", "loss", "loss_on",
@@ -119,6 +119,8 @@ def _also(path: Path) -> Section:
     """A section of a supervised run, or of a bench's table."""
     if path.suffix == ".md":
         return _table_of(path)
+    if not (path / RUN_FILE).is_file():
+        raise InputError(f"--also {path}: no such run; give folders of finetune, linear, segment or detect, or tables of bench (.md)")
     description, evaluations = read_run(path), read_evaluations(path)
     if "task" not in description or not evaluations:
         raise InputError(f"{path}: no finished run of finetune, linear, segment or detect, and no table of bench (.md)")
@@ -150,9 +152,15 @@ def _data(store: dict[str, Any]) -> dict[str, str]:
         "patch": f"{store['patch_size']} px",
         "codec": store["codec"],
         "pixels": f"jpeg, quality {store['jpeg_quality']}" if store["pixels"] == "jpeg" else store["pixels"],
-        "teacher": "; ".join(f"{t['spec']}, block {t['block']}, norm {t['norm']}" for t in store["teachers"]),
+        "teacher": "; ".join(f"{t['spec']}{_weights(t)}, block {t['block']}, norm {t['norm']}" for t in store["teachers"]),
         "teacher's weights (SHA-256)": "; ".join(t["weights_sha256"] for t in store["teachers"]),
     }
+
+
+def _weights(teacher: dict[str, Any]) -> str:
+    """The name of the file that a teacher's weights came from, where it is not the hub's."""
+    file = teacher.get("weights_file")
+    return f" with {Path(file).name}" if file and not teacher["spec"].endswith(Path(file).name) else ""
 
 
 def _plain(value: Any) -> str:

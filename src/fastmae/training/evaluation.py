@@ -27,11 +27,13 @@ class Evaluation:
         measure: gives the figures, the same in every process; takes the bare network (its moving average where one is kept), which is
             in evaluation mode, without gradients and under the run's precision.
         metric: the figure by which the best weights are kept, in best.pt; the larger the better. Empty: none are kept.
+        told: figures that are printed; empty: the first `TOLD`.
     """
 
     every: int
     measure: Callable[[torch.nn.Module], Mapping[str, float]]
     metric: str = ""
+    told: tuple[str, ...] = ()
 
     def due(self, step: int, steps: int) -> bool:
         """Whether to measure after a step."""
@@ -50,7 +52,8 @@ class Evaluation:
             found = dict(self.measure(network))
         state.model.train()
         if log is not None:
-            told = ", ".join(f"{name} {value:g}" for name, value in itertools.islice(found.items(), TOLD))
+            names = self.told or tuple(itertools.islice(found, TOLD))
+            told = ", ".join(f"{name} {found[name]:g}" for name in names if name in found)
             print(f"epoch {epoch:.4g} (step {state.step}): {told}", flush=True)
             log.write_evaluation(state.step, {"epoch": round(epoch, 4), "seconds": round(state.seconds, 3), **found})
         if self.metric and found[self.metric] > state.best:

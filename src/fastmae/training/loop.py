@@ -186,7 +186,7 @@ def fit(
                 entry = _mean_over_processes(fabric, sums, count)
                 _check_finite(fabric, entry, state.step, folder)
                 entry |= {
-                    "epoch": round(state.step / steps_an_epoch, 4),
+                    "epoch": round(_epoch(state.step, steps, steps_an_epoch), 4),
                     "lr": max(group["lr"] for group in state.optimizer.param_groups),  # of the head, where layers decay
                     "images_per_second": round(batch_size * (state.step - last_logged_step) / (now - last_logged), 2),
                     "seconds": round(state.seconds, 3),
@@ -198,7 +198,7 @@ def fit(
             progress.advance(1)
 
             if evaluation is not None and evaluation.due(state.step, steps):
-                pause = evaluation.run(fabric, state, folder, log, state.step / steps_an_epoch)
+                pause = evaluation.run(fabric, state, folder, log, _epoch(state.step, steps, steps_an_epoch))
                 begun, last_logged = begun + pause, last_logged + pause
 
             must_stop, must_save = agreement.on(stop.requested, now - last_saved >= 60 * save_every)
@@ -210,6 +210,12 @@ def fit(
             if must_stop and state.step < steps:
                 raise InterruptedRunError(f"stopped after step {state.step} of {steps}, and saved; the same call continues")
     return entry
+
+
+def _epoch(step: int, steps: int, steps_an_epoch: float) -> float:
+    """Epochs done; a last step that goes over the end of the last epoch does not count for more."""
+    asked = math.floor(steps / steps_an_epoch) if steps_an_epoch >= 1 else math.inf
+    return min(step / steps_an_epoch, asked)
 
 
 def _take_step(

@@ -104,6 +104,7 @@ def _task(config: DetectConfig, opened: OpenedEncoder, train: Split, val: Split,
         step=step,
         evaluate=lambda bare, fabric: _evaluate(config, bare, fabric, val, limits, opened.channels),
         metric="box_ap",
+        told=("box_ap", "mask_ap", "box_ap_50", "mask_ap_50"),
         groups=adamw_groups(config, network, opened.network),
         schedule=linear_schedule,
         description={
