@@ -1,5 +1,6 @@
 """`bench accuracy`: the ratio against its definition, and the real command on tiny images."""
 
+import itertools
 import json
 
 import pytest
@@ -34,8 +35,9 @@ def test_the_command_trains_both_measures_on_the_way_and_goes_on(photos, tmp_pat
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in (FASTMAE, MAE):
         track = [row for row in result["rows"] if row["method"] == name]
-        assert len(track) == 3  # before the start, and two on the way
-        assert track[0]["seconds"] == 0 < track[1]["seconds"] < track[2]["seconds"]
+        assert 2 <= len(track) <= 3  # before the start, and two on the way, or one if the time allows but a step
+        assert track[0]["seconds"] == 0
+        assert all(before["seconds"] < after["seconds"] for before, after in itertools.pairwise(track))
         assert all(0 <= row[key] <= 100 for row in track for key in ("knn", "linear"))
     assert result["tokenize_seconds"] > 0
     page = (tmp_path / "acc" / "accuracy.html").read_text()
