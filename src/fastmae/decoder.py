@@ -19,7 +19,7 @@ class DecoderBlock(Block):
 
     attn: Any
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # timm's takes tokens alone, and attention masks that a decoder has no use for
         self, tokens: torch.Tensor, first: int = 0, masked: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """What timm's block gives from place `first` on.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image, ImageOps
@@ -102,17 +102,17 @@ def full_augmentation(opened: OpenedEncoder, rand_augment: str, erasing: float) 
     if opened.channels != 3:
         raise InputError(f"--augment full: RandAugment takes RGB images, not {opened.channels} channels; take --augment crop")
     try:
-        transform: Callable[[Any], torch.Tensor] = create_transform(
+        transform: Any = create_transform(
             opened.image_size, is_training=True, color_jitter=0.0, auto_augment=rand_augment or None, interpolation="bicubic",
             re_prob=erasing, re_mode="pixel", re_count=1, mean=opened.mean, std=opened.std,
         )  # fmt: skip
     except (AssertionError, ValueError, KeyError) as error:
         raise InputError(f"--rand-augment {rand_augment}: not timm's word for one, such as rand-m9-mstd0.5-inc1") from error
-    for part in transform.transforms:  # type: ignore[attr-defined]
+    for part in transform.transforms:
         for operation in getattr(part, "ops", []):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
-    return transform
+    return cast(Callable[[Any], torch.Tensor], transform)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

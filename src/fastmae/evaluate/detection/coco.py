@@ -198,10 +198,10 @@ def _by_id(file: Path, what: str, entries: Sequence[Any], name: str) -> dict[int
 
 
 def _size_of(file: Path, image: Mapping[str, Any]) -> Size:
-    size = image.get("width"), image.get("height")
+    size: tuple[Any, Any] = image.get("width"), image.get("height")
     if not all(isinstance(side, int) and 0 < side < 1 << 16 for side in size):
         raise InputError(f"{file}: image {image['file_name']!r} has width {size[0]} and height {size[1]}; give them in pixels")
-    return size  # type: ignore[return-value]
+    return size
 
 
 def _read_objects(
