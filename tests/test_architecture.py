@@ -9,7 +9,7 @@ SOURCE = Path(fastmae.__file__).parent
 
 # Data flows down this list; a room may import from the rooms above it and from itself, never from below.
 ROOMS = [
-    "errors durable config processes progress device weights linear decoder",
+    "errors durable config processes progress device weights linear decoder fabric",
     "images recipes loading",
     "teachers",
     "tokens",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning_fabric import Fabric
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -17,6 +16,7 @@ from fastmae.durable import write_json
 from fastmae.encoders import initialise_student
 from fastmae.errors import InputError
 from fastmae.evaluate.while_training import knn_of_student, labelled_images
+from fastmae.fabric import Fabric
 from fastmae.model import Student
 from fastmae.plan import Plan, plan
 from fastmae.profile import profile

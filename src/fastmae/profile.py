@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
 from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
+from fastmae.fabric import Fabric
 from fastmae.images.views import normalise
 from fastmae.loading import worker_count
 from fastmae.model import Prediction, Student, StudentLoss
@@ -79,7 +79,7 @@ def profile(config: PretrainConfig, timed_steps: int = STEPS) -> dict[str, Any]:
     parts = micro_batches(config.batch_size, config.micro_batch)
     student = build_student(config, made.patch_size, made.target_dim, made.channels).to(fabric.device)
     optimizer = optimizer_for(config, student, fabric)
-    batches = iter(view_loader(config, made, 0, fabric, parts))
+    batches = iter(view_loader(config, made, 0, fabric, parts, move=False))
     clock, begun = Clock(fabric.device), 0.0
     done = min(timed_steps, max(1, made.steps - FIRST))
     take = _step_of(config, made, fabric, student)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.data import DataLoader
 
 from fastmae.config import PretrainConfig
+from fastmae.fabric import Fabric
 from fastmae.images.views import ViewDraws, normalise
 from fastmae.loading import guarded, heed_only_the_parent, worker_count
 from fastmae.model import StudentLoss, visible_patches
@@ -43,8 +43,10 @@ def optimizer_for(config: PretrainConfig, student: nn.Module, fabric: Fabric) ->
     return adamw(student, lr, config.weight_decay, config.betas, fused=not scales_gradients(fabric))
 
 
-def view_loader(config: PretrainConfig, made: Plan, start_step: int, fabric: Fabric, parts: int = 1) -> Iterable[ViewBatch]:
-    """Batches of this process from a step on, moved to its device."""
+def view_loader(
+    config: PretrainConfig, made: Plan, start_step: int, fabric: Fabric, parts: int = 1, move: bool = True
+) -> Iterable[ViewBatch]:
+    """Batches of this process from a step on, moved to its device; without `move`, where the loader has them (for a GPU: pinned)."""
     size = config.image_size // made.patch_size
     draws = ViewDraws(size, config.flip, config.mask, visible_patches(size**2, config.mask_ratio), config.seed)
     for store in itertools.chain(*made.stores):
@@ -59,7 +61,9 @@ def view_loader(config: PretrainConfig, made: Plan, start_step: int, fabric: Fab
         views, batch_sampler=sampler, num_workers=workers, collate_fn=as_read,
         pin_memory=fabric.device.type == "cuda", worker_init_fn=heed_only_the_parent,
     )  # fmt: skip
-    batches = (batch.map(lambda tensor: tensor.to(fabric.device, non_blocking=True)) for batch in guarded(loader))
+    batches: Iterable[ViewBatch] = guarded(loader)
+    if move:
+        batches = (batch.map(lambda tensor: tensor.to(fabric.device, non_blocking=True)) for batch in batches)
     return _prefetching(batches, config, made, sampler, start_step, parts)
 
 

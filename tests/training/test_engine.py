@@ -1,9 +1,9 @@
 import pytest
 import torch
-from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision
 
 from fastmae.errors import InputError
+from fastmae.fabric import Fabric
 from fastmae.training.engine import launch, scales_gradients
 
 

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import timm
 import torch
-from lightning_fabric import Fabric
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
@@ -15,6 +14,7 @@ from fastmae.bench.gemm import BlockProducts
 from fastmae.bench.published_mae import PublishedMae
 from fastmae.config import BenchStepConfig, PretrainConfig, implied_values
 from fastmae.errors import InputError, first_line
+from fastmae.fabric import Fabric
 from fastmae.images.views import normalise
 from fastmae.model import StudentLoss, build_encoder, sincos_positions, visible_patches
 from fastmae.runs import build_student

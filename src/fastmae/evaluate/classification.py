@@ -7,12 +7,12 @@ from typing import cast
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from matplotlib.figure import Figure
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from fastmae.durable import write_whole
+from fastmae.fabric import Fabric
 from fastmae.training.engine import on_first_process
 
 NAMED_CLASSES = 40

@@ -10,7 +10,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch.utils.data import DataLoader, Dataset
 
 from fastmae import __version__
@@ -22,6 +21,7 @@ from fastmae.errors import InputError
 from fastmae.estimate import nearest_folder
 from fastmae.evaluate.embedding_files import DTYPES, EmbeddingFile, check_file, open_embeddings
 from fastmae.evaluate.features import check_pool, pooled, tokens_of
+from fastmae.fabric import Fabric
 from fastmae.images.entries import key_of
 from fastmae.images.listing import ImageList
 from fastmae.images.middle import resized_pixels

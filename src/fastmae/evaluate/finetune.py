@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 import torch
-from lightning_fabric import Fabric
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.eva import Eva
@@ -26,6 +25,7 @@ from fastmae.evaluate.labelled import (
     open_labelled,
 )
 from fastmae.evaluate.supervised import Recipe, Settings, Task, adamw_groups, evaluation_batches, settle, train_task
+from fastmae.fabric import Fabric
 
 IMAGENET = Recipe(images=1_281_167, epochs=100, batch_size=1024, lr=2e-3, warmup_epochs=5, lr_power=0.25)
 """MAE's for ViT-B (base rate 5e-4 for 256 images; paper Sec. 4.1.2). On 480 photos of ten garments, batch 32, 50 epochs, an encoder of

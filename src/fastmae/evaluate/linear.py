@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from timm.optim import Lars
 from torch import nn
 from torch.utils.data import Dataset, default_collate
@@ -23,6 +22,7 @@ from fastmae.evaluate.features import embed_pictures, features_of
 from fastmae.evaluate.labelled import LabelledFolder, LabelledPictures, crop_augmentation, middle_crop, open_labelled
 from fastmae.evaluate.logistic import linear_accuracy
 from fastmae.evaluate.supervised import Recipe, Task, settle, train_task
+from fastmae.fabric import Fabric
 from fastmae.loading import worker_count
 from fastmae.processes import this_process
 

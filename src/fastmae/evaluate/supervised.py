@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from fastmae.config import SupervisedConfig
 from fastmae.device import memory_hint
 from fastmae.errors import InputError
+from fastmae.fabric import Fabric
 from fastmae.loading import guarded, heed_only_the_parent, worker_count
 from fastmae.training.engine import launch, on_first_process, scales_gradients
 from fastmae.training.evaluation import Evaluation

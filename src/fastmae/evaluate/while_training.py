@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch.utils.data import Dataset
 
 from fastmae.errors import InputError
 from fastmae.evaluate.features import WholeImages, embed_pictures, embed_with_encoder
 from fastmae.evaluate.knn import knn_accuracy
+from fastmae.fabric import Fabric
 from fastmae.images.sources import labelled_split
 from fastmae.tokens import TokenStore
 

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning_fabric.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +13,15 @@ from torch.distributed.fsdp import fully_shard
 from fastmae.config import Precision
 from fastmae.device import cores, resolve_device
 from fastmae.errors import InputError, first_line
+from fastmae.fabric import (
+    ClusterEnvironment,
+    Fabric,
+    LightningEnvironment,
+    ModelParallelStrategy,
+    SLURMEnvironment,
+    Strategy,
+    TorchElasticEnvironment,
+)
 from fastmae.processes import this_process
 
 ENVIRONMENTS: dict[str, type[ClusterEnvironment]] = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
 
+from fastmae.fabric import Fabric
 from fastmae.training.engine import on_first_process
 from fastmae.training.run_folder import MetricsLog, RunFolder, write_checkpoint
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor
 
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
+from fastmae.fabric import Fabric
 from fastmae.loading import STOP_SIGNALS
 from fastmae.progress import Progress
 from fastmae.training.engine import bare, on_first_process, scales_gradients

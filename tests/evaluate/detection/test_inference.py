@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from lightning_fabric import Fabric
 
 from fastmae.evaluate.detection import masks
 from fastmae.evaluate.detection.average_precision import Detections
 from fastmae.evaluate.detection.coco import find_splits, read_split
 from fastmae.evaluate.detection.inference import detections, gathered
+from fastmae.fabric import Fabric
 
 
 def test_boxes_and_masks_come_back_at_the_photos_own_size(rectangles):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from lightning_fabric import Fabric
 from PIL import Image
 
 from fastmae.errors import InputError
@@ -18,6 +17,7 @@ from fastmae.evaluate.detection.photos import (
     load_photo,
     mirrored,
 )
+from fastmae.fabric import Fabric
 
 WHOLE = Limits(800, 1333)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 
 from fastmae.config.detection import DetectConfig
@@ -22,6 +21,7 @@ from fastmae.evaluate.detection.network import build_detector
 from fastmae.evaluate.detection.photos import Limits, Targets, TrainingPhotos, ValidationPhotos, as_batch, as_lists
 from fastmae.evaluate.detection.pictures import draw, spread_images
 from fastmae.evaluate.supervised import Recipe, Settings, Task, adamw_groups, evaluation_batches, settle, train_task
+from fastmae.fabric import Fabric
 from fastmae.processes import this_process
 from fastmae.progress import Progress
 from fastmae.training.engine import on_first_process

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 
 from fastmae.evaluate.detection import masks
 from fastmae.evaluate.detection.average_precision import Detections
 from fastmae.evaluate.detection.coco import Split
+from fastmae.fabric import Fabric
 
 
 def detections(network: nn.Module, split: Split, batches: Iterable[tuple[list[int], list[torch.Tensor]]]) -> Iterable[Detections]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 
 from fastmae.durable import write_whole
 from fastmae.evaluate.segmentation.inference import enlarged, sliding_scores, whole_scores
@@ -14,6 +13,7 @@ from fastmae.evaluate.segmentation.pictures import Shown, sheet
 from fastmae.evaluate.segmentation.samples import WholePhotos
 from fastmae.evaluate.segmentation.scores import intersection_over_union, summary
 from fastmae.evaluate.supervised import evaluation_batches
+from fastmae.fabric import Fabric
 from fastmae.images.views import normalise
 from fastmae.training.engine import on_first_process
 
