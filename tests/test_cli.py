@@ -1,6 +1,7 @@
 """The command line's contract: exit codes, one line an error, --json, --config, --print-config."""
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -142,3 +143,16 @@ def test_help_imports_no_heavy_library(fastmae_command):
     assert out.splitlines()[-1] == "[]"
     assert "tokenize" in out
     assert time.monotonic() - begun < 30
+
+
+def test_pretraining_starts_without_what_it_does_not_need(fastmae_command):
+    probe = "import sys, fastmae.pretrain; print(sorted({'torchmetrics', 'transformers', 'scipy', 'sklearn', 'pandas'} & set(sys.modules)))"
+    assert subprocess.run([fastmae_command[0], "-c", probe], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_reader_that_has_enough_is_no_error(fastmae_command):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*fastmae_command, "recipes"], check=False, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
 """Name, of one word or two -> its options, and the function that does it: takes the config, returns the keys of its JSON."""
 
 SETTABLE_BY_FLAG_ONLY = {"json", "config", "print_config"}
-OK = 0
+OK, CLOSED_PIPE = 0, 141
 EXIT_CODES: dict[type[BaseException], int] = {
     FailedCheckError: 1,
     InputError: 2,
@@ -79,7 +79,13 @@ def run(args: list[str]) -> int:
         return OK
     command, rest = _command(args)
     try:
-        _do(command, rest)
+        try:
+            _do(command, rest)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as in `fastmae ... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the interpreter's own flush at the end complain
+        return CLOSED_PIPE
     except (InputError, FailedCheckError, OSError, KeyboardInterrupt, InterruptedRunError) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         message = _os_message(error) if isinstance(error, OSError) else str(error) or "interrupted"

@@ -304,7 +304,8 @@ def build_encoder(
     if not name.startswith("vit_") or name not in timm.list_models("vit_*"):
         raise InputError(f"--encoder {name}: not one of timm's vit_* names (vit_tiny_patch16_224, vit_base_patch16_224, ...)")
     if image_size % patch_size:
-        raise InputError(f"--image-size {image_size}: not a multiple of the store's patch size {patch_size}")
+        fitting = max(patch_size, image_size // patch_size * patch_size)
+        raise InputError(f"--image-size {image_size}: not a multiple of the store's patch size {patch_size}; take {fitting}")
     rotary = is_model_in_modules(name, ["eva"])
     arguments = timm_arguments(name, image_size, patch_size, width, depth, heads, channels)
     try:
