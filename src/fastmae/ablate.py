@@ -16,7 +16,7 @@ from fastmae.evaluate.logistic import linear_accuracy
 from fastmae.images.sources import labelled_split
 from fastmae.plan import plan
 from fastmae.pretrain import pretrain
-from fastmae.recipes import load_recipe
+from fastmae.recipes import baseline_recipe, load_recipe
 from fastmae.report.charts import bars
 from fastmae.report.page import Section, write_page
 from fastmae.tokenize import tokenize
@@ -42,9 +42,10 @@ class Row:
 PLAIN: dict[str, Any] = {"norm": "none", "all_layers": False}
 
 
-def _targets(_: AblateConfig) -> list[Row]:
+def _targets(config: AblateConfig) -> list[Row]:
+    mae = {name: value for name, value in baseline_recipe(config.mae_recipe, config.recipe).items() if "epochs" not in name}
     return [
-        Row("MAE, pixels", "82.9 (ViT-B, 300 epochs)", {"target": "pixels"}),
+        Row("MAE, pixels", "82.9 (ViT-B, 300 epochs)", mae),
         Row("HOG", "", {"target": "hog"}),
         Row("FastMAE, stored tokens", "84.3 (MAE-B teacher)", {"target": "tokens"}),
         Row("FastMAE, online teacher", "84.4 (MAE-B teacher)", {"target": "teacher"}),

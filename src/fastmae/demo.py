@@ -16,7 +16,7 @@ from fastmae.evaluate.knn import knn
 from fastmae.images.sources import labelled_split
 from fastmae.pretrain import pretrain
 from fastmae.recipes import load_recipe
-from fastmae.report.charts import bars, curves
+from fastmae.report.charts import Curves, bars
 from fastmae.report.page import Section, write_page
 from fastmae.report.pictures import predictions
 from fastmae.steps import speed
@@ -24,7 +24,7 @@ from fastmae.tokenize import tokenize
 from fastmae.tokens import TokenStore
 from fastmae.training.run_folder import read_metrics, read_run
 
-RECIPE = "vit_tiny_cpu"
+RECIPE, MAE_RECIPE = "vit_tiny_cpu", "mae_tiny_cpu"
 PATCH_SIZE = 8
 PHOTOS = {"middle_size": 96, "teacher_size": None, "flip": True}
 DIGITS = {"middle_size": 72, "teacher_size": 128, "flip": False}
@@ -58,7 +58,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     tokenize_seconds = time.monotonic() - begun
     runs = {FASTMAE: config.out / "fastmae", MAE: config.out / "mae"}
     for name, run in runs.items():
-        _pretrain_for(config, store, run, "tokens" if name == FASTMAE else "pixels", sizes["flip"])
+        _pretrain_for(config, store, run, RECIPE if name == FASTMAE else MAE_RECIPE, sizes["flip"])
     accuracy = {
         name: knn(KnnConfig(run=str(run), data=data, features=cast(Any, features), **common))
         for name, run, features in (
@@ -111,17 +111,10 @@ def _write_digits(folder: Path) -> Path:
     return folder
 
 
-def _pretrain_for(config: DemoConfig, store: Path, run: Path, target: str, flip: bool) -> None:
+def _pretrain_for(config: DemoConfig, store: Path, run: Path, recipe: str, flip: bool) -> None:
     """Pre-train for the asked time: the epochs come from the measured speed, so that the schedule ends with the time."""
-    recipe = load_recipe(RECIPE)
-    values = {
-        **recipe,
-        **implied_values(target, recipe),
-        "target": target,
-        "recipe": RECIPE,
-        "seed": config.seed,
-        "device": config.device,
-    }
+    values = load_recipe(recipe)
+    values |= {**implied_values(values.get("target", "tokens")), **values, "recipe": recipe, "seed": config.seed, "device": config.device}
     options = PretrainConfig(stores=(str(store),), run=run, **{**values, "flip": flip})
     if not (run / "run.json").exists():
         epochs = round(60 * config.minutes * speed(options, TIMED_STEPS) / len(TokenStore(store)))
@@ -171,7 +164,7 @@ def _sections(
         Section(
             "Losses while training",
             "The two methods' losses are of different targets and can't be compared with each other.",
-            charts=[curves(losses, "s", "loss", "seconds of training", "loss")],
+            charts=[Curves(losses, "s", "loss", "seconds of training", "loss").svg()],
         ),
     ]
 

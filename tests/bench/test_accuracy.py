@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+from PIL import Image
 
 from fastmae.bench.accuracy import FASTMAE, MAE, Point, first_reached, time_ratio
 from fastmae.cli import run
@@ -42,6 +43,8 @@ def test_the_command_trains_both_measures_on_the_way_and_goes_on(photos, tmp_pat
     assert result["tokenize_seconds"] > 0
     page = (tmp_path / "acc" / "accuracy.html").read_text()
     assert page.count("<svg") == 2
+    with Image.open(tmp_path / "acc" / "accuracy.png") as figure:
+        assert figure.width > 1000
     assert "| FastMAE |" in (tmp_path / "acc" / "accuracy.md").read_text()
     assert run([*args, "--workers", "0", "--json"]) == 0  # again: all is there
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == result["rows"]

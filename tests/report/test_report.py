@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastmae.cli import run
-from fastmae.report.charts import bars, curves
+from fastmae.report.charts import Curves, bars
 from fastmae.report.pictures import _as_pixels
 from fastmae.targets import NormPix
 
@@ -32,6 +32,7 @@ def page(measured_run, photos, tmp_path_factory):
     assert run(["finetune", str(measured_run), str(photos), "--out", str(made / "tuned"), *args]) == 0
     table = "# Step\n\n- CPU: some & other\n\n| method | s |\n| --- | ---: |\n| MAE <b> | 1.5 |\n\nA note.\n"
     (made / "step.md").write_text(table)
+    Image.new("RGB", (40, 30)).save(made / "step.png")
     assert run(["report", str(measured_run), "--images", "3", "--also", f"{made / 'tuned'},{made / 'step.md'}"]) == 0
     return measured_run / "report.html"
 
@@ -48,7 +49,7 @@ def test_everything_stands_on_one_page_that_needs_nothing_beside_it(page):
         "Settings",
     ):
         assert f"<h2>{heading}</h2>" in text, heading
-    assert text.count("data:image/png;base64,iVBOR") == 4
+    assert text.count("data:image/png;base64,iVBOR") == 5  # predictions, attention, neighbours, confusion, the bench's figure
     assert text.count("<svg") == 5  # losses, kNN, rate, images a second, gradient
     assert "http" not in text
     assert "MAE &lt;b&gt;" in text
@@ -110,6 +111,6 @@ def test_what_can_not_be_shown_is_one_line(measured_run, page, photos, tmp_path,
 
 
 def test_charts_take_the_pages_ink_and_leave_out_what_is_not_known():
-    drawn = curves({"a": [{"x": 1, "y": 2.0}, {"x": 2, "y": None}, {"x": 3, "y": 4.0}], "b": [{"x": 1}]}, "x", "y", "x", "y")
+    drawn = Curves({"a": [{"x": 1, "y": 2.0}, {"x": 2, "y": None}, {"x": 3, "y": 4.0}], "b": [{"x": 1}]}, "x", "y", "x", "y").svg()
     assert "currentColor" in drawn
     assert bars({"one <i>": 50.0}, "percent").count("&lt;i&gt;") >= 1

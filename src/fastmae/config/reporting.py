@@ -20,7 +20,8 @@ class ReportConfig(Common):
     store: str = ""
     """Where the run's token store is now; default: where it was when the run trained."""
     also: str = ""
-    """What else goes on the page, with commas between: folders of finetune, linear, segment and detect, tables of bench (.md)."""
+    """What else goes on the page, with commas between: folders of finetune, linear, segment and detect, tables of bench (.md)
+    with the figure of the same name beside them."""
     images: int = 6
     """Pictures of each kind."""
     gallery: int = 2000

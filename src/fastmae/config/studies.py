@@ -22,6 +22,8 @@ class AblateConfig(Common):
     """Folder for the stores, the runs, the page; the same call again goes on with the rows that are missing."""
     recipe: str = "vit_tiny_cpu"
     """Values that all rows share."""
+    mae_recipe: str = "mae_tiny_cpu"
+    """Of the MAE row of the table targets: the same encoder, image size and batch, with a learning rate of its own."""
     epochs: int = 10
     """Of every row (of the table encoders: of the longer rows)."""
     seeds: int = 1

@@ -10,6 +10,8 @@ from fastmae.config import RecipesConfig
 from fastmae.errors import InputError
 
 FOLDER = Path(__file__).parent
+ALIKE = ("encoder", "encoder_width", "encoder_depth", "encoder_heads", "image_size", "batch_size")
+"""What a recipe and its baseline share."""
 
 
 def recipe_names() -> list[str]:
@@ -28,6 +30,25 @@ def load_recipe(name: str) -> dict[str, Any]:
         hint = f"; did you mean {near[0]!r}" if near else ""
         raise InputError(f"no recipe '{name}'{hint}; recipes: {', '.join(recipe_names())}")
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def baseline_recipe(name: str, mine: str) -> dict[str, Any]:
+    """The values of MAE's recipe beside one of FastMAE's: another target and learning rate, but the same encoder on the same views.
+
+    Args:
+        name: of MAE's recipe.
+        mine: of FastMAE's.
+
+    Raises:
+        InputError: no such recipe, or one that can't be compared.
+    """
+    values, beside = load_recipe(name), load_recipe(mine)
+    for option in ALIKE:
+        if values.get(option) != beside.get(option):
+            raise InputError(
+                f"--mae-recipe {name}: its {option} is {values.get(option)}, that of {mine} {beside.get(option)}; both must be alike"
+            )
+    return values
 
 
 def list_recipes(config: RecipesConfig) -> dict[str, Any]:

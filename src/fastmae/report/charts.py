@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -18,28 +19,50 @@ NOT_FOR_HTML = re.compile(r' xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>', re.
 COLOURS = ("#3b7dd8", "#e07b39", "#2f9e6e", "#b0559b", "#8a8f98")
 
 
-def curves(series: Mapping[str, Sequence[Mapping[str, Any]]], x: str, y: str, x_label: str, y_label: str, log: bool = False) -> Markup:
+@dataclass(frozen=True)
+class Curves:
     """Lines over a common axis, one a run.
 
-    Args:
+    Attributes:
         series: name -> log entries; those that lack a value are left out.
         x: key of the horizontal values.
         y: key of the vertical values.
         x_label: of the axis.
         y_label: the same.
-        log: the horizontal axis by powers of ten.
     """
-    figure, axes = _figure(6.4, 3.0)
-    for colour, (name, entries) in zip(COLOURS, series.items(), strict=False):
-        points = [(entry[x], entry[y]) for entry in entries if entry.get(y) is not None]
-        axes.plot(
-            *zip(*points, strict=True), label=name, color=colour, linewidth=1.6, marker="o" if len(points) < 20 else None, markersize=3.5
-        )
-    axes.set(xlabel=x_label, ylabel=y_label, **({"xscale": "log"} if log else {}))
-    axes.grid(alpha=0.25, color=INK)
-    if len(series) > 1:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-    return _svg(figure)
+
+    series: Mapping[str, Sequence[Mapping[str, Any]]]
+    x: str
+    y: str
+    x_label: str
+    y_label: str
+
+    def svg(self) -> Markup:
+        """For a page."""
+        figure, axes = _figure(6.4, 3.0)
+        self._draw(axes, INK)
+        return _svg(figure)
+
+    def _draw(self, axes: Axes, ink: str) -> None:
+        for colour, (name, entries) in zip(COLOURS, self.series.items(), strict=False):
+            points = [(entry[self.x], entry[self.y]) for entry in entries if entry.get(self.y) is not None]
+            marker = "o" if len(points) < 20 else None
+            axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.6, marker=marker, markersize=3.5)
+        axes.set(xlabel=self.x_label, ylabel=self.y_label)
+        axes.grid(alpha=0.25, color=ink)
+        if len(self.series) > 1:
+            axes.legend(frameon=False, labelcolor=ink, fontsize=9)
+
+
+def curves_png(panels: Sequence[Curves]) -> bytes:
+    """Some of them side by side on white, as a PNG, for where no page's ink is."""
+    figure = Figure(figsize=(5.4 * len(panels), 3.4), dpi=150, layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        panel._draw(axes, "black")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def bars(values: Mapping[str, float], x_label: str) -> Markup:

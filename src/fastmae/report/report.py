@@ -6,7 +6,7 @@ from typing import Any
 
 from fastmae.config import ReportConfig
 from fastmae.errors import InputError
-from fastmae.report.charts import curves
+from fastmae.report.charts import Curves
 from fastmae.report.insight import attention_maps, nearest_neighbours
 from fastmae.report.page import Section, write_page
 from fastmae.report.pictures import predictions
@@ -69,13 +69,13 @@ def _curves(entries: list[dict[str, Any]], evaluations: list[dict[str, Any]]) ->
     shown = entries[:: max(1, len(entries) // MOST_POINTS)]
     layers = {"layers, visible patches": [{**e, "loss": e["layers_loss"]} for e in shown]} if shown[-1]["layers_loss"] else {}
     losses = {"decoder, masked patches": [{**e, "loss": e["decoder_loss"]} for e in shown], **layers}
-    charts = [curves(losses, "epoch", "loss", "epoch", "loss")]
+    charts = [Curves(losses, "epoch", "loss", "epoch", "loss").svg()]
     measured = [entry for entry in evaluations if "knn_top1" in entry]
     if measured:
         knn = {"top-1": measured, "top-5": [{**entry, "knn_top1": entry["knn_top5"]} for entry in measured]}
-        charts.append(curves(knn, "epoch", "knn_top1", "epoch", "kNN %"))
+        charts.append(Curves(knn, "epoch", "knn_top1", "epoch", "kNN %").svg())
     for key, label in (("lr", "learning rate"), ("images_per_second", "images a second"), ("grad_norm", "norm of the gradient")):
-        charts.append(curves({label: shown}, "epoch", key, "epoch", label))
+        charts.append(Curves({label: shown}, "epoch", key, "epoch", label).svg())
     return [Section("How it went", charts=charts)]
 
 
@@ -133,6 +133,7 @@ def _also(path: Path) -> Section:
 
 
 def _table_of(path: Path) -> Section:
+    """What a bench wrote: its table, and the figure of the same name beside it."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; give what `fastmae bench ... --out` wrote")
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -141,7 +142,9 @@ def _table_of(path: Path) -> Section:
         raise InputError(f"{path}: holds no table; give what `fastmae bench ... --out` wrote")
     title = next((line.lstrip("# ") for line in lines if line.startswith("#")), path.stem)
     text = "; ".join(line[2:] for line in lines if line.startswith("- "))
-    return Section(title, text, [dict(zip(table[0], row, strict=True)) for row in table[2:]])
+    figure = path.with_suffix(".png")
+    picture = figure.read_bytes() if figure.is_file() else None
+    return Section(title, text, [dict(zip(table[0], row, strict=True)) for row in table[2:]], picture)
 
 
 def _data(store: dict[str, Any]) -> dict[str, str]:
