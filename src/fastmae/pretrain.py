@@ -60,7 +60,10 @@ def pretrain(config: PretrainConfig, measure: Callable[[Any], Mapping[str, float
     on_first_process(fabric, lambda: write_json(config.run / INPUTS_FILE, {"stores": [_from_anywhere(store) for store in config.stores]}))
     folder = RunFolder(config.run, description, resume=True)
 
-    student = build_student(config, made.patch_size, made.target_dim, made.channels)
+    def build() -> Student:
+        return build_student(config, made.patch_size, made.target_dim, made.channels)
+
+    student = build()
     begun_with = initialise_student(student, config.init) if config.init and not folder.checkpoint.exists() else ""
     ema = ModelEmaV3(student, config.ema, use_warmup=True, device=fabric.device) if config.ema else None
     model = fabric.setup_module(cast(nn.Module, torch.compile(student)) if config.compile else student)
@@ -75,7 +78,7 @@ def pretrain(config: PretrainConfig, measure: Callable[[Any], Mapping[str, float
             print(f"begins with {begun_with}")
     share = config.batch_size // fabric.world_size // parts
     if labelled is not None:
-        measure = knn_of_student(labelled, made.stores[0][-1].normalisation, fabric, KNN_BATCH, config.workers)
+        measure = knn_of_student(labelled, made.stores[0][-1].normalisation, fabric, KNN_BATCH, config.workers, build)
     evaluation = Evaluation(math.ceil(config.knn_every * images / config.batch_size), measure) if measure is not None else None
     with memory_hint(f"give --micro-batch {max(1, share // 2)} (now {share}), and the same call continues"):
         entry = fit(

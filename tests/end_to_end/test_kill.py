@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmae.training.run_folder import CHECKPOINT_FILE, load_checkpoint, read_metrics
+from fastmae.training.run_folder import CHECKPOINT_FILE, load_checkpoint, read_evaluations, read_metrics
 
 
 def start(command, args):
@@ -129,7 +129,10 @@ def test_two_processes_reach_the_loss_of_one_on_the_same_global_batch(launcher, 
     run = tmp_path / "run"
     args = [*pretrain_args[:2], str(run), *pretrain_args[2:]]
     if launcher in ("devices", "fsdp"):
-        command, args = fastmae_command, [*args, "--devices", "2", "--strategy", "fsdp" if launcher == "fsdp" else "ddp"]
+        command, args = (
+            fastmae_command,
+            [*args, "--devices", "2", "--strategy", "fsdp" if launcher == "fsdp" else "ddp", "--knn-every", "5"],
+        )
     else:
         command = [
             fastmae_command[0],
@@ -145,6 +148,10 @@ def test_two_processes_reach_the_loss_of_one_on_the_same_global_batch(launcher, 
     out, _ = process.communicate(timeout=250)
     assert process.returncode == 0, out
     assert_same(read_metrics(run), unbroken, tolerance=2e-5)  # another order of summation, over 38 steps
+    if launcher != "torchrun":  # measured on the way: it changes nothing, and the weights at hand may be a part of the whole
+        measured = read_evaluations(run)
+        assert [entry["step"] for entry in measured] == [19, 38]
+        assert all(0 <= entry["knn_top1"] <= 100 for entry in measured)
 
 
 def test_two_tasks_as_srun_starts_them_reach_the_loss_of_one(pretrain_args, unbroken, fastmae_command, tmp_path, monkeypatch):

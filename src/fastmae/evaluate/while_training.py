@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from fastmae.errors import InputError
@@ -15,6 +18,7 @@ from fastmae.evaluate.knn import knn_accuracy
 from fastmae.fabric import Fabric
 from fastmae.images.sources import labelled_split
 from fastmae.tokens import TokenStore
+from fastmae.training.loop import WHOLE
 
 MOST_IMAGES = 5000
 """Of a store, spread over all of it: a measurement is to take seconds."""
@@ -92,7 +96,12 @@ def labelled_images(data: Path | None, store: TokenStore, size: int) -> Labelled
 
 
 def knn_of_student(
-    images: LabelledPixels, normalisation: tuple[tuple[float, ...], tuple[float, ...]], fabric: Fabric, batch_size: int, workers: int
+    images: LabelledPixels,
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]],
+    fabric: Fabric,
+    batch_size: int,
+    workers: int,
+    build: Callable[[], nn.Module],
 ) -> Callable[[Any], Mapping[str, float]]:
     """What measures a student: its encoder's k-NN top-1 and top-5, in percent. The first process measures, the others wait.
 
@@ -102,11 +111,21 @@ def knn_of_student(
         fabric: of the run.
         batch_size: images a forward.
         workers: loading processes.
+        build: makes another such student, for the whole weights of one whose own are shared out.
     """
 
     def measure(student: Any) -> Mapping[str, float]:
+        if any(isinstance(weight, DTensor) for weight in student.parameters()):
+            student = whole(student)
         found = measured(student.encoder) if fabric.is_global_zero else {}
         return fabric.broadcast(found)
+
+    def whole(student: nn.Module) -> Any:
+        weights = get_model_state_dict(student, options=WHOLE)  # every process takes part; the first one gets them
+        unsharded = build().to(fabric.device).eval()
+        if fabric.is_global_zero:
+            unsharded.load_state_dict(weights)
+        return unsharded
 
     def measured(encoder: Any) -> dict[str, float]:
         embed = embed_with_encoder(encoder, "mean", None, *normalisation)
