@@ -18,7 +18,11 @@ class ReportConfig(Common):
     out: Path | None = None
     """The page; default: RUN/report.html."""
     store: str = ""
-    """Where the run's token store is now; default: where it was when the run trained."""
+    """Where the run's token store is now, a folder or a URL; default: where it was when the run trained."""
+    cache: Path = Path("~/.cache/fastmae")
+    """As in pretrain, for a store at a URL."""
+    cache_size: float = 50.0
+    """As in pretrain."""
     also: str = ""
     """What else goes on the page, with commas between: folders of finetune, linear, segment and detect, tables of bench (.md)
     with the figure of the same name beside them."""

@@ -106,7 +106,7 @@ def _store(config: ReportConfig) -> TokenStore:
     if not location:
         raise InputError(f"{config.run}: does not say where its token store is; give --store STORE")
     try:
-        store = open_scales(location)[-1]
+        store = open_scales(location, config.cache.expanduser(), int(config.cache_size * 1e9))[-1]
     except InputError as error:
         raise InputError(f"{error}; where it was moved, give --store STORE") from error
     made_of = read_run(config.run)["store"]["images_sha256"]
