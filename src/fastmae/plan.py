@@ -182,8 +182,8 @@ def _check(config: PretrainConfig) -> None:
         raise InputError(f"--store-weights: weighs the tokens of several stores; --target {config.target} reads none")
     if config.ema and not 0 < config.ema < 1:
         raise InputError(f"--ema {config.ema}: give more than 0 and less than 1, 0.9999 say")
-    if config.strategy == "fsdp" and (config.ema or config.knn_every):
-        raise InputError(f"--{'ema' if config.ema else 'knn-every'}: no process has the whole of a sharded student; take --strategy ddp")
+    if config.strategy == "fsdp" and config.ema:
+        raise InputError("--ema: no process has the whole of a sharded student; take --strategy ddp")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise InputError(f"--betas {config.betas[0]} {config.betas[1]}: give two numbers from 0 to below 1")
     if config.decoder_width % config.decoder_heads:
