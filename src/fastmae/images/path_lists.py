@@ -121,7 +121,8 @@ def _parquet_column(path: Path) -> Iterator[str | bytes]:
                     f"{path}: column '{name}' holds {str(kind)[:80]}, not paths; for images in the table itself, "
                     "load it with `datasets` and give the folder that save_to_disk writes"
                 )
-            keys = chain.from_iterable(batch.column(0).to_pylist() for batch in file.iter_batches(BATCH_ROWS, columns=[name]))
+            batches = file.iter_batches(BATCH_ROWS, columns=[name], use_threads=False)
+            keys = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
             for row, key in enumerate(keys):
                 if not key or not key.strip():
                     raise InputError(f"{path}: row {row} has no path in column '{name}'; fill or remove it")

@@ -95,7 +95,8 @@ class DatasetSource:
             yield from (table.column(0) for table in images.with_format("arrow").iter(BATCH_ROWS))
             return
         for file in images.cache_files:
-            with pa.OSFile(file["filename"]) as arrow_file, pa.ipc.open_stream(arrow_file) as batches:
+            alone = pa.ipc.IpcReadOptions(use_threads=False)
+            with pa.OSFile(file["filename"]) as arrow_file, pa.ipc.open_stream(arrow_file, options=alone) as batches:
                 yield from (batch.column(images.column_names[0]) for batch in batches)
 
     def _hashes_of_names(self) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -201,7 +201,7 @@ class TokenStore:
     def table(self, columns: list[str] | None = None) -> pa.Table:
         """The index: a row an image of the list, skipped ones too, with all the columns of `INDEX_SCHEMA`, or some."""
         with self._checked(INDEX_FILE).open("rb") as file:
-            return pq.read_table(file, columns=columns)
+            return read_parquet(file, columns)
 
     @cached_property
     def statistics(self) -> dict[str, torch.Tensor]:
@@ -369,10 +369,15 @@ def pooled_statistics(stores: Sequence[TokenStore]) -> dict[str, torch.Tensor]:
     return {"mean": mean, "std": ((weights * (stds.square() + means.square())).sum(0) - mean.square()).clamp(min=0).sqrt()}
 
 
+def read_parquet(file: IO[bytes], columns: list[str] | None = None) -> pa.Table:
+    """A table, on this thread alone: pyarrow 26 with threads of its own aborts one process in five at its end, on a busy machine."""
+    return pq.ParquetFile(file).read(columns=columns, use_threads=False)
+
+
 def _read_index(path: Path, columns: list[str]) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:  # pyarrow takes no path that is not UTF-8
-            table = pq.read_table(file, columns=columns)
+            table = read_parquet(file, columns)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: damaged ({error}); delete it and run the same `fastmae tokenize` again") from error
     if table.schema.names != columns or any(table.schema.field(c).type != INDEX_SCHEMA.field(c).type for c in columns):
