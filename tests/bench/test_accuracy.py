@@ -48,6 +48,8 @@ def test_the_command_trains_both_measures_on_the_way_and_goes_on(photos, tmp_pat
     assert "| FastMAE |" in (tmp_path / "acc" / "accuracy.md").read_text()
     assert run([*args, "--workers", "0", "--json"]) == 0  # again: all is there
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == result["rows"]
+    assert run([*args, "--workers", "0", "--points", "3"]) == 2  # what was measured is not put under another heading
+    assert "holds a bench with --points 2, not 3" in capsys.readouterr().err
 
 
 def test_what_can_not_be_compared_is_one_line(photos, tmp_path, capsys):

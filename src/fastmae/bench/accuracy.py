@@ -145,8 +145,17 @@ def first_reached(curve: Sequence[tuple[float, float]], wanted: float) -> float 
 
 
 def _tokenise(config: BenchAccuracyConfig) -> tuple[Path, float]:
-    """The store, and the seconds that it took when it was made."""
+    """The store, and the seconds that it took when it was made.
+
+    Raises:
+        InputError: a folder that holds what was measured with other settings.
+    """
     store, kept = config.out / "accuracy.tokens", config.out / EXTRA_FILE
+    asked = {name: getattr(config, name) for name in ("minutes", "seeds", "points")}
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else asked
+    differing = [f"--{name} {before[name]}, not {value}" for name, value in asked.items() if before.get(name, value) != value]
+    if differing:
+        raise InputError(f"{config.out}: holds a bench with {'; '.join(differing)}; give that again, or another --out")
     options = TokenizeConfig(
         images=config.images / "train", store=store, teacher=config.teacher, teacher_weights=config.teacher_weights,
         teacher_block=config.teacher_block, middle_size=config.middle_size, patch_size=config.patch_size, workers=config.workers,
@@ -155,7 +164,7 @@ def _tokenise(config: BenchAccuracyConfig) -> tuple[Path, float]:
     begun = time.monotonic()
     tokenize(options)
     if not kept.exists():
-        write_json(kept, {"tokenize_seconds": time.monotonic() - begun})
+        write_json(kept, {**asked, "tokenize_seconds": time.monotonic() - begun})
     return store, float(json.loads(kept.read_text(encoding="utf-8"))["tokenize_seconds"])
 
 
@@ -205,6 +214,7 @@ def _publish(
     }
     rows = [_shown(name, point) for name, found in points.items() for point in found]
     notes = [_sentence(MEASURES[key], ratio) for key, ratio in ratios.items()]
+    notes.append("Between two measurements a straight line counts.")
     notes.append("Seconds are of training alone; measuring stands outside of them, and tokenising is told apart.")
     Table("Accuracy against training time", settings, rows, notes).publish(config.out / "accuracy.md")
     panels = [_panel(points, key, label, tokenising) for key, label in MEASURES.items()]
