@@ -18,7 +18,7 @@ import tyro
 import yaml
 
 from fastmae import config as configs
-from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
+from fastmae.errors import FailedCheckError, InputError, InterruptedRunError, OneProcessError
 from fastmae.processes import this_process
 
 COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
@@ -89,7 +89,8 @@ def run(args: list[str]) -> int:
     except (InputError, FailedCheckError, OSError, KeyboardInterrupt, InterruptedRunError) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         message = _os_message(error) if isinstance(error, OSError) else str(error) or "interrupted"
-        if int(os.environ.get("LOCAL_RANK", this_process().local_rank)) == 0:  # of several processes on a machine, one speaks
+        # Of several processes on a machine, one speaks.
+        if isinstance(error, OneProcessError) or int(os.environ.get("LOCAL_RANK", this_process().local_rank)) == 0:
             print(f"fastmae {command}: {' '.join(message.split())}", file=sys.stderr, flush=True)
         return code
     return OK

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fastmae.errors import InputError
+from fastmae.errors import InputError, OneProcessError
 from fastmae.processes import this_process
 
 
@@ -50,9 +50,9 @@ def memory_hint(way_out: str) -> Iterator[None]:
     """A device that is out of memory as one line with a way out.
 
     Raises:
-        InputError: in place of torch's OutOfMemoryError.
+        OneProcessError: in place of torch's OutOfMemoryError.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise InputError(f"the device is out of memory; {way_out}") from error
+        raise OneProcessError(f"the device is out of memory; {way_out}") from error

@@ -15,6 +15,10 @@ class InputError(ValueError):
     """What the user gave can't be used as it is: exit code 2."""
 
 
+class OneProcessError(InputError):
+    """Met by one of several processes alone, which therefore says so itself; of what all of them meet, the first one speaks."""
+
+
 class InterruptedRunError(Exception):
     """The user or the scheduler stopped the command; its work is saved: exit code 130."""
 

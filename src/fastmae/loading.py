@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch.utils.data import DataLoader
 
 from fastmae.device import cores
-from fastmae.errors import InputError
+from fastmae.errors import InputError, OneProcessError
 
 Batch = TypeVar("Batch")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -49,7 +49,7 @@ def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
     """The loader's batches, with what goes wrong in a worker as one line instead of that worker's traceback.
 
     Raises:
-        InputError: raised by a worker on bad data, or a worker that was killed.
+        OneProcessError: raised by a worker on bad data, or a worker that was killed.
     """
     try:
         yield from loader
@@ -58,10 +58,12 @@ def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
         text = str(error)
         if not isinstance(error, RuntimeError) and text.startswith("Caught "):  # a worker's own error, with its traceback as text
             failure = text.rstrip().splitlines()[-1].split(": ", 1)[-1]
+        elif isinstance(error, InputError):  # raised in this process, which loads by itself
+            failure = text
         elif "DataLoader worker (pid" in text or (loader.num_workers and isinstance(error, OSError | EOFError)):
             # Noticed by torch, or by this process when it came to fetch a tensor from a worker that was gone.
             failure = "a loading process was killed (out of memory?); give the same command again to continue, with fewer --workers"
         else:
             raise
     # Raised out here, so that the error does not keep the loader's frames, and with them its processes, alive.
-    raise InputError(failure)
+    raise OneProcessError(failure)

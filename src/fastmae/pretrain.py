@@ -27,6 +27,7 @@ from fastmae.training.engine import on_first_process
 from fastmae.training.evaluation import Evaluation
 from fastmae.training.loop import TrainState, fit, micro_batches
 from fastmae.training.optimiser import cosine_schedule
+from fastmae.training.peers import ends_with_its_peers
 from fastmae.training.run_folder import INPUTS_FILE, RunFolder, read_metrics
 
 NOT_OF_THE_RUN = (
@@ -39,6 +40,7 @@ KNN_BATCH = 64
 """Images a forward, while measuring."""
 
 
+@ends_with_its_peers
 def pretrain(config: PretrainConfig, measure: Callable[[Any], Mapping[str, float]] | None = None) -> dict[str, Any] | None:
     """Train a run to its end, or continue it; the command's JSON (None in all processes but the first).
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -190,13 +191,24 @@ def test_one_of_two_processes_killed_ends_the_other_and_the_run_goes_on(pretrain
     second = next(int(pid) for pid in children if b"pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes() and _is_rank_one(pid))
     os.kill(second, signal.SIGKILL)
     out, _ = process.communicate(timeout=100)
-    assert process.returncode != 0
-    print(out)
+    assert process.returncode == 1, out
+    assert "process 2 of 2 on this machine was killed" in out
     assert "Traceback" not in out
     last = start(fastmae_command, args)
     out, _ = last.communicate(timeout=200)
     assert last.returncode == 0, out
     assert_same(read_metrics(run), unbroken, tolerance=2e-5)
+
+
+def test_what_only_the_second_process_finds_damaged_is_told(vit_store, pretrain_args, flip_in_record, fastmae_command, tmp_path):
+    store = shutil.copytree(vit_store, tmp_path / "s")
+    flip_in_record(store, 1, 2)  # an image that falls to the second process, with this seed
+    process = start(fastmae_command, ["pretrain", str(store), str(tmp_path / "run"), *pretrain_args[2:], "--devices", "2"])
+    out, _ = process.communicate(timeout=150)
+    assert process.returncode == 2, out
+    assert out.count("the tokens of its image 2 are damaged") == 1
+    assert "process 2 of 2 on this machine has ended with code 2, and said why" in out
+    assert "Traceback" not in out
 
 
 def _is_rank_one(pid):

@@ -26,6 +26,7 @@ from fastmae.training.engine import launch, on_first_process, scales_gradients
 from fastmae.training.evaluation import Evaluation
 from fastmae.training.loop import TrainState, fit, micro_batches
 from fastmae.training.optimiser import cosine_schedule, layer_decayed_groups
+from fastmae.training.peers import ends_with_its_peers
 from fastmae.training.run_folder import RunFolder, read_evaluations, read_metrics
 from fastmae.training.sampler import StepSampler
 
@@ -143,6 +144,7 @@ class Task:
     told: tuple[str, ...] = ()
 
 
+@ends_with_its_peers
 def train_task(config: SupervisedConfig, task: Task, settings: Settings) -> dict[str, Any] | None:
     """Train to the end, or continue; measure; say so.
 

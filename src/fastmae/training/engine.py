@@ -23,6 +23,7 @@ from fastmae.fabric import (
     TorchElasticEnvironment,
 )
 from fastmae.processes import this_process
+from fastmae.training.peers import CONTINUES, watch_peers
 
 ENVIRONMENTS: dict[str, type[ClusterEnvironment]] = {
     "": LightningEnvironment,
@@ -77,6 +78,7 @@ def launch(device: str, precision: Precision, devices: int, seed: int, strategy:
     except (ValueError, RuntimeError) as error:  # a SLURM job of unequal machines, say
         raise InputError(f"--devices {devices}: the processes can't be set up ({first_line(error)})") from error
     fabric.launch()
+    watch_peers(fabric)
     torch.manual_seed(seed)
     if chosen.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -101,9 +103,7 @@ def on_first_process(fabric: Fabric, action: Callable[[], object]) -> None:
         except InputError as error:
             failure = str(error)
         except OSError as error:
-            failure = (
-                f"{error.filename or 'writing'}: {error.strerror or error}; what was saved before is kept, and the same call continues"
-            )
+            failure = f"{error.filename or 'writing'}: {error.strerror or error}; {CONTINUES}"
     failure = fabric.broadcast(failure)
     if failure:
         raise InputError(failure)
