@@ -2,7 +2,10 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: with more threads than cores most of the time goes into waiting for one another
+    os.environ["OMP_NUM_THREADS"] = "1"  # over what it has from the process that started it, where this file was read as well
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import json
 import socket

@@ -40,6 +40,12 @@ def test_a_step_may_count_many_images(capsys):
         assert progress.tail() == "32.0 images/s  left 18 s"
 
 
+def test_a_command_that_has_nothing_left_to_do_shows_no_rate(capsys):
+    with Progress("pretrain", "steps", total=10, done=10):
+        pass
+    assert capsys.readouterr().err == ""
+
+
 def test_durations_read_well():
     assert [duration(s) for s in (None, 0.2, 59.4, 61, 3599, 3725)] == [
         "?",

@@ -29,8 +29,12 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     }
     for name, value in summary.items():
         if value is not None:
-            print(f"{name:16} {value}")
+            print(f"{name:16} {_listed(value) if isinstance(value, dict) else value}")
     return summary
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, ""))
 
 
 def store_summary(store: TokenStore, images_per_second: float | None) -> dict[str, Any]:

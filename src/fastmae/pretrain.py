@@ -158,7 +158,7 @@ def describe(config: PretrainConfig, made: Plan) -> dict[str, Any]:
 
 def _announce(config: PretrainConfig, made: Plan, student: Student, parts: int, done: int, fabric: Fabric) -> None:
     millions = sum(p.numel() for p in student.encoder.parameters()) / 1e6
-    from_step = f", from step {done}" if done else ""
+    from_step = ", all done before" if done == made.steps else f", from step {done}" if done else ""
     in_parts = f" in {parts} parts" if parts > 1 else ""
     what = f"{config.target}, norm {', '.join(made.norms)}" if config.target != "pixels" else "pixels"
     print(

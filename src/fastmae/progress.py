@@ -59,13 +59,14 @@ class Progress:
         unit: what is counted ('images').
         total: units in all, those of earlier calls included.
         done: units of earlier calls.
-        quiet: show nothing (other processes than the first).
+        quiet: show nothing (other processes than the first); nor is anything shown where all was done before.
         scale: shown units a counted unit, for the rate (views a step, say).
         rate_unit: the unit of the shown rate.
     """
 
     def __init__(self, what: str, unit: str, total: int, done: int = 0, quiet: bool = False, scale: int = 1, rate_unit: str = ""):
-        self.what, self.unit, self.total, self.done, self.quiet = what, unit, total, done, quiet
+        self.what, self.unit, self.total, self.done = what, unit, total, done
+        self.quiet = quiet or done >= total > 0
         self.scale, self.rate_unit = scale, rate_unit or unit
         self.rate = Rate()
         self.fields = ""

@@ -29,7 +29,7 @@ SUPERVISED = ("linear", "finetune", "segment", "detect")
 SHORT = [*ALONE, "--epochs", "1", "--batch-size", "4"]
 TEACHER = ["--teacher", "timm/vit_tiny_patch16_224"]
 SMALL = {
-    "tokenize": [*ALONE, *TEACHER, "--shard-size", "8"],
+    "tokenize": [*ALONE, *TEACHER, "--shard-size", "8", "--codec-images", "4"],
     "pretrain": [*ALONE, *STUDENT, "--warmup-epochs", "0"],
     "knn": ALONE,
     "linear": SHORT,
@@ -44,7 +44,10 @@ SMALL = {
         *[*CPU, *WIDTH, "--image-size", "64", "--middle-size", "96", "--batch-size", "2", "--rounds", "1", "--warmup", "1"],
         *["--encoder", "vit_tiny_patch16_224", "--teachers", "vit_tiny_patch16_224"],
     ],
-    "bench loader": [*ALONE, *TEACHER, "--codecs", "fp16,pq16", "--sample", "16", "--rounds", "1", "--batch-size", "8"],
+    "bench loader": [
+        *[*ALONE, *TEACHER, "--codecs", "fp16,pq16", "--sample", "16", "--rounds", "1", "--batch-size", "8"],
+        *["--image-size", "64", "--middle-size", "96"],
+    ],
     "bench accuracy": [*ALONE, "--points", "1", "--minutes", "0.02"],
 }
 NAMES = {
@@ -141,6 +144,7 @@ def scheduler(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
 
 
+@pytest.mark.timeout(900)  # dozens of commands, one after the other
 @pytest.mark.parametrize("page", [page for page in PAGES if shown(page)], ids=lambda page: page.name)
 def test_a_page_runs_as_it_stands(page, data, vit_weights, scheduler, tmp_path, monkeypatch, capfd):
     work = tmp_path / "work"

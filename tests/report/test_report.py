@@ -53,6 +53,7 @@ def test_everything_stands_on_one_page_that_needs_nothing_beside_it(page):
     assert text.count("<svg") == 5  # losses, kNN, rate, images a second, gradient
     assert "http" not in text
     assert "MAE &lt;b&gt;" in text
+    assert '<p class="note">A note.</p>' in text
     assert "CPU: some &amp; other" in text
 
 

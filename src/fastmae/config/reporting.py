@@ -24,8 +24,8 @@ class ReportConfig(Common):
     cache_size: float = 50.0
     """As in pretrain."""
     also: str = ""
-    """What else goes on the page, with commas between: folders of finetune, linear, segment and detect, tables of bench (.md)
-    with the figure of the same name beside them."""
+    """What else goes on the page, with commas between: folders of finetune, linear, segment, detect and bench accuracy, tables of
+    bench (.md) with the figure of the same name beside them."""
     images: int = 6
     """Pictures of each kind."""
     gallery: int = 2000

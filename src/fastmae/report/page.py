@@ -22,6 +22,7 @@ class Section:
         rows: a table: a dict a row, all with the same keys (the table's head).
         picture: a PNG's bytes.
         charts: drawings of `charts`.
+        notes: what one must know to read the table, a paragraph each, under it.
     """
 
     heading: str
@@ -29,6 +30,7 @@ class Section:
     rows: Sequence[dict[str, Any]] = ()
     picture: bytes | None = None
     charts: Sequence[Markup] = ()
+    notes: Sequence[str] = ()
 
     @property
     def png(self) -> str:

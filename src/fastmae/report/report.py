@@ -117,10 +117,13 @@ def _store(config: ReportConfig) -> TokenStore:
 
 def _also(path: Path) -> Section:
     """A section of a supervised run, or of a bench's table."""
-    if path.suffix == ".md":
-        return _table_of(path)
+    table = path / "accuracy.md"  # in the folder of `bench accuracy`
+    if path.suffix == ".md" or table.is_file():
+        return _table_of(path if path.suffix == ".md" else table)
     if not (path / RUN_FILE).is_file():
-        raise InputError(f"--also {path}: no such run; give folders of finetune, linear, segment or detect, or tables of bench (.md)")
+        raise InputError(
+            f"--also {path}: no such run; give folders of finetune, linear, segment, detect or bench accuracy, or a table (.md)"
+        )
     description, evaluations = read_run(path), read_evaluations(path)
     if "task" not in description or not evaluations:
         raise InputError(f"{path}: no finished run of finetune, linear, segment or detect, and no table of bench (.md)")
@@ -142,9 +145,11 @@ def _table_of(path: Path) -> Section:
         raise InputError(f"{path}: holds no table; give what `fastmae bench ... --out` wrote")
     title = next((line.lstrip("# ") for line in lines if line.startswith("#")), path.stem)
     text = "; ".join(line[2:] for line in lines if line.startswith("- "))
+    after = next(number for number, line in reversed(list(enumerate(lines))) if line.startswith("|"))
+    notes = [line for line in lines[after + 1 :] if line]
     figure = path.with_suffix(".png")
     picture = figure.read_bytes() if figure.is_file() else None
-    return Section(title, text, [dict(zip(table[0], row, strict=True)) for row in table[2:]], picture)
+    return Section(title, text, [dict(zip(table[0], row, strict=True)) for row in table[2:]], picture, notes=notes)
 
 
 def _data(store: dict[str, Any]) -> dict[str, str]:
