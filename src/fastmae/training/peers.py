@@ -39,7 +39,7 @@ def watch_peers(fabric: Fabric) -> None:
         threading.Thread(target=_watch, daemon=True).start()
         atexit.register(_end_started)
     if dist.get_backend() == "gloo":  # for NCCL Fabric does it
-        atexit.register(dist.destroy_process_group)  # before the processes are waited for: they may wait for this one
+        atexit.register(_part)  # before the processes are waited for: they may wait for this one
 
 
 def ends_with_its_peers(function: Callable[P, Result]) -> Callable[P, Result]:
@@ -55,7 +55,7 @@ def ends_with_its_peers(function: Callable[P, Result]) -> Callable[P, Result]:
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            if not (dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error))):
+            if not (dist.is_available() and dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error))):
                 raise
             failed = _first_failed(GRACE)
             if failed is None:
@@ -87,6 +87,11 @@ def _watch() -> None:
     for process in _started:
         process.kill()
     os._exit(2 if failed.returncode == 2 else 1)
+
+
+def _part() -> None:
+    if dist.is_initialized():  # not yet done by an earlier launch's
+        dist.destroy_process_group()
 
 
 def _end_started() -> None:
