@@ -2,8 +2,12 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: with more threads than cores most of the time goes into waiting for one another
-    os.environ["OMP_NUM_THREADS"] = "1"  # over what it has from the process that started it, where this file was read as well
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # a core each: with more threads than cores most of the time goes into waiting for one another
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # over what it has from the process that started it, where this file was read as well
+    )
 else:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -67,7 +71,12 @@ def vit_store(photos: Path, vit_weights: Path, tmp_path_factory: pytest.TempPath
     """A finished store of `photos/train` by the ViT teacher: fp32 tokens, raw pixels, grid 6, 4 shards of 8."""
     store = tmp_path_factory.mktemp("stores") / "vit.tokens"
     exact = ["--codec", "fp32", "--pixels", "raw", "--shard-size", "8"]
-    assert run(["tokenize", str(photos / "train"), str(store), *VIT, "--teacher-weights", str(vit_weights), *SMALL, *exact]) == 0
+    assert (
+        run(
+            ["tokenize", str(photos / "train"), str(store), *VIT, "--teacher-weights", str(vit_weights), *SMALL, *exact]
+        )
+        == 0
+    )
     return store
 
 
@@ -76,7 +85,12 @@ def small_store(photos: Path, vit_weights: Path, tmp_path_factory: pytest.TempPa
     """The same images and teacher as `vit_store`, as small as they get: 16 bytes a token, and JPEG."""
     store = tmp_path_factory.mktemp("stores") / "small.tokens"
     codec = ["--codec", "pq16", "--shard-size", "8"]
-    assert run(["tokenize", str(photos / "train"), str(store), *VIT, "--teacher-weights", str(vit_weights), *SMALL, *codec]) == 0
+    assert (
+        run(
+            ["tokenize", str(photos / "train"), str(store), *VIT, "--teacher-weights", str(vit_weights), *SMALL, *codec]
+        )
+        == 0
+    )
     return store
 
 

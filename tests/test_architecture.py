@@ -46,12 +46,16 @@ def room_of(path: Path) -> str:
 def test_imports_follow_the_flow_of_the_data():
     files = [path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py"]
     assert len(files) > 20
-    against = [(str(path), room) for path in files for room in imported_rooms(path) if LEVEL[room] > LEVEL[room_of(path)]]
+    against = [
+        (str(path), room) for path in files for room in imported_rooms(path) if LEVEL[room] > LEVEL[room_of(path)]
+    ]
     assert against == []
 
 
 def test_the_store_knows_nothing_of_models_and_the_model_nothing_of_files():
-    assert not any(imported_rooms(path) & {"teachers", "model", "training"} for path in (SOURCE / "tokens").glob("*.py"))
+    assert not any(
+        imported_rooms(path) & {"teachers", "model", "training"} for path in (SOURCE / "tokens").glob("*.py")
+    )
     assert imported_rooms(SOURCE / "model.py") <= {"errors", "linear", "decoder"}
 
 
@@ -64,7 +68,8 @@ def test_no_data_file_is_unpickled():
         node
         for path in SOURCE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"torch.load", "pickle.load", "pickle.loads", "np.load", "joblib.load"}
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in {"torch.load", "pickle.load", "pickle.loads", "np.load", "joblib.load"}
     ]
     assert loads
     for call in loads:

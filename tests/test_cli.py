@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fastmae.cli import COMMANDS, parse, run
-from fastmae.recipes import load_recipe, recipe_names
+from fastmae.config.recipes import load_recipe, recipe_names
 
 # (arguments, what the one line must name)
 BAD_USAGE = [
@@ -66,7 +66,9 @@ def test_print_config_prints_what_config_reads_back(command, capsys, tmp_path):
 def test_each_layer_of_options_goes_over_the_one_before(tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("epochs: 7\nbatch-size: 32\nflip: false\nbetas: [0.8, 0.9]\nstores: from-file.tokens\n")
-    config = parse("pretrain", ["--recipe", "vit_tiny_cpu", "--config", str(file), "--print-config", "--batch-size", "16"])
+    config = parse(
+        "pretrain", ["--recipe", "vit_tiny_cpu", "--config", str(file), "--print-config", "--batch-size", "16"]
+    )
     assert config.image_size == load_recipe("vit_tiny_cpu")["image_size"]  # recipe over default
     assert config.epochs == 7  # file over recipe
     assert config.batch_size == 16  # flag over file
@@ -75,7 +77,9 @@ def test_each_layer_of_options_goes_over_the_one_before(tmp_path):
     assert config.stores == ("from-file.tokens",)
 
 
-@pytest.mark.parametrize("args", ["a b run --epochs 3 --no-flip", "a --epochs 3 b --no-flip run", "--no-flip --epochs=3 a b run"])
+@pytest.mark.parametrize(
+    "args", ["a b run --epochs 3 --no-flip", "a --epochs 3 b --no-flip run", "--no-flip --epochs=3 a b run"]
+)
 def test_several_stores_and_the_run_may_stand_among_the_options(args):
     config = parse("pretrain", args.split())
     assert (config.stores, config.run, config.epochs, config.flip) == (("a", "b"), Path("run"), 3, False)
@@ -94,7 +98,12 @@ def test_another_target_than_the_recipes_brings_its_own_values_over_the_recipe(t
         return config.decoder_depth, config.loss, config.norm, config.all_layers
 
     assert values("--recipe", "vit_base_60ep", "--target", "pixels") == (8, "mse", "none", False)
-    assert values("--recipe", "vit_base_60ep", "--target", "pixels", "--decoder-depth", "2") == (2, "mse", "none", False)
+    assert values("--recipe", "vit_base_60ep", "--target", "pixels", "--decoder-depth", "2") == (
+        2,
+        "mse",
+        "none",
+        False,
+    )
     assert values("--recipe", "mae_300ep", "--target", "teacher") == (1, "smooth-l1", "auto", True)
     assert values("--recipe", "mae_300ep", "--target", "pixels") == values("--recipe", "mae_300ep")
     file = tmp_path / "options.yaml"
@@ -146,8 +155,10 @@ def test_help_imports_no_heavy_library(fastmae_command):
 
 
 def test_pretraining_starts_without_what_it_does_not_need(fastmae_command):
-    probe = "import sys, fastmae.pretrain; print(sorted({'torchmetrics', 'transformers', 'scipy', 'sklearn', 'pandas'} & set(sys.modules)))"
-    assert subprocess.run([fastmae_command[0], "-c", probe], capture_output=True, text=True, check=True).stdout == "[]\n"
+    probe = "import sys, fastmae.pretraining.pretrain; print(sorted({'torchmetrics', 'transformers', 'scipy', 'sklearn', 'pandas'} & set(sys.modules)))"
+    assert (
+        subprocess.run([fastmae_command[0], "-c", probe], capture_output=True, text=True, check=True).stdout == "[]\n"
+    )
 
 
 def test_a_reader_that_has_enough_is_no_error(fastmae_command):

@@ -11,7 +11,7 @@ import pytest
 
 from fastmae import TokenStore
 from fastmae.cli import COMMANDS, run
-from fastmae.recipes import recipe_names
+from fastmae.config.recipes import recipe_names
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -23,8 +23,19 @@ def test_the_example_reads_a_store_with_safetensors_alone(codec, photos, vit_wei
     assert run(["tokenize", str(photos / "train"), str(tmp_path / "s"), *args]) == 0
     example = DOCS / "read_store.py"
     assert "fastmae" not in "".join(line for line in example.read_text().splitlines() if "import" in line)
-    assert len([line for line in example.read_text().splitlines() if line and not line.startswith(("import", "from", '"""'))]) <= 20
-    done = subprocess.run([sys.executable, str(example), str(tmp_path / "s")], capture_output=True, text=True, check=True)
+    assert (
+        len(
+            [
+                line
+                for line in example.read_text().splitlines()
+                if line and not line.startswith(("import", "from", '"""'))
+            ]
+        )
+        <= 20
+    )
+    done = subprocess.run(
+        [sys.executable, str(example), str(tmp_path / "s")], capture_output=True, text=True, check=True
+    )
     said = json.loads(done.stdout)
     tokens = TokenStore(tmp_path / "s").view(0, 0, 0, 6).tokens
     assert said["shape"] == list(tokens.shape)
@@ -40,11 +51,19 @@ def test_links_lead_somewhere(page):
         file = page.parent / target if target else page
         assert file.exists(), target
         headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
-        assert anchor in ["", *(re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings)], (target, anchor)
+        assert anchor in ["", *(re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings)], (
+            target,
+            anchor,
+        )
 
 
 def test_options_named_in_the_guide_exist():
-    known = {f"--{prefix}{f.name.replace('_', '-')}" for kind, _ in COMMANDS.values() for f in fields(kind) for prefix in ("", "no-")}
+    known = {
+        f"--{prefix}{f.name.replace('_', '-')}"
+        for kind, _ in COMMANDS.values()
+        for f in fields(kind)
+        for prefix in ("", "no-")
+    }
     others = {
         "--help",
         "--nproc-per-node",
@@ -61,7 +80,9 @@ def test_options_named_in_the_guide_exist():
 
 def test_every_command_and_recipe_has_its_place_in_the_guide():
     headings = re.findall(r"^## (.+)$", (DOCS / "commands.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(word for heading in headings for word in heading.split(", ")) == sorted({name.split()[0] for name in COMMANDS})
+    assert sorted(word for heading in headings for word in heading.split(", ")) == sorted(
+        {name.split()[0] for name in COMMANDS}
+    )
     rows = [line for line in (DOCS / "recipes.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == recipe_names()
 

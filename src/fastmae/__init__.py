@@ -7,10 +7,10 @@ __version__ = "0.1.0"
 __all__ = ["TokenStore", "View", "load_encoder"]
 
 if TYPE_CHECKING:
-    from fastmae.runs import load_encoder
+    from fastmae.runs.encoder import load_encoder
     from fastmae.tokens import TokenStore, View
 
-_HOMES = {"TokenStore": "fastmae.tokens", "View": "fastmae.tokens", "load_encoder": "fastmae.runs"}
+_HOMES = {"TokenStore": "fastmae.tokens", "View": "fastmae.tokens", "load_encoder": "fastmae.runs.encoder"}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,28 +19,28 @@ import yaml
 
 from fastmae import config as configs
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError, OneProcessError
-from fastmae.processes import this_process
+from fastmae.runtime.processes import this_process
 
 COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
-    "tokenize": (configs.TokenizeConfig, "fastmae.tokenize:tokenize"),
-    "inspect": (configs.InspectConfig, "fastmae.inspect:inspect"),
-    "verify": (configs.VerifyConfig, "fastmae.verify:verify"),
-    "pretrain": (configs.PretrainConfig, "fastmae.pretrain:pretrain"),
+    "tokenize": (configs.TokenizeConfig, "fastmae.offline.tokenize:tokenize"),
+    "inspect": (configs.InspectConfig, "fastmae.offline.inspect:inspect"),
+    "verify": (configs.VerifyConfig, "fastmae.offline.verify:verify"),
+    "pretrain": (configs.PretrainConfig, "fastmae.pretraining.pretrain:pretrain"),
     "knn": (configs.KnnConfig, "fastmae.evaluate.knn:knn"),
     "linear": (configs.LinearConfig, "fastmae.evaluate.linear:linear"),
     "finetune": (configs.FinetuneConfig, "fastmae.evaluate.finetune:finetune"),
     "segment": (configs.SegmentConfig, "fastmae.evaluate.segmentation.segment:segment"),
     "detect": (configs.DetectConfig, "fastmae.evaluate.detection.detect:detect"),
-    "features": (configs.FeaturesConfig, "fastmae.evaluate.embeddings:features"),
-    "export": (configs.ExportConfig, "fastmae.export.export:export"),
-    "report": (configs.ReportConfig, "fastmae.report.report:report"),
-    "ablate": (configs.AblateConfig, "fastmae.ablate:ablate"),
-    "bench step": (configs.BenchStepConfig, "fastmae.bench.step:bench_step"),
-    "bench loader": (configs.BenchLoaderConfig, "fastmae.bench.loader:bench_loader"),
-    "bench store": (configs.BenchStoreConfig, "fastmae.bench.store:bench_store"),
-    "bench accuracy": (configs.BenchAccuracyConfig, "fastmae.bench.accuracy:bench_accuracy"),
-    "recipes": (configs.RecipesConfig, "fastmae.recipes:list_recipes"),
-    "demo": (configs.DemoConfig, "fastmae.demo:demo"),
+    "features": (configs.FeaturesConfig, "fastmae.evaluate.features:features"),
+    "export": (configs.ExportConfig, "fastmae.exporting.export:export"),
+    "report": (configs.ReportConfig, "fastmae.reporting.report:report"),
+    "ablate": (configs.AblateConfig, "fastmae.studies.ablate:ablate"),
+    "bench step": (configs.BenchStepConfig, "fastmae.bench.bench_step:bench_step"),
+    "bench loader": (configs.BenchLoaderConfig, "fastmae.bench.bench_loader:bench_loader"),
+    "bench store": (configs.BenchStoreConfig, "fastmae.bench.bench_store:bench_store"),
+    "bench accuracy": (configs.BenchAccuracyConfig, "fastmae.bench.bench_accuracy:bench_accuracy"),
+    "recipes": (configs.RecipesConfig, "fastmae.config.recipes:list_recipes"),
+    "demo": (configs.DemoConfig, "fastmae.studies.demo:demo"),
 }
 """Name, of one word or two -> its options, and the function that does it: takes the config, returns the keys of its JSON."""
 
@@ -61,7 +61,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # file names may hold what the terminal's encoding has no sign for
             stream.reconfigure(errors="backslashreplace")
     code = run(sys.argv[1:] if args is None else list(args))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; in the interpreter's last second Ctrl-C would only spoil the code
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # all is done; in the interpreter's last second Ctrl-C would only spoil the code
     sys.exit(code)
 
 
@@ -84,7 +86,9 @@ def run(args: list[str]) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # as in `fastmae ... | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the interpreter's own flush at the end complain
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # nor does the interpreter's own flush at the end complain
         return CLOSED_PIPE
     except (InputError, FailedCheckError, OSError, KeyboardInterrupt, InterruptedRunError) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
@@ -122,13 +126,17 @@ def parse(command: str, args: list[str]) -> Any:
     if command not in COMMANDS:
         known = _beginning_with(command.partition(" ")[0]) or list(COMMANDS)
         near = [] if _beginning_with(command) else difflib.get_close_matches(command, known, 1)
-        raise InputError(f"no such command{f'; did you mean {near[0]!r}' if near else ''}; commands: {', '.join(known)}")
+        raise InputError(
+            f"no such command{f'; did you mean {near[0]!r}' if near else ''}; commands: {', '.join(known)}"
+        )
     kind = COMMANDS[command][0]
     prog = f"fastmae {command}"
     _check_flags(kind, args)
     layers = _layers(kind, args)
     complete = "--print-config" in args  # then the places to read and write need not be named
-    default: Any = cast(Any, kind)(**{name: _placeholder(kind, name) if complete else tyro.MISSING for name in _positionals(kind)})
+    default: Any = cast(Any, kind)(
+        **{name: _placeholder(kind, name) if complete else tyro.MISSING for name in _positionals(kind)}
+    )
     for source, values in layers:
         default = _apply(kind, prog, default, source, values)
     return _parse_args(kind, prog, default, args)
@@ -139,7 +147,8 @@ def as_yaml(config: configs.Common) -> str:
     values = {
         name: _plain(value)
         for name, value in vars(config).items()
-        if name not in SETTABLE_BY_FLAG_ONLY and (name not in _positionals(type(config)) or value != _placeholder(type(config), name))
+        if name not in SETTABLE_BY_FLAG_ONLY
+        and (name not in _positionals(type(config)) or value != _placeholder(type(config), name))
     }
     return yaml.safe_dump(values, sort_keys=False)
 
@@ -194,17 +203,23 @@ def _layers(kind: type, args: Sequence[str]) -> list[tuple[str, Mapping[str, Any
     file = _peek(args, "--config")
     if file is not None:
         layers.append((file, _read_yaml(Path(file))))
-    if {"recipe", "target"} <= {field.name for field in dataclasses.fields(kind)}:  # of pretrain; ablate lays its rows over a recipe itself
+    if {"recipe", "target"} <= {
+        field.name for field in dataclasses.fields(kind)
+    }:  # of pretrain; ablate lays its rows over a recipe itself
         layers[:0] = _recipe_and_target(args, layers)
     return layers
 
 
-def _recipe_and_target(args: Sequence[str], above: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
+def _recipe_and_target(
+    args: Sequence[str], above: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[tuple[str, Mapping[str, Any]]]:
     """The layers of a recipe and of a target, asked for in a flag or in the layers above them."""
-    from fastmae.recipes import load_recipe
+    from fastmae.config.recipes import load_recipe
 
     def asked(name: str) -> str | None:
-        return _peek(args, f"--{name}") or next((str(values[name]) for _, values in reversed(above) if values.get(name)), None)
+        return _peek(args, f"--{name}") or next(
+            (str(values[name]) for _, values in reversed(above) if values.get(name)), None
+        )
 
     name, target = asked("recipe"), asked("target")
     recipe = {} if name is None else load_recipe(name)
@@ -310,7 +325,9 @@ def _check_flags(kind: type, args: Sequence[str]) -> None:
 def _one_line(panel: str) -> str:
     """The parser's framed message as one line: frame and rules go, the sentences stay."""
     lines = [line.strip(" │╭╮╰╯─") for line in panel.splitlines()]
-    sentences = [line for line in lines if line and not line.startswith(("For full helptext", "fastmae ", "Argument helptext"))]
+    sentences = [
+        line for line in lines if line and not line.startswith(("For full helptext", "fastmae ", "Argument helptext"))
+    ]
     return ": ".join([*sentences[:1], " ".join(sentences[1:])]) or "can't read the command line; see --help"
 
 

@@ -9,9 +9,10 @@ import transformers
 
 from fastmae.bench.published_mae import PublishedMae, published_names
 from fastmae.config import PretrainConfig, implied_values
-from fastmae.model import StudentLoss, sincos_positions
-from fastmae.runs import build_student
-from fastmae.targets import norm_pix
+from fastmae.student.encoder import sincos_positions
+from fastmae.student.loss import StudentLoss
+from fastmae.student.student import build_student
+from fastmae.student.targets import norm_pix
 
 B, SIDE, PATCH, N, V = 3, 96, 16, 36, 9
 WIDTH, DEPTH, HEADS = 48, 3, 3
@@ -29,7 +30,9 @@ def student():
     torch.manual_seed(0)
     options = implied_values("pixels") | {"decoder_width": DECODER[0], "decoder_heads": DECODER[2]}
     sizes = {"encoder_width": WIDTH, "encoder_depth": DEPTH, "encoder_heads": HEADS, "image_size": SIDE}
-    student = build_student(PretrainConfig(stores=(), run=Path(), target="pixels", **sizes, **options), PATCH, 3 * PATCH**2, 3)
+    student = build_student(
+        PretrainConfig(stores=(), run=Path(), target="pixels", **sizes, **options), PATCH, 3 * PATCH**2, 3
+    )
     for parameter in student.parameters():  # biases and norms too, so that a missing one shows
         torch.nn.init.normal_(parameter, std=0.1)
     return student
@@ -38,7 +41,9 @@ def student():
 @pytest.fixture(scope="module")
 def published(student):
     grid = SIDE // PATCH, SIDE // PATCH
-    mae = PublishedMae(PATCH, WIDTH, DEPTH, HEADS, V, (sincos_positions(grid, WIDTH), sincos_positions(grid, DECODER[0])), DECODER)
+    mae = PublishedMae(
+        PATCH, WIDTH, DEPTH, HEADS, V, (sincos_positions(grid, WIDTH), sincos_positions(grid, DECODER[0])), DECODER
+    )
     mae.load_state_dict(published_names(student.state_dict()))
     return mae
 
@@ -57,15 +62,19 @@ def test_every_parameter_has_the_name_of_the_published_checkpoints(student, publ
 
 
 def test_the_student_with_pixel_targets_has_the_published_output_loss_and_gradients(student, published, batch):
-    images, order = batch
-    prediction = student(images, order)
-    theirs = published.predict(images, order)
-    masked = theirs.gather(1, order[:, V:, None].expand(-1, -1, theirs.shape[2]))
+    images, ids_shuffle = batch
+    prediction = student(images, ids_shuffle)
+    theirs = published.predict(images, ids_shuffle)
+    masked = theirs.gather(1, ids_shuffle[:, V:, None].expand(-1, -1, theirs.shape[2]))
     torch.testing.assert_close(prediction.decoded, masked, atol=1e-5, rtol=1e-5)
-    loss = StudentLoss("mse", 1.0, (3 * PATCH**2,), (1.0,))(prediction, norm_pix(images, PATCH), order)["loss"]
-    torch.testing.assert_close(loss, published(images, order), atol=1e-5, rtol=1e-5)
-    mine = published_names(dict(zip(trained(student), torch.autograd.grad(loss, trained(student).values()), strict=True)))
-    wanted = dict(zip(trained(published), torch.autograd.grad(published(images, order), trained(published).values()), strict=True))
+    loss = StudentLoss("mse", 1.0, (3 * PATCH**2,), (1.0,))(prediction, norm_pix(images, PATCH), ids_shuffle)["loss"]
+    torch.testing.assert_close(loss, published(images, ids_shuffle), atol=1e-5, rtol=1e-5)
+    mine = published_names(
+        dict(zip(trained(student), torch.autograd.grad(loss, trained(student).values()), strict=True))
+    )
+    wanted = dict(
+        zip(trained(published), torch.autograd.grad(published(images, ids_shuffle), trained(published).values()), strict=True)
+    )
     assert mine.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert gradient.any(), name
@@ -77,7 +86,7 @@ def trained(model):
 
 
 def test_the_published_way_is_what_transformers_ports(published, batch):
-    images, order = batch
+    images, ids_shuffle = batch
     config = transformers.ViTMAEConfig(
         hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, intermediate_size=4 * WIDTH, image_size=SIDE,
         patch_size=PATCH, decoder_hidden_size=DECODER[0], decoder_num_hidden_layers=DECODER[1], decoder_num_attention_heads=DECODER[2],
@@ -86,9 +95,9 @@ def test_the_published_way_is_what_transformers_ports(published, batch):
     port = transformers.ViTMAEForPreTraining(config).eval()
     port.load_state_dict(in_transformers_names(published.state_dict()))
     with torch.no_grad():
-        out = port(images, noise=order.argsort(1).float())  # whose argsort is the order
-        torch.testing.assert_close(published.predict(images, order), out.logits, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(published(images, order), out.loss)
+        out = port(images, noise=ids_shuffle.argsort(1).float())  # whose argsort is the ids_shuffle
+        torch.testing.assert_close(published.predict(images, ids_shuffle), out.logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(published(images, ids_shuffle), out.loss)
 
 
 TRANSFORMERS_NAMES = {

@@ -5,7 +5,20 @@ from fastmae.cli import run
 
 def test_a_table_is_run_row_by_row_and_goes_on_where_it_was(photos, tmp_path, capsys):
     out = tmp_path / "ablations"
-    args = ["ablate", "targets", str(photos), "--out", str(out), "--epochs", "1", "--workers", "0", "--device", "cpu", "--json"]
+    args = [
+        "ablate",
+        "targets",
+        str(photos),
+        "--out",
+        str(out),
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--json",
+    ]
     assert run(args) == 0
     stdout, err = capsys.readouterr()
     rows = json.loads(stdout.splitlines()[-1])["rows"]

@@ -4,11 +4,27 @@ from fastmae.cli import run
 
 
 def test_the_demo_compares_four_kinds_of_features_and_draws_a_self_contained_page(photos, tmp_path, capsys):
-    args = ["demo", "--images", str(photos), "--out", str(tmp_path / "demo"), "--minutes", "0.03", "--device", "cpu", "--json"]
+    args = [
+        "demo",
+        "--images",
+        str(photos),
+        "--out",
+        str(tmp_path / "demo"),
+        "--minutes",
+        "0.03",
+        "--device",
+        "cpu",
+        "--json",
+    ]
     assert run(args) == 0
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])
-    assert [row["features"] for row in result["rows"]] == ["random init", "MAE (pixels)", "FastMAE", "teacher (efficientnet-lite0)"]
+    assert [row["features"] for row in result["rows"]] == [
+        "random init",
+        "MAE (pixels)",
+        "FastMAE",
+        "teacher (efficientnet-lite0)",
+    ]
     assert 0 <= result["top1"] <= 100
     assert float(result["rows"][3]["kNN top-1 %"]) == 100.0
     assert "FastMAE" in err  # with --json the table goes there

@@ -24,7 +24,19 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CPU = ["--device", "cpu"]
 ALONE = [*CPU, "--workers", "0"]
 WIDTH = ["--encoder-depth", "2", "--encoder-width", "64", "--encoder-heads", "2"]
-STUDENT = [*WIDTH, "--decoder-width", "32", "--decoder-heads", "2", "--decoder-depth", "1", "--batch-size", "8", "--epochs", "1"]
+STUDENT = [
+    *WIDTH,
+    "--decoder-width",
+    "32",
+    "--decoder-heads",
+    "2",
+    "--decoder-depth",
+    "1",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "1",
+]
 SUPERVISED = ("linear", "finetune", "segment", "detect")
 SHORT = [*ALONE, "--epochs", "1", "--batch-size", "4"]
 TEACHER = ["--teacher", "timm/vit_tiny_patch16_224"]
@@ -39,9 +51,33 @@ SMALL = {
     "features": ALONE,
     "report": CPU,
     "ablate": [*ALONE, "--epochs", "1"],
-    "bench store": [*ALONE, *TEACHER, "--middle-size", "96", "--codecs", "fp16,pq16", "--rounds", "1", "--codec-images", "16"],
+    "bench store": [
+        *ALONE,
+        *TEACHER,
+        "--middle-size",
+        "96",
+        "--codecs",
+        "fp16,pq16",
+        "--rounds",
+        "1",
+        "--codec-images",
+        "16",
+    ],
     "bench step": [
-        *[*CPU, *WIDTH, "--image-size", "64", "--middle-size", "96", "--batch-size", "2", "--rounds", "1", "--warmup", "1"],
+        *[
+            *CPU,
+            *WIDTH,
+            "--image-size",
+            "64",
+            "--middle-size",
+            "96",
+            "--batch-size",
+            "2",
+            "--rounds",
+            "1",
+            "--warmup",
+            "1",
+        ],
         *["--encoder", "vit_tiny_patch16_224", "--teachers", "vit_tiny_patch16_224"],
     ],
     "bench loader": [
@@ -114,7 +150,15 @@ def data(photos, tmp_path_factory):
         box = [10, 8, 40, 50]
         outline = [[10, 8, 50, 8, 50, 58, 10, 58]]
         objects = [
-            {"id": n + 1, "image_id": n, "category_id": 7, "bbox": box, "area": 2000, "iscrowd": 0, "segmentation": outline}
+            {
+                "id": n + 1,
+                "image_id": n,
+                "category_id": 7,
+                "bbox": box,
+                "area": 2000,
+                "iscrowd": 0,
+                "segmentation": outline,
+            }
             for n in numbers
         ]
         images = [{"id": n, "file_name": f"{n:012d}.jpg", "width": 80, "height": 72} for n in numbers]
@@ -185,7 +229,9 @@ def _split(words: list[str]) -> tuple[list[str], str, list[str]]:
     if words[0] == "torchrun":
         here = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastmae"]
         return [*here, *name.split()], name, args
-    if "--devices" in args and args[args.index("--devices") + 1] == "2":  # it starts a second process by its own command line
+    if (
+        "--devices" in args and args[args.index("--devices") + 1] == "2"
+    ):  # it starts a second process by its own command line
         return [sys.executable, "-m", "fastmae", *name.split()], name, args
     return ([] if words[0] == "fastmae" else [*words[: at + 1], *name.split()]), name, args
 
@@ -209,7 +255,9 @@ def _small(name: str, args: list[str], weights: Path) -> list[str]:
 def _provide(work: Path, name: str, args: list[str], weights: Path) -> None:
     """Clear the way for what a command makes, and make what it reads and no earlier command of the page has made."""
     stores = [word for word in args if word.endswith(".tokens")]
-    outputs = {"tokenize": [] if "--add" in args else stores, "pretrain": args[len(stores) : len(stores) + 1]}.get(name, [])
+    outputs = {"tokenize": [] if "--add" in args else stores, "pretrain": args[len(stores) : len(stores) + 1]}.get(
+        name, []
+    )
     outputs += args[args.index("--out") + 1 :][:1] if "--out" in args and name in SUPERVISED else []
     for folder in outputs:
         shutil.rmtree(work / folder, ignore_errors=True)

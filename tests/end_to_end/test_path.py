@@ -10,8 +10,8 @@ from PIL import Image
 
 import fastmae
 from fastmae.cli import run
+from fastmae.runs.folder import read_metrics
 from fastmae.teachers import load_teacher
-from fastmae.training.run_folder import read_metrics
 
 
 def result(capsys):
@@ -119,8 +119,19 @@ def test_the_online_teacher_is_the_same_function_as_the_stored_tokens(norm, loss
     assert online == pytest.approx(offline, abs=1e-4)
 
 
-def test_several_sizes_and_stored_flips_train_and_go_online_as_the_same_function(photos, vit_weights, losses_of, tmp_path, capsys):
-    args = ["--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", str(vit_weights), "--workers", "0", "--codec", "fp32"]
+def test_several_sizes_and_stored_flips_train_and_go_online_as_the_same_function(
+    photos, vit_weights, losses_of, tmp_path, capsys
+):
+    args = [
+        "--teacher",
+        "timm/vit_tiny_patch16_224",
+        "--teacher-weights",
+        str(vit_weights),
+        "--workers",
+        "0",
+        "--codec",
+        "fp32",
+    ]
     stores = {sizes: tmp_path / sizes for sizes in ("96", "64,96")}
     for sizes, store in stores.items():
         more = ["--middle-size", sizes, "--pixels", "raw", "--flips", "stored"]
@@ -132,12 +143,16 @@ def test_several_sizes_and_stored_flips_train_and_go_online_as_the_same_function
     assert sum(losses[-3:]) < sum(losses[:3])
     assert json.loads((folder / "run.json").read_text())["store"]["middle_sizes"] == [64, 96]
     capsys.readouterr()
-    assert run(["pretrain", str(stores["64,96"]), str(tmp_path / "run"), "--image-size", "64", "--target", "teacher"]) == 2
+    assert (
+        run(["pretrain", str(stores["64,96"]), str(tmp_path / "run"), "--image-size", "64", "--target", "teacher"]) == 2
+    )
     assert "one middle size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("channels", [1, 5])
-def test_grey_and_many_channelled_images_take_the_whole_path(channels, photos, vit_weights, tiny_student, tmp_path, capsys):
+def test_grey_and_many_channelled_images_take_the_whole_path(
+    channels, photos, vit_weights, tiny_student, tmp_path, capsys
+):
     folder = tmp_path / "images"
     if channels == 1:
         folder = photos
@@ -148,7 +163,16 @@ def test_grey_and_many_channelled_images_take_the_whole_path(channels, photos, v
             target.parent.mkdir(parents=True, exist_ok=True)
             np.save(target, np.concatenate([rgb, 255 - rgb[..., :2]], axis=2))
     store, trained = tmp_path / "s.tokens", tmp_path / "run"
-    args = ["--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", str(vit_weights), "--middle-size", "96", "--workers", "0"]
+    args = [
+        "--teacher",
+        "timm/vit_tiny_patch16_224",
+        "--teacher-weights",
+        str(vit_weights),
+        "--middle-size",
+        "96",
+        "--workers",
+        "0",
+    ]
     more = ["--channels", str(channels), *(["--teacher-channels", "2,1,0", "--pixels", "raw"] if channels == 5 else [])]
     assert run(["tokenize", str(folder / "train"), str(store), *args, *more]) == 0
     held = fastmae.TokenStore(store)
@@ -257,7 +281,9 @@ def test_the_other_targets_norms_and_losses_train(options, vit_store, tmp_path, 
         (["--ema", "1.5"], "--ema 1.5"),
     ],
 )
-def test_options_that_do_not_fit_are_one_line_and_leave_no_run(options, says, vit_store, tmp_path, tiny_student, capsys):
+def test_options_that_do_not_fit_are_one_line_and_leave_no_run(
+    options, says, vit_store, tmp_path, tiny_student, capsys
+):
     assert run(["pretrain", str(vit_store), str(tmp_path / "run"), *tiny_student, *options]) == 2
     err = capsys.readouterr().err
     assert says in err
@@ -276,7 +302,9 @@ def test_a_damaged_shard_met_while_training_is_one_line(vit_store, tmp_path, tin
     assert "Traceback" not in err
 
 
-def test_a_loss_that_is_no_number_stops_with_code_1_and_keeps_the_last_checkpoint(vit_store, tmp_path, tiny_student, capsys):
+def test_a_loss_that_is_no_number_stops_with_code_1_and_keeps_the_last_checkpoint(
+    vit_store, tmp_path, tiny_student, capsys
+):
     args = [*tiny_student, "--epochs", "8", "--workers", "0", "--save-every", "0", "--loss", "mse", "--norm", "none"]
     assert run(["pretrain", str(vit_store), str(tmp_path / "run"), *args, "--base-lr", "1e30"]) == 1
     assert "no longer a number" in capsys.readouterr().err
@@ -288,7 +316,15 @@ def test_a_link_to_nothing_is_skipped_and_named(photos, vit_weights, tmp_path, c
     images = tmp_path / "images"
     shutil.copytree(photos / "train" / "china", images)
     (images / "00-gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    args = ["tokenize", str(images), str(tmp_path / "s"), "--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", str(vit_weights)]
+    args = [
+        "tokenize",
+        str(images),
+        str(tmp_path / "s"),
+        "--teacher",
+        "timm/vit_tiny_patch16_224",
+        "--teacher-weights",
+        str(vit_weights),
+    ]
     assert run([*args, "--middle-size", "32", "--workers", "0", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out.splitlines()[-1])["skipped"] == 1

@@ -9,7 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from fastmae.cli import run
-from fastmae.training.run_folder import read_metrics
+from fastmae.runs.folder import read_metrics
 
 
 @pytest.fixture
@@ -52,13 +52,17 @@ def test_a_store_behind_a_url_trains_to_the_loss_of_the_local_one(server, small_
     assert pretrain(f"file://{small_store}", tmp_path / "again", "--cache", str(tmp_path / "cache2"))[1] == local
 
 
-def test_a_cache_smaller_than_the_store_is_bounded_and_gives_the_order_of_its_window(server, small_store, pretrain, tmp_path):
+def test_a_cache_smaller_than_the_store_is_bounded_and_gives_the_order_of_its_window(
+    server, small_store, pretrain, tmp_path
+):
     url, _ = server
     shards = sorted((path.stat().st_size for path in small_store.glob("shards/*")), reverse=True)
     small_files = sum(path.stat().st_size for path in small_store.rglob("*") if path.is_file()) - sum(shards)
     cache = tmp_path / "cache"
     gigabytes = (2 * small_files + 3.2 * shards[0]) / 1e9  # store.json and its like lie there as found and as pinned
-    code, remote, err = pretrain(url, tmp_path / "r", "--cache", str(cache), "--cache-size", str(gigabytes), "--shuffle-window", "1")
+    code, remote, err = pretrain(
+        url, tmp_path / "r", "--cache", str(cache), "--cache-size", str(gigabytes), "--shuffle-window", "1"
+    )
     assert code == 0, err
     assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) <= gigabytes * 1e9
     assert pretrain(small_store, tmp_path / "local", "--shuffle-window", "1")[1] == remote
@@ -76,7 +80,9 @@ def test_a_damaged_copy_in_the_cache_is_fetched_anew(server, pretrain, tmp_path)
     assert len({path for path in asked if "/shards/" in path}) == 4
 
 
-def test_a_damaged_record_or_index_in_the_cache_is_fetched_anew(server, small_store, flip_in_record, pretrain, tmp_path):
+def test_a_damaged_record_or_index_in_the_cache_is_fetched_anew(
+    server, small_store, flip_in_record, pretrain, tmp_path
+):
     url, _ = server
     cache = ["--cache", str(tmp_path / "cache")]
     _, first, _ = pretrain(url, tmp_path / "a", *cache)

@@ -23,7 +23,19 @@ def contents(folder):
 @pytest.fixture
 def tokenize(vit_weights, capsys):
     def call(images, store, *more):
-        code = run(["tokenize", str(images), str(store), *TEACHER, "--teacher-weights", str(vit_weights), *SMALL, *more, "--json"])
+        code = run(
+            [
+                "tokenize",
+                str(images),
+                str(store),
+                *TEACHER,
+                "--teacher-weights",
+                str(vit_weights),
+                *SMALL,
+                *more,
+                "--json",
+            ]
+        )
         out, err = capsys.readouterr()
         return code, json.loads(out.splitlines()[-1]) if out else {}, err
 
@@ -48,7 +60,9 @@ def test_a_list_and_tar_shards_hold_what_the_folder_holds(photos, vit_store, tok
     assert tokenize(tmp_path / "list.csv", tmp_path / "l.tokens")[0] == 0
     assert tokenize(tmp_path / "tars", tmp_path / "t.tokens")[0] == 0
     from_folder = keys_and_tokens(vit_store)
-    from_list = {str(Path(key).relative_to(folder)): tokens for key, tokens in keys_and_tokens(tmp_path / "l.tokens").items()}
+    from_list = {
+        str(Path(key).relative_to(folder)): tokens for key, tokens in keys_and_tokens(tmp_path / "l.tokens").items()
+    }
     from_tars = {key.split(".tar/", 1)[1]: tokens for key, tokens in keys_and_tokens(tmp_path / "t.tokens").items()}
     assert from_folder.keys() == from_list.keys() == from_tars.keys()
     for key, tokens in from_folder.items():  # other images share their batches, so sums are rounded otherwise
@@ -74,8 +88,12 @@ def test_add_brings_in_what_is_new_and_leaves_the_rest_as_it_was(photos, vit_sto
     code, summary, _ = tokenize(images, store, "--add")
     assert (code, summary["images"], summary["skipped"]) == (0, 35, 1)
     assert all(contents(store)[name] == data for name, data in first.items() if "shards" in name)
-    assert set(keys_and_tokens(store)) == {str(p.relative_to(images)) for p in images.rglob("*.*") if "broken" not in p.name}
-    code, summary, _ = tokenize(photos / "val", store, "--add")  # from another folder; the same keys are the same images
+    assert set(keys_and_tokens(store)) == {
+        str(p.relative_to(images)) for p in images.rglob("*.*") if "broken" not in p.name
+    }
+    code, summary, _ = tokenize(
+        photos / "val", store, "--add"
+    )  # from another folder; the same keys are the same images
     assert (code, summary["images"]) == (0, 45)
     finished = contents(store)
     for shard in (2, 4, 6):  # of each part
@@ -127,7 +145,10 @@ def test_a_dry_run_says_size_and_time_and_writes_nothing(photos, vit_store, toke
 def test_processes_that_share_a_store_share_its_codebooks(codec, photos, tokenize, tmp_path):
     assert tokenize(photos / "train", tmp_path / "one", "--codec", codec)[0] == 0
     for rank in (1, 0):
-        assert tokenize(photos / "train", tmp_path / "two", "--codec", codec, "--rank", str(rank), "--world-size", "2")[0] == 0
+        assert (
+            tokenize(photos / "train", tmp_path / "two", "--codec", codec, "--rank", str(rank), "--world-size", "2")[0]
+            == 0
+        )
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -146,7 +167,10 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=False).returncode:
+    if (
+        mount is None
+        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=False).returncode
+    ):
         pytest.skip("may not mount a file system here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
@@ -161,7 +185,10 @@ def test_a_disk_that_is_too_small_is_told_before_the_start(photos, tokenize, sma
 
 
 def test_a_run_on_a_full_disk_is_one_line(vit_store, tiny_student, small_disk, capsys):
-    assert run(["pretrain", str(vit_store), str(small_disk / "run"), *tiny_student, "--epochs", "1", "--workers", "0"]) == 2
+    assert (
+        run(["pretrain", str(vit_store), str(small_disk / "run"), *tiny_student, "--epochs", "1", "--workers", "0"])
+        == 2
+    )
     err = capsys.readouterr().err
     assert "No space left on device" in err.splitlines()[-1]
     assert "Traceback" not in err
@@ -214,7 +241,9 @@ def test_codebooks_are_not_mended_by_guessing(name, small_store, tmp_path, capsy
     assert "both damaged" in capsys.readouterr().err
 
 
-def test_lost_codebooks_come_back_from_their_copy_and_are_never_learnt_anew_over_old_shards(photos, small_store, tokenize, tmp_path):
+def test_lost_codebooks_come_back_from_their_copy_and_are_never_learnt_anew_over_old_shards(
+    photos, small_store, tokenize, tmp_path
+):
     store = tmp_path / "s"
     shutil.copytree(small_store, store)
     for name in ("codebooks.safetensors", "shards/00003.safetensors"):
@@ -245,7 +274,10 @@ def test_an_add_killed_before_it_was_written_down_goes_on(photos, tokenize, tmp_
     shutil.copytree(photos / "train", images)
     assert tokenize(images, store)[0] == 0
     shutil.copytree(photos / "val", images / "more")
-    for name in ("manifest.json", "index.parquet"):  # the last that a kill may leave: store.json does not know of the images yet
+    for name in (
+        "manifest.json",
+        "index.parquet",
+    ):  # the last that a kill may leave: store.json does not know of the images yet
         (store / name).unlink()
     code, summary, _ = tokenize(images, store, "--add")
     assert (code, summary["images"]) == (0, 40)
@@ -333,7 +365,9 @@ def test_names_that_are_not_utf8_and_a_single_image_are_stores_too(photos, vit_w
     shutil.copyfile(photos / "train" / "china" / "00.jpg", images / "\udcff.jpg")
 
     def call(*args):
-        done = subprocess.run([*fastmae_command, *map(str, args), "--json"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*fastmae_command, *map(str, args), "--json"], capture_output=True, text=True, check=False
+        )
         return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}, done.stderr
 
     tokenize = ["tokenize", images, store, *TEACHER, "--teacher-weights", vit_weights, *SMALL]
@@ -350,7 +384,9 @@ def test_names_that_are_not_utf8_and_a_single_image_are_stores_too(photos, vit_w
     assert "give one in UTF-8" in err
 
 
-@pytest.mark.parametrize(("wrong", "says"), [(["--codec", "pq999"], "more bytes than"), (["--workers", "-5"], "--workers -5")])
+@pytest.mark.parametrize(
+    ("wrong", "says"), [(["--codec", "pq999"], "more bytes than"), (["--workers", "-5"], "--workers -5")]
+)
 def test_a_call_that_is_refused_leaves_nothing_in_the_way_of_the_right_one(wrong, says, photos, tokenize, tmp_path):
     code, _, err = tokenize(photos / "val", tmp_path / "s", *wrong)
     assert code == 2
@@ -387,7 +423,13 @@ def test_a_repair_does_not_put_other_images_in_the_place_of_sound_records(photos
 
 def test_an_unfinished_store_is_said_to_be_just_that(photos, vit_store, tmp_path, capsys):
     shutil.copytree(vit_store, tmp_path / "s")
-    for name in ("manifest.json", "index.parquet", "statistics.safetensors", "shards/00001.safetensors", "shards/00002.safetensors"):
+    for name in (
+        "manifest.json",
+        "index.parquet",
+        "statistics.safetensors",
+        "shards/00001.safetensors",
+        "shards/00002.safetensors",
+    ):
         (tmp_path / "s" / name).unlink()
     assert run(["verify", str(tmp_path / "s"), "--json"]) == 1
     out, err = capsys.readouterr()

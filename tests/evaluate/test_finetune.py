@@ -13,13 +13,29 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastmae.cli import run
-from fastmae.encoders import open_encoder
 from fastmae.evaluate.classification import worst_pairs
 from fastmae.evaluate.finetune import ClassifierStep, build_classifier
-from fastmae.evaluate.labelled import LabelledPictures, full_augmentation, open_labelled
-from fastmae.training.run_folder import load_checkpoint, read_evaluations, read_metrics
+from fastmae.evaluate.transforms import LabelledPictures, full_augmentation
+from fastmae.probes.labelled import open_labelled
+from fastmae.runs.checkpoint import load_checkpoint
+from fastmae.runs.encoder import open_encoder
+from fastmae.runs.folder import read_evaluations, read_metrics
 
-SHORT = ["--batch-size", "8", "--workers", "0", "--device", "cpu", "--log-every", "1", "--lr", "0.003", "--layer-decay", "0.9", "--json"]
+SHORT = [
+    "--batch-size",
+    "8",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--log-every",
+    "1",
+    "--lr",
+    "0.003",
+    "--layer-decay",
+    "0.9",
+    "--json",
+]
 
 
 def test_the_classifier_is_mean_of_patches_norm_and_a_line(tiny_run):
@@ -151,7 +167,17 @@ def test_data_that_can_not_be_learnt_from_are_named_before_the_start(tiny_run, p
 def test_two_processes_train_and_measure_as_one_does(tiny_run, photos, tmp_path, capsys, fastmae_command):
     plain = ["--augment", "crop", "--drop-path", "0", "--epochs", "2", "--eval-every", "1", *SHORT]
     assert run(["finetune", str(tiny_run), str(photos), "--out", str(tmp_path / "one"), *plain]) == 0
-    two = [*fastmae_command, "finetune", str(tiny_run), str(photos), "--out", str(tmp_path / "two"), *plain, "--devices", "2"]
+    two = [
+        *fastmae_command,
+        "finetune",
+        str(tiny_run),
+        str(photos),
+        "--out",
+        str(tmp_path / "two"),
+        *plain,
+        "--devices",
+        "2",
+    ]
     done = subprocess.run(two, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1  # one of them speaks

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastmae.cli import run
-from fastmae.evaluate.knn import knn_accuracy
+from fastmae.probes.neighbours import knn_accuracy
 
 
 def plain_knn(train, labels, query, classes, k, temperature):

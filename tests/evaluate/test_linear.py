@@ -40,11 +40,15 @@ def test_kept_features_come_a_batch_at_a_time():
     assert labels.tolist() == [3, 1]
 
 
-@pytest.mark.parametrize("how", [[], ["--solver", "logistic"], ["--augment", "crop", "--batch-size", "8", "--epochs", "3"]])
+@pytest.mark.parametrize(
+    "how", [[], ["--solver", "logistic"], ["--augment", "crop", "--batch-size", "8", "--epochs", "3"]]
+)
 def test_the_command_reads_a_teachers_features(how, photos, vit_weights, capsys):
     name = ["timm/vit_tiny_patch16_224", "--weights", str(vit_weights), "--image-size", "32"]
     epochs = [] if "--epochs" in how else ["--epochs", "20", "--eval-every", "20"]
-    code = run(["linear", name[0], str(photos), *name[1:], *how, *epochs, "--workers", "0", "--device", "cpu", "--json"])
+    code = run(
+        ["linear", name[0], str(photos), *name[1:], *how, *epochs, "--workers", "0", "--device", "cpu", "--json"]
+    )
     captured = capsys.readouterr()
     assert code == 0, captured.err
     result = json.loads(captured.out.splitlines()[-1])
@@ -53,7 +57,17 @@ def test_the_command_reads_a_teachers_features(how, photos, vit_weights, capsys)
 
 
 def test_a_probe_with_a_folder_is_kept_and_resumed_and_is_no_encoder(tiny_run, photos, tmp_path, capsys):
-    args = ["linear", str(tiny_run), str(photos), "--out", str(tmp_path / "probe"), "--epochs", "10", "--eval-every", "10"]
+    args = [
+        "linear",
+        str(tiny_run),
+        str(photos),
+        "--out",
+        str(tmp_path / "probe"),
+        "--epochs",
+        "10",
+        "--eval-every",
+        "10",
+    ]
     args += ["--workers", "0", "--json"]
     assert run(args) == 0
     first = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -11,7 +11,8 @@ from torch.utils.data import TensorDataset
 from fastmae.config import FinetuneConfig
 from fastmae.errors import InputError
 from fastmae.evaluate.finetune import IMAGENET
-from fastmae.evaluate.supervised import drawn_from, evaluation_batches, settle
+from fastmae.evaluate.supervised import evaluation_batches, settle
+from fastmae.runtime.seeding import drawn_from
 
 
 def config(**options):
@@ -26,7 +27,9 @@ def test_imagenet_gets_the_published_recipe():
     assert half.lr == pytest.approx(1e-3)  # base rate 5e-4 for 256 images
 
 
-@pytest.mark.parametrize(("images", "batch", "least_epochs"), [(10, 8, 300), (600, 32, 107), (3991, 128, 100), (60_000, 1024, 100)])
+@pytest.mark.parametrize(
+    ("images", "batch", "least_epochs"), [(10, 8, 300), (600, 32, 107), (3991, 128, 100), (60_000, 1024, 100)]
+)
 def test_small_data_get_a_smaller_batch_and_enough_steps(images, batch, least_epochs):
     settings = settle(config(), IMAGENET, images)
     assert (settings.batch_size, settings.epochs) == (batch, least_epochs)
@@ -36,7 +39,13 @@ def test_small_data_get_a_smaller_batch_and_enough_steps(images, batch, least_ep
 
 def test_what_is_asked_for_stands():
     settings = settle(config(epochs=7, batch_size=48, lr=0.5, warmup_epochs=0.0, eval_every=2.0), IMAGENET, 600)
-    assert (settings.epochs, settings.batch_size, settings.lr, settings.warmup_epochs, settings.eval_every) == (7, 48, 0.5, 0.0, 2.0)
+    assert (settings.epochs, settings.batch_size, settings.lr, settings.warmup_epochs, settings.eval_every) == (
+        7,
+        48,
+        0.5,
+        0.0,
+        2.0,
+    )
     assert settings.warmup_steps == 0
 
 
@@ -79,6 +88,8 @@ def test_draws_follow_from_the_visit_alone_and_leave_no_trace():
 def test_each_image_of_val_is_in_one_processes_share(processes):
     data, seen = TensorDataset(torch.arange(10)), []
     for rank in range(processes):
-        fabric = SimpleNamespace(global_rank=rank, world_size=processes, device=torch.device("cpu"), to_device=lambda batch: batch)
+        fabric = SimpleNamespace(
+            global_rank=rank, world_size=processes, device=torch.device("cpu"), to_device=lambda batch: batch
+        )
         seen += [place for (batch,) in evaluation_batches(data, 10, fabric, 4, 0) for place in batch.tolist()]
     assert sorted(seen) == list(range(10))

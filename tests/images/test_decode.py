@@ -131,7 +131,11 @@ def test_a_failing_disk_is_not_the_images_fault(tmp_path, monkeypatch):
 
 def test_npy_arrays_of_any_number_of_channels_are_read_as_eight_bits(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (20, 30, 5), dtype=np.uint8)
-    for name, array in {"8.npy": values, "16.npy": values.astype(np.uint16) * 256 + 7, "float.npy": values / 255}.items():
+    for name, array in {
+        "8.npy": values,
+        "16.npy": values.astype(np.uint16) * 256 + 7,
+        "float.npy": values / 255,
+    }.items():
         np.save(tmp_path / name, array)
         bands, size = bands_of(tmp_path / name, 5)
         assert size == (30, 20)

@@ -7,7 +7,7 @@ import pytest
 from fastmae.errors import InputError
 from fastmae.images import path_lists
 from fastmae.images.entries import key_of
-from fastmae.images.listing import write_list
+from fastmae.images.image_list import write_list
 from fastmae.images.sources import open_source
 
 
@@ -22,7 +22,13 @@ def wrote(path, content):
 
 def test_a_text_list_gives_a_path_a_line_without_blanks_and_comments(tmp_path):
     text = "# mine\na/1.jpg\r\n\n   \nb c/2.jpg\n../elsewhere/3.jpg\n/data/4.jpg\n#5.jpg\nlast.png"
-    assert keys(wrote(tmp_path / "list.txt", text)) == ["a/1.jpg", "b c/2.jpg", "../elsewhere/3.jpg", "/data/4.jpg", "last.png"]
+    assert keys(wrote(tmp_path / "list.txt", text)) == [
+        "a/1.jpg",
+        "b c/2.jpg",
+        "../elsewhere/3.jpg",
+        "/data/4.jpg",
+        "last.png",
+    ]
     assert keys(wrote(tmp_path / "bom.TXT", b"\xef\xbb\xbfa.jpg\n")) == ["a.jpg"]
     assert keys(wrote(tmp_path / "empty.txt", "")) == []
 
@@ -61,7 +67,9 @@ def test_the_column_of_paths_is_found_by_its_name_in_any_kind_of_table(name, tmp
     for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
         text = "\r\n".join(delimiter.join(row) for row in [("label", name), *quoted])
         assert keys(wrote(tmp_path / f"list{suffix}", text)) == [path for _, path in rows]
-    pq.write_table(pa.table({"label": [label for label, _ in rows], name: [path for _, path in rows]}), tmp_path / "list.parquet")
+    pq.write_table(
+        pa.table({"label": [label for label, _ in rows], name: [path for _, path in rows]}), tmp_path / "list.parquet"
+    )
     assert keys(tmp_path / "list.parquet") == [path for _, path in rows]
 
 
@@ -83,7 +91,11 @@ def test_paths_in_parquet_may_have_any_type_of_text_and_come_in_batches(kind, tm
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("list.csv", "img,label\na.jpg,cat\n", r"no column is called path, image, file, filename or file_name, .* 'img'"),
+        (
+            "list.csv",
+            "img,label\na.jpg,cat\n",
+            r"no column is called path, image, file, filename or file_name, .* 'img'",
+        ),
         ("list.csv", "x" * 5000 + ",label\n", "no column is called"),
         ("list.csv", "path,label,Image\na.jpg,cat,b.jpg\n", r"which column holds the paths, 'path', 'Image'\?"),
         ("list.csv", "label,path\ncat,a.jpg\ndog\n", "line 3 has no path in column 'path'"),

@@ -8,7 +8,7 @@ from PIL import Image
 
 from fastmae.errors import InputError
 from fastmae.images.entries import key_of
-from fastmae.images.listing import write_list
+from fastmae.images.image_list import write_list
 from fastmae.images.sources import open_source
 
 datasets = pytest.importorskip("datasets")
@@ -23,7 +23,9 @@ def png(value):
 
 def saved(rows, folder, column="photo", **more):
     """A dataset of (name, bytes) written by the library; every other column counts the rows."""
-    features = datasets.Features({"label": datasets.Value("int64"), column: datasets.Image(), **{name: datasets.Image() for name in more}})
+    features = datasets.Features(
+        {"label": datasets.Value("int64"), column: datasets.Image(), **{name: datasets.Image() for name in more}}
+    )
     images = [None if row is None else {"path": row[0], "bytes": row[1]} for row in rows]
     table = {"label": list(range(len(rows))), column: images, **dict.fromkeys(more, images)}
     dataset = datasets.Dataset.from_dict(table, features=features)
@@ -53,7 +55,9 @@ def test_each_row_gives_the_bytes_as_they_were_stored_under_a_key_of_its_own(tmp
 def test_the_keys_are_the_same_after_a_shuffle_and_in_another_column(tmp_path):
     dataset = saved(ROWS * 20, tmp_path / "set")
     dataset.shuffle(seed=3).rename_column("photo", "picture").save_to_disk(tmp_path / "shuffled", num_shards=3)
-    lists = [write_list(open_source(tmp_path / name).entries(), tmp_path / f"{name}.list") for name in ("set", "shuffled")]
+    lists = [
+        write_list(open_source(tmp_path / name).entries(), tmp_path / f"{name}.list") for name in ("set", "shuffled")
+    ]
     assert lists[0] == lists[1]
     assert lists[0].images == len(ROWS)  # each image is there twenty times
 

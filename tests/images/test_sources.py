@@ -6,7 +6,7 @@ import pytest
 from fastmae.cli import run
 from fastmae.errors import InputError
 from fastmae.images.entries import entry_of, key_of, label_of
-from fastmae.images.listing import ImageList, write_list
+from fastmae.images.image_list import ImageList, write_list
 from fastmae.images.sources import labelled_split, list_images, open_source
 
 
@@ -38,7 +38,9 @@ def test_linked_folders_are_followed_and_a_loop_of_links_ends(tmp_path):
     (tmp_path / "here" / "dog").symlink_to(tmp_path / "elsewhere" / "dog")
     (tmp_path / "here" / "cat" / "back").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "to").symlink_to(tmp_path / "here")
-    (tmp_path / "here" / "gone").symlink_to(tmp_path / "nowhere")  # a dangling link without a suffix: named later, when it is read
+    (tmp_path / "here" / "gone").symlink_to(
+        tmp_path / "nowhere"
+    )  # a dangling link without a suffix: named later, when it is read
     assert list_images(tmp_path / "here") == ["cat/1.jpg", "cat/back/dog/2.jpg", "dog/2.jpg", "gone"]
 
 
@@ -68,7 +70,17 @@ def test_a_class_without_an_image_is_named(tmp_path):
 
 
 def test_a_folder_gives_the_same_list_as_before_and_opens_each_file(tmp_path):
-    touch(tmp_path / "photos", "b/2.JPG", "a/1.png", "a/deep/3.webp", "no_suffix", "notes.txt", ".git/4.jpg", "a!/x.gif", "ünï 名.tif")
+    touch(
+        tmp_path / "photos",
+        "b/2.JPG",
+        "a/1.png",
+        "a/deep/3.webp",
+        "no_suffix",
+        "notes.txt",
+        ".git/4.jpg",
+        "a!/x.gif",
+        "ünï 名.tif",
+    )
     source = open_source(tmp_path / "photos")
     assert (source.kind, source.path) == ("folder", tmp_path / "photos")
     paths = list_images(tmp_path / "photos")
@@ -112,8 +124,26 @@ def test_a_missing_image_is_an_os_error(tmp_path):
 
 
 def test_a_source_is_recognised_by_what_the_path_is(tmp_path):
-    touch(tmp_path, "flat/1.jpg", "flat/x.tar", "flat/x.tar.gz", "tars/x.tar", "deep/a/1.jpg", "deep/x.tar.gz", "empty/notes.md")
-    touch(tmp_path, "list.txt", "list.CSV", "list.tsv", "list.parquet", "one.tar", "info/state.json", "info/dataset_info.json")
+    touch(
+        tmp_path,
+        "flat/1.jpg",
+        "flat/x.tar",
+        "flat/x.tar.gz",
+        "tars/x.tar",
+        "deep/a/1.jpg",
+        "deep/x.tar.gz",
+        "empty/notes.md",
+    )
+    touch(
+        tmp_path,
+        "list.txt",
+        "list.CSV",
+        "list.tsv",
+        "list.parquet",
+        "one.tar",
+        "info/state.json",
+        "info/dataset_info.json",
+    )
     touch(tmp_path, "info/1.jpg", "splits/dataset_dict.json", "half/state.json")
     kinds = {
         "folder": ["flat", "deep", "empty", "half"],

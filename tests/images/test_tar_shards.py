@@ -8,7 +8,7 @@ import pytest
 from fastmae.errors import InputError
 from fastmae.images import tar_shards
 from fastmae.images.entries import key_of
-from fastmae.images.listing import write_list
+from fastmae.images.image_list import write_list
 from fastmae.images.sources import open_source
 
 
@@ -33,7 +33,15 @@ def contents(source):
     return found
 
 
-MEMBERS = {"a": None, "a/1.jpg": b"one", "a/1.cls": b"7", "a/1.json": b"{}", "2.PNG": b"two" * 1000, "3.npy": b"", "README": b"no"}
+MEMBERS = {
+    "a": None,
+    "a/1.jpg": b"one",
+    "a/1.cls": b"7",
+    "a/1.json": b"{}",
+    "2.PNG": b"two" * 1000,
+    "3.npy": b"",
+    "README": b"no",
+}
 IMAGES = {"a/1.jpg": b"one", "2.PNG": b"two" * 1000, "3.npy": b""}
 
 
@@ -46,7 +54,9 @@ def test_one_tar_or_a_folder_of_tars_gives_the_bytes_of_each_image(layout, tmp_p
     (tmp_path / "below.tar").mkdir()
     source = open_source(tmp_path)
     assert (source.kind, source.path) == ("tar", tmp_path)
-    assert contents(source) == {f"{tar}/{name}": content for tar in ("00.tar", "01.TAR") for name, content in IMAGES.items()}
+    assert contents(source) == {
+        f"{tar}/{name}": content for tar in ("00.tar", "01.TAR") for name, content in IMAGES.items()
+    }
     one = open_source(tmp_path / "00.tar")
     assert (one.kind, one.path) == ("tar", tmp_path / "00.tar")
     assert contents(one) == {f"00.tar/{name}": content for name, content in IMAGES.items()}
@@ -56,7 +66,9 @@ def test_keys_do_not_depend_on_the_order_of_tars_and_members(tmp_path):
     for folder, members in (("one", IMAGES), ("other", dict(reversed(IMAGES.items())))):
         (tmp_path / folder).mkdir()
         pack(tmp_path / folder / "x.tar", members)
-    digests = {write_list(open_source(tmp_path / folder).entries(), tmp_path / "list").sha256 for folder in ("one", "other")}
+    digests = {
+        write_list(open_source(tmp_path / folder).entries(), tmp_path / "list").sha256 for folder in ("one", "other")
+    }
     assert len(digests) == 1
 
 
@@ -119,7 +131,9 @@ def with_size(content, size):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda content: content[:1536] + b"garbage!" * 64 + content[2048:],  # in the middle: Python would take it for the end
+        lambda content: (
+            content[:1536] + b"garbage!" * 64 + content[2048:]
+        ),  # in the middle: Python would take it for the end
         lambda content: b"garbage!" * 64 + content[512:],
         lambda content: content[:1536] + bytes(512) + content[2048:],  # a hole in the file
         lambda content: content + content,
@@ -137,7 +151,8 @@ def test_a_damaged_header_is_neither_the_end_nor_followed_out_of_the_tar(damage,
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("x.tar.gz", "w:gz"), ("x.tgz", "w:gz"), ("x.tar.bz2", "w:bz2"), ("x.tar.xz", "w:xz"), ("x.tar", "w:gz")]
+    ("name", "mode"),
+    [("x.tar.gz", "w:gz"), ("x.tgz", "w:gz"), ("x.tar.bz2", "w:bz2"), ("x.tar.xz", "w:xz"), ("x.tar", "w:gz")],
 )
 def test_a_compressed_tar_is_refused_with_the_way_out(name, mode, tmp_path):
     with tarfile.open(tmp_path / name, mode) as tar:
@@ -166,7 +181,16 @@ def test_an_entry_that_was_changed_by_hand_reads_nothing_else(tmp_path):
                 source.open(entry)
     with pytest.raises(InputError, match="not there"):
         single.open(b"y.tar/a/1.jpg\x01512,3")
-    for location in (b"", b"\x01", b"\x015", b"\x01-5,3", b"\x01a,b", b"\x011,2,3", b"\x01" + b"9" * 30 + b",1", "\x01²,³".encode()):
+    for location in (
+        b"",
+        b"\x01",
+        b"\x015",
+        b"\x01-5,3",
+        b"\x01a,b",
+        b"\x011,2,3",
+        b"\x01" + b"9" * 30 + b",1",
+        "\x01²,³".encode(),
+    ):
         with pytest.raises(InputError, match="does not say where"):
             folder.open(b"x.tar/a/1.jpg" + location)
     with pytest.raises(InputError, match=r"x\.tar ends before"):

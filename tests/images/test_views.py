@@ -22,35 +22,37 @@ def test_a_draw_depends_on_seed_epoch_and_index_alone():
     first = draw_view(3, 5, 7, 22, 14, True)
     again = draw_view(3, 5, 7, 22, 14, True)
     assert (first.row, first.col, first.flipped) == (again.row, again.col, again.flipped)
-    assert (first.order == again.order).all()
-    others = [draw_view(*key, 22, 14, True).order for key in ((4, 5, 7), (3, 6, 7), (3, 5, 8))]
-    assert not any((other == first.order).all() for other in others)
+    assert (first.ids_shuffle == again.ids_shuffle).all()
+    others = [draw_view(*key, 22, 14, True).ids_shuffle for key in ((4, 5, 7), (3, 6, 7), (3, 5, 8))]
+    assert not any((other == first.ids_shuffle).all() for other in others)
 
 
 def test_the_order_is_a_permutation_and_every_patch_is_visible_equally_often():
     visible = np.zeros(16)
     for index in range(4000):
-        order = draw_view(0, 0, index, 4, 4, False).order
-        assert sorted(order) == list(range(16))
-        visible[order[:4]] += 1
+        ids_shuffle = draw_view(0, 0, index, 4, 4, False).ids_shuffle
+        assert sorted(ids_shuffle) == list(range(16))
+        visible[ids_shuffle[:4]] += 1
     assert abs(visible - 1000).max() < 140
 
 
 def test_a_block_mask_hides_exactly_its_share_in_fewer_pieces_than_a_random_one():
-    def borders(order):
+    def borders(ids_shuffle):
         hidden = np.ones(196, dtype=bool)
-        hidden[order[:49]] = False
+        hidden[ids_shuffle[:49]] = False
         hidden = hidden.reshape(14, 14)
         return (hidden[1:] != hidden[:-1]).sum() + (hidden[:, 1:] != hidden[:, :-1]).sum()
 
-    blocks, scattered = ([draw_view(0, 0, i, 14, 14, False, mask).order for i in range(200)] for mask in ("block", "random"))
-    assert all(sorted(order) == list(range(196)) for order in blocks)
-    assert np.mean([borders(order) for order in blocks]) < 0.6 * np.mean([borders(order) for order in scattered])
+    blocks, scattered = (
+        [draw_view(0, 0, i, 14, 14, False, mask).ids_shuffle for i in range(200)] for mask in ("block", "random")
+    )
+    assert all(sorted(ids_shuffle) == list(range(196)) for ids_shuffle in blocks)
+    assert np.mean([borders(ids_shuffle) for ids_shuffle in blocks]) < 0.6 * np.mean([borders(ids_shuffle) for ids_shuffle in scattered])
     visible = np.zeros(196)
-    for order in blocks:
-        visible[order[:49]] += 1
+    for ids_shuffle in blocks:
+        visible[ids_shuffle[:49]] += 1
     assert (visible > 0).all()  # every place is seen in some view
-    again = draw_view(0, 0, 3, 14, 14, False, "block").order
+    again = draw_view(0, 0, 3, 14, 14, False, "block").ids_shuffle
     assert (again == blocks[3]).all()
 
 

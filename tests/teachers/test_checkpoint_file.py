@@ -50,7 +50,10 @@ def test_each_layout_gives_what_the_original_gives(layout, vit, tmp_path):
     torch.save(layout(vit.state_dict()), path)
     teacher = load_teacher(f"file/{path}", 64, 4)
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    mean, std = (
+        torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
+        torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1),
+    )
     with torch.no_grad():
         expected = vit.forward_features((pixels / 255 - mean) / std)[:, 1:]
     torch.testing.assert_close(teacher(pixels).flatten(1, 2), expected, atol=1e-5, rtol=1e-5)

@@ -9,7 +9,14 @@ import transformers
 from fastmae.errors import InputError
 from fastmae.teachers import load_teacher
 
-SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 64, "patch_size": 16}
+SMALL = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": 64,
+    "patch_size": 16,
+}
 VITS = {
     "vit": (transformers.ViTConfig(**SMALL), transformers.ViTModel),
     "vit_mae": (transformers.ViTMAEConfig(**SMALL), transformers.ViTMAEModel),
@@ -69,7 +76,9 @@ def test_mae_sees_all_patches_in_their_order(pixels, tmp_path):
     model.config.mask_ratio = 0.0
     with torch.no_grad():
         expected = model(normalised(pixels), noise=noise).last_hidden_state[:, 1:]
-    torch.testing.assert_close(load_teacher(f"hf/{tmp_path}", 64, 4)(pixels).flatten(1, 2), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        load_teacher(f"hf/{tmp_path}", 64, 4)(pixels).flatten(1, 2), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", list(VITS))

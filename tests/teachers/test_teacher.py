@@ -21,7 +21,12 @@ def network(name, **options):
 
 @pytest.mark.parametrize(
     ("name", "patch"),
-    [("vit_tiny_patch16_224", 16), ("vit_small_patch14_dinov2", 14), ("vit_small_patch14_reg4_dinov2", 14), ("vit_tiny_r_s16_p8_224", 32)],
+    [
+        ("vit_tiny_patch16_224", 16),
+        ("vit_small_patch14_dinov2", 14),
+        ("vit_small_patch14_reg4_dinov2", 14),
+        ("vit_tiny_r_s16_p8_224", 32),
+    ],
 )
 def test_a_vit_gives_its_normed_patch_tokens_one_for_one_whatever_its_patch(name, patch, pixels):
     model = network(name)
@@ -30,7 +35,9 @@ def test_a_vit_gives_its_normed_patch_tokens_one_for_one_whatever_its_patch(name
     tokens = teacher(pixels)
     assert tokens.shape == (2, 4, 4, model.embed_dim)
     # Written out with timm's own forward: all tokens after the final norm, prefix dropped.
-    images = F.interpolate(pixels.float(), size=(4 * patch, 4 * patch), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+    images = F.interpolate(
+        pixels.float(), size=(4 * patch, 4 * patch), mode="bicubic", antialias=True, align_corners=False
+    ).clamp(0, 255)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         expected = model.forward_features((images / 255 - mean) / std)[:, model.num_prefix_tokens :]
@@ -53,7 +60,9 @@ def test_each_family_saved_and_loaded_gives_what_the_original_gives(name, tmp_pa
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     size = model.pretrained_cfg["input_size"][-1]
     grid = size // model.patch_embed.patch_size[0]
-    teacher = load_teacher(f"timm/{name}", size, grid, tmp_path / "w.safetensors", norm="none" if name.startswith("eva02") else "auto")
+    teacher = load_teacher(
+        f"timm/{name}", size, grid, tmp_path / "w.safetensors", norm="none" if name.startswith("eva02") else "auto"
+    )
     pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
@@ -72,7 +81,9 @@ def test_clip_by_its_own_name_is_timms_encoder_with_the_activation_it_was_traine
 
 
 def test_the_last_blocks_are_averaged_after_the_norm(pixels):
-    one_by_one = [Teacher("t", network("vit_tiny_patch16_224"), 64, 4, block=b, norm="final")(pixels) for b in (9, 10, 11)]
+    one_by_one = [
+        Teacher("t", network("vit_tiny_patch16_224"), 64, 4, block=b, norm="final")(pixels) for b in (9, 10, 11)
+    ]
     together = Teacher("t", network("vit_tiny_patch16_224"), 64, 4, last=3)
     assert (together.block, together.last, together.norm) == (11, 3, "final")
     torch.testing.assert_close(together(pixels), sum(one_by_one) / 3, atol=1e-5, rtol=1e-5)
@@ -99,12 +110,16 @@ def test_a_cnn_sees_at_least_its_own_size_and_its_map_is_brought_to_the_grid(pix
     assert (teacher.kind, teacher.norm, teacher.input_size) == ("cnn", "none", 224)
     tokens = teacher(pixels)
     assert tokens.shape == (2, 8, 8, 512)
-    fine = Teacher("timm/resnet18", network("resnet18"), middle_size=64, grid=8, block=2)  # stride 8: its grid is the student's
+    fine = Teacher(
+        "timm/resnet18", network("resnet18"), middle_size=64, grid=8, block=2
+    )  # stride 8: its grid is the student's
     assert fine.input_size == 64
     assert fine(pixels).shape == (2, 8, 8, 128)
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "regnetx_002", "mobilenetv3_small_050", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", ["convnext_atto", "regnetx_002", "mobilenetv3_small_050", "swin_tiny_patch4_window7_224"]
+)
 @pytest.mark.parametrize("grid", [8, 12])  # 12: swin looks at 352 px, not at its own 224
 def test_other_families_give_a_grid_too(name, grid, pixels):
     teacher = Teacher("timm/" + name, network(name), middle_size=352 if grid == 12 else 64, grid=grid)

@@ -15,7 +15,14 @@ from fastmae.tokens.codec import code_layout, learns, load_codec, parse_codec
 from fastmae.tokens.quantise import deal, learn_codec, learn_from, share_variance
 
 C = 48
-NAMES = ["fp32", "fp16", "int8", "pq1", "pq12", "pq13"]  # 13 does not divide 48: groups of 4 directions, the last ones of 3
+NAMES = [
+    "fp32",
+    "fp16",
+    "int8",
+    "pq1",
+    "pq12",
+    "pq13",
+]  # 13 does not divide 48: groups of 4 directions, the last ones of 3
 
 
 def correlated(count, seed, dim=C):
@@ -23,7 +30,9 @@ def correlated(count, seed, dim=C):
     mixing = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(0)))[0]
     made = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, dim + 1) ** -0.7
-    clumps = torch.randn(40, dim, generator=torch.Generator().manual_seed(1))[torch.randint(40, (count,), generator=made)]
+    clumps = torch.randn(40, dim, generator=torch.Generator().manual_seed(1))[
+        torch.randint(40, (count,), generator=made)
+    ]
     tokens = (0.6 * torch.randn(count, dim, generator=made) + clumps) * spectrum @ mixing
     return 20 * tokens * torch.linspace(0.5, 2, dim) + torch.linspace(-3, 3, dim)
 
@@ -80,7 +89,9 @@ def test_tokens_beyond_fp16s_numbers_are_quantised_all_the_same():
 def test_the_two_ways_of_decoding_agree(codecs):
     quantiser = codecs["pq12"].quantiser
     codes = torch.from_numpy(codecs["pq12"].encode(correlated(300, seed=3)))
-    torch.testing.assert_close(quantiser.decode_by_sums(codes), quantiser.decode_by_product(codes), rtol=2e-3, atol=2e-2)
+    torch.testing.assert_close(
+        quantiser.decode_by_sums(codes), quantiser.decode_by_product(codes), rtol=2e-3, atol=2e-2
+    )
 
 
 def test_decoding_is_the_same_under_autocast(codecs):
@@ -98,7 +109,9 @@ def test_int8_is_the_nearest_of_256_steps(codecs):
     codes = codecs["int8"].encode(tokens)
     expected = np.clip(np.rint((tokens.numpy() - offset) / scale), 0, 255)
     np.testing.assert_array_equal(codes, expected)
-    torch.testing.assert_close(codecs["int8"].decode(torch.from_numpy(codes)), torch.from_numpy(offset + scale * codes.astype(np.float32)))
+    torch.testing.assert_close(
+        codecs["int8"].decode(torch.from_numpy(codes)), torch.from_numpy(offset + scale * codes.astype(np.float32))
+    )
     unclipped = (expected > 0) & (expected < 255)
     assert unclipped.mean() > 0.999
     error = np.abs(codecs["int8"].decode(torch.from_numpy(codes)).numpy() - tokens.numpy())
@@ -147,12 +160,17 @@ def test_floats_come_back_as_they_were():
 def test_encoding_what_was_decoded_gives_the_same_codes(name, codecs):
     codes = codecs[name].encode(correlated(500, seed=3))
     again = codecs[name].encode(codecs[name].decode(torch.from_numpy(codes)))
-    assert (again != codes).mean() < 1e-3  # pq decodes to float16's precision, so two centroids that all but coincide may swap
+    assert (
+        again != codes
+    ).mean() < 1e-3  # pq decodes to float16's precision, so two centroids that all but coincide may swap
 
 
 def test_more_bytes_lose_less():
     sample, held_out = correlated(2000, seed=2), correlated(500, seed=3)
-    errors = [relative_error(learn_codec(name, sample, seed=0), held_out) for name in ("pq2", "pq4", "pq8", "pq16", "pq24", "int8", "fp16")]
+    errors = [
+        relative_error(learn_codec(name, sample, seed=0), held_out)
+        for name in ("pq2", "pq4", "pq8", "pq16", "pq24", "int8", "fp16")
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 0.3 and errors[4] < 0.15 and errors[5] < 0.02
 
@@ -227,11 +245,15 @@ def test_another_process_with_other_threads_learns_the_same_bytes_and_encodes_to
     given = {"sample": correlated(4000, seed=2).numpy(), "tokens": tokens.numpy()}
     learnt = {name + key: value for name in ("int8", "pq13") for key, value in codecs[name].tensors().items()}
     save_file(given | learnt, tmp_path / "given.safetensors")
-    subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path / "given.safetensors", tmp_path / "out.safetensors"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, tmp_path / "given.safetensors", tmp_path / "out.safetensors"], check=True
+    )
     out = load_file(tmp_path / "out.safetensors")
     for name in ("int8", "pq13"):
         assert np.array_equal(out.pop(name + "codes"), codecs[name].encode(tokens))
-    assert {key: value.tobytes() for key, value in out.items()} == {key: value.tobytes() for key, value in learnt.items()}
+    assert {key: value.tobytes() for key, value in out.items()} == {
+        key: value.tobytes() for key, value in learnt.items()
+    }
 
 
 def test_another_seed_starts_the_clustering_elsewhere(codecs):
@@ -289,7 +311,8 @@ def test_numbers_beyond_fp16_are_refused():
 
 
 @pytest.mark.parametrize(
-    "name", ["pq", "pq0", "pq048", "pqx", "pq-4", "pq 48", "pq48 ", "pq48\n", "PQ48", "pq٤", "pq999999", "int4", "", "bf16"]
+    "name",
+    ["pq", "pq0", "pq048", "pqx", "pq-4", "pq 48", "pq48 ", "pq48\n", "PQ48", "pq٤", "pq999999", "int4", "", "bf16"],
 )
 def test_a_name_that_is_no_codecs_is_answered_with_those_that_are(name):
     for ask in (parse_codec, learns, lambda name: code_layout(name, C), lambda name: load_codec(name, C, {})):
@@ -341,14 +364,20 @@ DAMAGE = {
     "of another rank": lambda tensor: tensor[None],
     "a single number": lambda tensor: tensor.reshape(-1)[:1].reshape(()),
     "of another dtype": lambda tensor: tensor.astype(np.float64),
-    "not finite": lambda tensor: np.where(np.arange(tensor.size).reshape(tensor.shape) == 3, np.array(np.nan, tensor.dtype), tensor),
+    "not finite": lambda tensor: np.where(
+        np.arange(tensor.size).reshape(tensor.shape) == 3, np.array(np.nan, tensor.dtype), tensor
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize(
     ("name", "tensor"),
-    [("int8", "offset"), ("int8", "scale"), *(("pq12", part) for part in ("offset", "forward", "inverse", "centroids"))],
+    [
+        ("int8", "offset"),
+        ("int8", "scale"),
+        *(("pq12", part) for part in ("offset", "forward", "inverse", "centroids")),
+    ],
 )
 def test_codebooks_that_are_damaged_are_named(name, tensor, damage, codecs):
     tensors = dict(codecs[name].tensors())
@@ -375,7 +404,9 @@ def test_codebooks_of_another_codec_are_refused(codecs):
 def test_the_mean_of_an_images_decoded_tokens_is_its_own(tokens_of_images):
     """Whatever the codes lose, an image keeps the mean in which its category lies; for views of it the same mean is added."""
     tokens = tokens_of_images
-    codec = learn_from("pq4", tokens.flatten(0, 2), tokens.mean((1, 2), keepdim=True).expand_as(tokens).flatten(0, 2), 0)
+    codec = learn_from(
+        "pq4", tokens.flatten(0, 2), tokens.mean((1, 2), keepdim=True).expand_as(tokens).flatten(0, 2), 0
+    )
     codes, means = (torch.from_numpy(kept) for kept in codec.encode_grids(tokens))
     assert (codes.shape, means.shape, means.dtype) == ((40, 6, 6, 4), (40, 12), torch.float16)
     decoded = codec.decode_grids(codes, means)

@@ -60,7 +60,9 @@ def damaged(data, kind, place, bit):
     st.integers(0, 10**9),
     st.integers(0, 7),
 )
-def test_a_mutated_store_never_gives_wrong_tokens_in_silence(small_store, written, tmp_path_factory, which, kind, place, bit):
+def test_a_mutated_store_never_gives_wrong_tokens_in_silence(
+    small_store, written, tmp_path_factory, which, kind, place, bit
+):
     folder = tmp_path_factory.mktemp("mutated") / "s"
     shutil.copytree(small_store, folder)
     names = files_of(folder)
@@ -91,7 +93,9 @@ def test_a_damaged_record_stops_training_with_its_name_or_is_skipped(copy, flip_
     flip_in_record(copy, 1, 3)  # image 11 of shards of 8
     draws = ViewDraws(4, True, "random", 4, seed=0)
     visits = [(0, index) for index in range(8, 14)]
-    with pytest.raises(DamagedError, match=f"image {paths[11]}: .*00001.safetensors: the tokens of its image 3 are damaged"):
+    with pytest.raises(
+        DamagedError, match=f"image {paths[11]}: .*00001.safetensors: the tokens of its image 3 are damaged"
+    ):
         StoreViews([[TokenStore(copy)]], draws)[(0, 11)]
     without = StoreViews([[TokenStore(copy)]], draws, on_damage="skip")
     batch = without.__getitems__(visits)
@@ -103,7 +107,9 @@ def test_a_damaged_record_stops_training_with_its_name_or_is_skipped(copy, flip_
     assert torch.equal(batch.pixels[3], stand_in.view_pixels(12, draw.row, draw.col, 4, draw.flipped))
 
 
-def test_pretrain_stops_at_damage_by_default_and_goes_on_without_the_image_on_request(copy, flip_in_record, tiny_student, tmp_path, capfd):
+def test_pretrain_stops_at_damage_by_default_and_goes_on_without_the_image_on_request(
+    copy, flip_in_record, tiny_student, tmp_path, capfd
+):
     flip_in_record(copy, 0, 2)
     args = ["pretrain", str(copy), str(tmp_path / "run"), *tiny_student, "--epochs", "1", "--workers", "1"]
     assert run(args) == 2
@@ -115,8 +121,21 @@ def test_pretrain_stops_at_damage_by_default_and_goes_on_without_the_image_on_re
 
 
 def test_a_run_that_meets_damage_saves_what_it_has_trained(copy, flip_in_record, tiny_student, tmp_path):
-    args = ["pretrain", str(copy), str(tmp_path / "run"), *tiny_student, "--epochs", "8", "--workers", "0", "--shuffle-window", "1"]
-    flip_in_record(copy, int(np.random.default_rng((0, 0)).permutation(4)[-1]), 0)  # of the last shard of the first epoch
+    args = [
+        "pretrain",
+        str(copy),
+        str(tmp_path / "run"),
+        *tiny_student,
+        "--epochs",
+        "8",
+        "--workers",
+        "0",
+        "--shuffle-window",
+        "1",
+    ]
+    flip_in_record(
+        copy, int(np.random.default_rng((0, 0)).permutation(4)[-1]), 0
+    )  # of the last shard of the first epoch
     assert run(args) == 2
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 2
 
@@ -146,7 +165,10 @@ def edit_part(path, **changes):
         (lambda s: edit(s / "store.json", format="other"), "not a token store"),
         (lambda s: edit(s / "store.json", middle_size="96"), "'middle_size' is missing or not of type int"),
         (lambda s: edit(s / "store.json", patch_size=0), "sizes that can't be"),
-        (lambda s: edit(s / "store.json", token_dim=96), "store.json: was changed after the store was finished .token_dim: 96, not 192"),
+        (
+            lambda s: edit(s / "store.json", token_dim=96),
+            "store.json: was changed after the store was finished .token_dim: 96, not 192",
+        ),
         (lambda s: edit_part(s / "store.json", source="../../etc"), "source '../../etc' is not a whole path"),
         (lambda s: edit_part(s / "store.json", source="/data/../etc"), "is not a whole path"),
         (lambda s: edit_part(s / "store.json", source="/data"), "where the images lay"),
@@ -160,9 +182,15 @@ def edit_part(path, **changes):
         (lambda s: (s / "index.parquet").unlink(), "index.parquet: missing"),
         (lambda s: (s / "index.parquet").write_bytes(b"PAR1"), "index.parquet: damaged"),
         (lambda s: shard_path(s, 0).unlink(), "00000.safetensors: missing"),
-        (lambda s: shard_path(s, 0).write_bytes(shard_path(s, 0).read_bytes()[:5000]), "00000.safetensors: has 5000 bytes, not"),
+        (
+            lambda s: shard_path(s, 0).write_bytes(shard_path(s, 0).read_bytes()[:5000]),
+            "00000.safetensors: has 5000 bytes, not",
+        ),
         (lambda s: shutil.copy(shard_path(s, 1), shard_path(s, 0)), r"00000.safetensors: has \d+ bytes, not"),
-        (lambda s: shard_path(s, 0).write_bytes(shard_path(s, 0).read_bytes().replace(b"F64", b"I64", 1)), "its header is damaged"),
+        (
+            lambda s: shard_path(s, 0).write_bytes(shard_path(s, 0).read_bytes().replace(b"F64", b"I64", 1)),
+            "its header is damaged",
+        ),
         (lambda s: (s / "statistics.safetensors").unlink(), "statistics.safetensors: missing"),
     ],
 )

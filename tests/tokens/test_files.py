@@ -26,7 +26,9 @@ FORK = multiprocessing.get_context("fork")
 
 
 def content(name, version="a"):
-    return (f"{version} {name} " * SHARD)[:SHARD].encode() if name.startswith("shards") else f"{version} {name}".encode()
+    return (
+        (f"{version} {name} " * SHARD)[:SHARD].encode() if name.startswith("shards") else f"{version} {name}".encode()
+    )
 
 
 class StoreServer(ThreadingHTTPServer):
@@ -138,7 +140,13 @@ def wait_until(condition, seconds=10):
 
 
 def test_a_location_with_a_scheme_is_a_url_and_all_else_a_folder(tmp_path):
-    assert [is_url(text) for text in ("s3://b/s", "file:///s", "/data/s", "s", "c:/s")] == [True, True, False, False, False]
+    assert [is_url(text) for text in ("s3://b/s", "file:///s", "/data/s", "s", "c:/s")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert open_files("s3://b/s/", tmp_path, 1).location == "s3://b/s"
     for folder in (str(tmp_path), tmp_path):
         files = open_files(folder, tmp_path / "cache", 1)
@@ -277,7 +285,9 @@ def test_all_stores_and_processes_together_keep_the_cache_within_its_limit(serve
         process.start()
     most = 0
     while any(process.is_alive() for process in processes):
-        with FileLock(tmp_path / "cache" / ".lock"):  # or a file that gives way is counted together with the one that comes
+        with FileLock(
+            tmp_path / "cache" / ".lock"
+        ):  # or a file that gives way is counted together with the one that comes
             most = max(most, total_bytes(tmp_path / "cache"))
         time.sleep(0.01)
     assert [process.exitcode for process in processes] == [0, 0]
@@ -307,7 +317,9 @@ def test_a_killed_download_leaves_nothing_that_counts(next_name, server, tmp_pat
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     server.pause = 0
-    assert files.path(next_name).read_bytes() == content(next_name)  # the one that was killed, or another one that needs its room
+    assert files.path(next_name).read_bytes() == content(
+        next_name
+    )  # the one that was killed, or another one that needs its room
     assert held(tmp_path) == {next_name: SHARD}
 
 
@@ -335,7 +347,9 @@ def test_a_server_that_says_no_size_is_believed_and_counted(server, tmp_path, mo
     assert held(tmp_path) == dict.fromkeys(SHARDS[2:4], SHARD)
 
 
-@pytest.mark.parametrize(("status", "says"), [(403, "no permission; give the credentials that http://"), (404, "no such file; check")])
+@pytest.mark.parametrize(
+    ("status", "says"), [(403, "no permission; give the credentials that http://"), (404, "no such file; check")]
+)
 def test_what_the_server_keeps_back_is_one_line_at_once(status, says, server, tmp_path):
     server.status[f"/store/{SHARDS[0]}"] = status
     files = remote(server.url, tmp_path)
@@ -377,7 +391,10 @@ def test_a_shard_that_the_cache_can_not_hold_is_refused_with_what_it_takes(url, 
     files = RemoteFiles(url, tmp_path / "cache", SHARD - 1)
     files.pin("v1")
     files.path("store.json")
-    with pytest.raises(InputError, match=r"may hold 0.05 MB, but 00000.safetensors takes 0.05 MB beside 1.2e-05 MB of small files; allow"):
+    with pytest.raises(
+        InputError,
+        match=r"may hold 0.05 MB, but 00000.safetensors takes 0.05 MB beside 1.2e-05 MB of small files; allow",
+    ):
         files.path(SHARDS[0])
 
 
@@ -473,7 +490,9 @@ def test_forked_loader_workers_and_their_parent_fetch_side_by_side(server, tmp_p
     files = remote(server.url, tmp_path)
     files.path("store.json")
     server.pause = 0.3
-    files.prefetch(SHARDS[:2])  # on their way, over the parent's connections and under its locks, when the workers are forked
+    files.prefetch(
+        SHARDS[:2]
+    )  # on their way, over the parent's connections and under its locks, when the workers are forked
     wait_until(lambda: server.fetched.total() == 3)
     loader = iter(DataLoader(Reading(files), num_workers=2, batch_size=1))
     server.pause = 0

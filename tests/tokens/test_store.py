@@ -39,9 +39,15 @@ def test_view_tokens_and_pixels_equal_the_teachers_sub_grid_at_every_offset(vit_
                 for col in range(6 - size + 1):
                     view = store.view(index, row, col, size)
                     # The teacher ran on a batch here and on one image there: equal up to fp32 rounding of its sums.
-                    torch.testing.assert_close(view.tokens, features[row : row + size, col : col + size], atol=1e-4, rtol=1e-4)
-                    assert torch.equal(view.tokens, store.view(index, 0, 0, 6).tokens[row : row + size, col : col + size])
-                    assert torch.equal(view.pixels, middle[:, 16 * row : 16 * (row + size), 16 * col : 16 * (col + size)])
+                    torch.testing.assert_close(
+                        view.tokens, features[row : row + size, col : col + size], atol=1e-4, rtol=1e-4
+                    )
+                    assert torch.equal(
+                        view.tokens, store.view(index, 0, 0, 6).tokens[row : row + size, col : col + size]
+                    )
+                    assert torch.equal(
+                        view.pixels, middle[:, 16 * row : 16 * (row + size), 16 * col : 16 * (col + size)]
+                    )
 
 
 def test_a_jpeg_store_in_fp16_holds_the_teachers_view_of_its_own_pixels(photos, vit_weights, tmp_path):
@@ -66,7 +72,9 @@ def test_a_jpeg_store_in_fp16_holds_the_teachers_view_of_its_own_pixels(photos, 
         torch.testing.assert_close(view.tokens.float(), teacher(whole[None])[0, 1:5, 2:6], atol=4e-3, rtol=4e-3)
 
 
-@pytest.mark.parametrize("place", [(-1, 0, 0, 4), (30, 0, 0, 4), (0, 3, 0, 4), (0, 0, -1, 4), (0, 0, 0, 7), (0, 0, 0, 0)])
+@pytest.mark.parametrize(
+    "place", [(-1, 0, 0, 4), (30, 0, 0, 4), (0, 3, 0, 4), (0, 0, -1, 4), (0, 0, 0, 7), (0, 0, 0, 0)]
+)
 def test_a_view_outside_the_store_or_the_image_is_an_index_error(vit_store, place):
     with pytest.raises(IndexError):
         TokenStore(vit_store).view(*place)
@@ -106,7 +114,16 @@ def test_a_flipped_sample_is_the_unflipped_view_mirrored_in_pixels_and_tokens(vi
 def two_sizes(photos, vit_weights, tmp_path_factory):
     """Middle images of 64 and 96 px, with the mirrored images' tokens."""
     store = tmp_path_factory.mktemp("stores") / "two.tokens"
-    args = ["--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", str(vit_weights), "--workers", "0", "--codec", "fp32"]
+    args = [
+        "--teacher",
+        "timm/vit_tiny_patch16_224",
+        "--teacher-weights",
+        str(vit_weights),
+        "--workers",
+        "0",
+        "--codec",
+        "fp32",
+    ]
     more = ["--middle-size", "96,64", "--flips", "stored", "--pixels", "raw", "--shard-size", "16"]
     assert run(["tokenize", str(photos / "train"), str(store), *args, *more]) == 0
     return store
@@ -123,7 +140,9 @@ def test_stored_flips_are_the_teachers_own_of_the_mirrored_image(two_sizes, vit_
         torch.testing.assert_close(tokens, expected[row : row + 4, place : place + 4], atol=1e-5, rtol=1e-5)
         pixels = store.view_pixels(5, row, col, 4).flip(-1)
         assert torch.equal(pixels, mirrored[:, 16 * row : 16 * row + 64, 16 * place : 16 * place + 64])
-    assert not torch.allclose(store.view_tokens(5, 0, 0, 6).flip(1), store.view_tokens(5, 0, 0, 6, flipped=True), atol=1e-3)
+    assert not torch.allclose(
+        store.view_tokens(5, 0, 0, 6).flip(1), store.view_tokens(5, 0, 0, 6, flipped=True), atol=1e-3
+    )
 
 
 def test_views_of_several_sizes_are_aligned_at_each(two_sizes):
@@ -154,7 +173,20 @@ def test_a_folder_of_several_sizes_that_is_damaged_or_other_is_one_line(two_size
     assert run(["inspect", str(two_sizes), "--json"]) == 0
     held = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (held["grid"], held["middle_size"], held["flips"], held["shards"]) == ([4, 6], [64, 96], "stored", 4)
-    assert run(["tokenize", str(photos / "train"), str(two_sizes), "--middle-size", "64,128", "--teacher", "efficientnet-lite0"]) == 2
+    assert (
+        run(
+            [
+                "tokenize",
+                str(photos / "train"),
+                str(two_sizes),
+                "--middle-size",
+                "64,128",
+                "--teacher",
+                "efficientnet-lite0",
+            ]
+        )
+        == 2
+    )
     assert "was begun with --middle-size 64,96" in capsys.readouterr().err
     assert run(["tokenize", str(photos / "train"), str(tmp_path / "s"), "--middle-size", "64,x"]) == 2
     assert "several with commas" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastmae.cli import run
-from fastmae.durable import write_whole
+from fastmae.runtime.durable import write_whole
 
 ARGS = [
     "--teacher",
@@ -32,8 +32,12 @@ def build(photos, store, weights, *more):
     return run(["tokenize", str(photos / "train"), str(store), "--teacher-weights", str(weights), *ARGS, *more])
 
 
-@pytest.mark.parametrize("lost", [["shards/00002.safetensors"], ["shards/00000.safetensors", "index.parquet"], ["statistics.safetensors"]])
-def test_an_unfinished_store_is_completed_to_the_same_bytes(lost, photos, vit_store, vit_weights, tmp_path, abandoned_part):
+@pytest.mark.parametrize(
+    "lost", [["shards/00002.safetensors"], ["shards/00000.safetensors", "index.parquet"], ["statistics.safetensors"]]
+)
+def test_an_unfinished_store_is_completed_to_the_same_bytes(
+    lost, photos, vit_store, vit_weights, tmp_path, abandoned_part
+):
     store = tmp_path / "s"
     shutil.copytree(vit_store, store)
     for name in lost:
@@ -43,10 +47,14 @@ def test_an_unfinished_store_is_completed_to_the_same_bytes(lost, photos, vit_st
     assert contents(store) == contents(vit_store)
 
 
-def test_processes_that_share_a_store_end_in_the_bytes_of_one(photos, vit_store, vit_weights, tmp_path, capsys, monkeypatch):
+def test_processes_that_share_a_store_end_in_the_bytes_of_one(
+    photos, vit_store, vit_weights, tmp_path, capsys, monkeypatch
+):
     store = tmp_path / "s"
     for rank in (2, 0):  # in any order
-        assert build(photos, store, vit_weights, "--workers", "0", "--rank", str(rank), "--world-size", "3", "--json") == 0
+        assert (
+            build(photos, store, vit_weights, "--workers", "0", "--rank", str(rank), "--world-size", "3", "--json") == 0
+        )
         out = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert out["finished"] is False
         assert out["images"] == (8 if rank == 2 else 8 + 6)  # shards 2; 0 and 3
@@ -58,7 +66,13 @@ def test_processes_that_share_a_store_end_in_the_bytes_of_one(photos, vit_store,
 
 
 @pytest.mark.parametrize(
-    "share", [["--rank", "0"], ["--world-size", "2"], ["--rank", "2", "--world-size", "2"], ["--rank", "-1", "--world-size", "2"]]
+    "share",
+    [
+        ["--rank", "0"],
+        ["--world-size", "2"],
+        ["--rank", "2", "--world-size", "2"],
+        ["--rank", "-1", "--world-size", "2"],
+    ],
 )
 def test_a_share_that_is_none_is_one_line(share, photos, vit_weights, tmp_path, capsys):
     assert build(photos, tmp_path / "s", vit_weights, *share) == 2
@@ -121,7 +135,10 @@ def test_undecodable_files_are_skipped_named_and_indexed(photos, vit_weights, tm
 def test_nothing_but_broken_files_is_an_error(vit_weights, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.jpg").write_bytes(b"<html>")
-    assert run(["tokenize", str(tmp_path / "images"), str(tmp_path / "s"), "--teacher-weights", str(vit_weights), *ARGS]) == 2
+    assert (
+        run(["tokenize", str(tmp_path / "images"), str(tmp_path / "s"), "--teacher-weights", str(vit_weights), *ARGS])
+        == 2
+    )
     assert "not one image could be decoded" in capsys.readouterr().err
 
 
@@ -138,7 +155,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     assert contents(tmp_path) == {"x": b"old"}
 
 
-def test_a_disk_that_takes_no_more_is_one_line_and_the_call_can_be_repeated(photos, vit_store, vit_weights, tmp_path, fastmae_command):
+def test_a_disk_that_takes_no_more_is_one_line_and_the_call_can_be_repeated(
+    photos, vit_store, vit_weights, tmp_path, fastmae_command
+):
     import resource
     import subprocess
 
@@ -156,7 +175,9 @@ def test_a_disk_that_takes_no_more_is_one_line_and_the_call_can_be_repeated(phot
     assert contents(tmp_path / "s") == contents(vit_store)
 
 
-def test_a_kill_before_anything_was_written_leaves_a_folder_that_can_be_used(photos, vit_store, vit_weights, tmp_path, abandoned_part):
+def test_a_kill_before_anything_was_written_leaves_a_folder_that_can_be_used(
+    photos, vit_store, vit_weights, tmp_path, abandoned_part
+):
     store = tmp_path / "s"
     store.mkdir()
     (store / abandoned_part("store.json")).write_text("{")

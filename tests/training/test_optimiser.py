@@ -4,7 +4,8 @@ import timm
 import torch
 from torch import nn
 
-from fastmae.model import Student, build_encoder
+from fastmae.student.encoder import build_encoder
+from fastmae.student.student import Student
 from fastmae.training.optimiser import adamw, cosine_schedule, layer_decayed_groups, linear_schedule
 
 

@@ -66,7 +66,11 @@ def test_any_window_visits_every_image_once_an_epoch_and_epochs_differ(window):
     for epoch in range(3):
         assert sorted(order.epoch(epoch)) == list(range(61))
         assert order.epoch(epoch).tolist() != order.epoch(epoch + 1).tolist()
-    assert order.epoch(0).tolist() == ShuffleOrder(SIZES, 3, window).epoch(0).tolist() != ShuffleOrder(SIZES, 4, window).epoch(0).tolist()
+    assert (
+        order.epoch(0).tolist()
+        == ShuffleOrder(SIZES, 3, window).epoch(0).tolist()
+        != ShuffleOrder(SIZES, 4, window).epoch(0).tolist()
+    )
 
 
 @pytest.mark.parametrize("window", [0, 10, 99])
@@ -97,7 +101,12 @@ def test_a_batch_comes_from_about_a_windows_shards_and_neighbours_change_over_ep
     of_batch = [len(np.unique(batch // size)) for batch in visited.reshape(-1, 160)]
     assert (min(of_batch), max(of_batch)) == (8, 8)  # five batches a group: none spans two
     # Shards that were in one group with shard 0 at least once: each other one misses an epoch with probability 1 - 7 / 63.
-    with_zero = [set((group // size).tolist()) for groups in visited.reshape(30, 8, 800) for group in groups if 0 in group // size]
+    with_zero = [
+        set((group // size).tolist())
+        for groups in visited.reshape(30, 8, 800)
+        for group in groups
+        if 0 in group // size
+    ]
     assert abs(len(set().union(*with_zero)) - 1 - 63 * (1 - (1 - 7 / 63) ** 30)) < 4
     # A pair of neighbours is one again with probability 1 / 800 when both are in one group: always within a shard, 7 / 63 across.
     pairs = [set(zip(epoch[:-1].tolist(), epoch[1:].tolist(), strict=True)) for epoch in visited]

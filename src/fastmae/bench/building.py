@@ -12,9 +12,9 @@ from fastmae.bench.sample import begin_store, evenly
 from fastmae.bench.timing import Rate, interleave, seconds_of
 from fastmae.images.middle import MiddleImage
 from fastmae.images.sources import Source
-from fastmae.loading import worker_count
-from fastmae.offline import Loading, StoreImages, fill
-from fastmae.progress import Progress
+from fastmae.offline.fill import Loading, StoreImages, fill
+from fastmae.runtime.progress import Progress
+from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher
 from fastmae.tokens.codec import Codec
 from fastmae.tokens.format import StoreInfo
@@ -27,7 +27,14 @@ MOST = 2048
 
 
 def building_rate(
-    folder: Path, info: StoreInfo, codec: Codec, source: Source, entries: list[bytes], teacher: Teacher, loading: Loading, rounds: int
+    folder: Path,
+    info: StoreInfo,
+    codec: Codec,
+    source: Source,
+    entries: list[bytes],
+    teacher: Teacher,
+    loading: Loading,
+    rounds: int,
 ) -> dict[str, Any]:
     """Time both on the same images, in turn.
 
@@ -60,7 +67,11 @@ def building_rate(
         return seconds
 
     seconds = interleave(
-        {"teacher": lambda _: seconds_of(lambda: finished([teacher(pixels) for pixels in ready][-1])), "tokenize": build}, rounds
+        {
+            "teacher": lambda _: seconds_of(lambda: finished([teacher(pixels) for pixels in ready][-1])),
+            "tokenize": build,
+        },
+        rounds,
     )
     bare, whole = (Rate.of(images, seconds[name]) for name in ("teacher", "tokenize"))
     return {

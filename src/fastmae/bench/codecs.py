@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmae.bench.timing import interleave, seconds_of
-from fastmae.targets import patch_norm
+from fastmae.student.targets import patch_norm
 from fastmae.tokens.codec import Codec
 
 VIEWS, VIEW = 64, 14
@@ -73,7 +73,9 @@ class Kept:
             self.normed.add(patch_norm(grids), patch_norm(decoded))
 
 
-def speeds(codecs: Sequence[Codec], grids: torch.Tensor, device: torch.device, rounds: int) -> list[tuple[list[float], list[float]]]:
+def speeds(
+    codecs: Sequence[Codec], grids: torch.Tensor, device: torch.device, rounds: int
+) -> list[tuple[list[float], list[float]]]:
     """Of each codec the seconds of encoding and of decoding, a round each.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fastmae.linear import linear
+from fastmae.runtime.fast_linear import linear
 
 
 def flops_of(work: Callable[[], object]) -> int:
@@ -46,7 +46,11 @@ class BlockProducts:
             return torch.randn(*shape, device=device, dtype=dtype)
 
         self.operands = [
-            (draw(batch, tokens, inputs).requires_grad_(), draw(outputs, inputs).requires_grad_(), draw(batch, tokens, outputs))
+            (
+                draw(batch, tokens, inputs).requires_grad_(),
+                draw(outputs, inputs).requires_grad_(),
+                draw(batch, tokens, outputs),
+            )
             for inputs, outputs in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
         ]
         self.flops = 3 * 2 * batch * tokens * 12 * width**2

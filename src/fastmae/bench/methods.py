@@ -14,16 +14,17 @@ from fastmae.bench.gemm import BlockProducts
 from fastmae.bench.published_mae import PublishedMae
 from fastmae.config import BenchStepConfig, PretrainConfig, implied_values
 from fastmae.errors import InputError, first_line
-from fastmae.fabric import Fabric
 from fastmae.images.views import normalise
-from fastmae.model import StudentLoss, build_encoder, sincos_positions, visible_patches
-from fastmae.runs import build_student
-from fastmae.steps import optimizer_for
-from fastmae.targets import NormPix, OnlineTokens, StoredTokens, Target, patch_norm
+from fastmae.pretraining.step import optimizer_for
+from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import launch
+from fastmae.student.encoder import build_encoder, sincos_positions, visible_patches
+from fastmae.student.loss import StudentLoss
+from fastmae.student.student import build_student
+from fastmae.student.targets import NormPix, OnlineTokens, StoredTokens, Target, patch_norm
 from fastmae.teachers import Teacher
 from fastmae.tokens.codec import load_codec
 from fastmae.tokens.loader import ViewBatch
-from fastmae.training.engine import launch
 
 CHANNELS = 3
 CODEC = "fp16"
@@ -84,7 +85,9 @@ def teacher_names(given: str) -> list[str]:
     known = set(timm.list_models("vit_*"))
     for name in names:
         if name not in known:
-            raise InputError(f"--teachers {given}: {name or 'an empty name'} is not one of timm's vit_* names (vit_base_patch16_224, ...)")
+            raise InputError(
+                f"--teachers {given}: {name or 'an empty name'} is not one of timm's vit_* names (vit_base_patch16_224, ...)"
+            )
     if len(set(names)) < len(names):
         raise InputError(f"--teachers {given}: names one twice")
     return names
@@ -154,7 +157,10 @@ class Steps:
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision, torch.float32)
         encoder, options = self._encoder(), self._options("tokens")
         visible = visible_patches(self.grid**2, options.mask_ratio)
-        sizes = {"encoder": (visible + encoder.num_prefix_tokens, encoder.embed_dim), "decoder": (self.grid**2, options.decoder_width)}
+        sizes = {
+            "encoder": (visible + encoder.num_prefix_tokens, encoder.embed_dim),
+            "decoder": (self.grid**2, options.decoder_width),
+        }
         return {name: BlockProducts(self.batch_size, *size, self.fabric.device, dtype) for name, size in sizes.items()}
 
     @property
@@ -171,7 +177,7 @@ class Steps:
             images = normalise(batch.pixels)
             with self.fabric.autocast():  # a teacher computes in the student's precision
                 wanted = target(batch, images)
-            return loss(model(images, batch.order), wanted, batch.order)["loss"]
+            return loss(model(images, batch.ids_shuffle), wanted, batch.ids_shuffle)["loss"]
 
         return Step(student, target, self._trained(scalar, optimizer))
 
@@ -187,7 +193,7 @@ class Steps:
         groups = param_groups_weight_decay(mae, options.weight_decay)
         optimizer = self.fabric.setup_optimizers(torch.optim.AdamW(groups, lr=options.base_lr, betas=options.betas))
         batch = self._batch(method)
-        return Step(mae, None, self._trained(lambda: model(normalise(batch.pixels), batch.order), optimizer))
+        return Step(mae, None, self._trained(lambda: model(normalise(batch.pixels), batch.ids_shuffle), optimizer))
 
     def _trained(self, scalar: Callable[[], torch.Tensor], optimizer: Any) -> Callable[[], None]:
         def run() -> None:
@@ -217,7 +223,9 @@ class Steps:
             network = timm.create_model(method.teacher, pretrained=False, num_classes=0)
         except (RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"--teachers {method.teacher}: timm can't build it ({first_line(error)})") from error
-        target = OnlineTokens([Teacher(f"timm/{method.teacher}", network, self._seen, grid)], [patch_norm], self.grid, exact_flips=False)
+        target = OnlineTokens(
+            [Teacher(f"timm/{method.teacher}", network, self._seen, grid)], [patch_norm], self.grid, exact_flips=False
+        )
         target.to(self.fabric.device)
         return target
 
@@ -234,7 +242,9 @@ class Steps:
         def pixels(side: int) -> torch.Tensor:
             return torch.randint(0, 256, (size, CHANNELS, side, side), dtype=torch.uint8, generator=draws)
 
-        stored = [torch.randn(size, patches, method.channels, generator=draws).half()] if method.target == "tokens" else []
+        stored = (
+            [torch.randn(size, patches, method.channels, generator=draws).half()] if method.target == "tokens" else []
+        )
         batch = ViewBatch(
             pixels(self.config.image_size),
             stored,
@@ -261,7 +271,12 @@ class Steps:
         asked = self.config
         with torch.device("meta"):
             return build_encoder(
-                asked.encoder, asked.image_size, asked.patch_size, asked.encoder_width, asked.encoder_depth, asked.encoder_heads
+                asked.encoder,
+                asked.image_size,
+                asked.patch_size,
+                asked.encoder_width,
+                asked.encoder_depth,
+                asked.encoder_heads,
             )
 
 

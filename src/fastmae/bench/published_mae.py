@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmae.targets import patchify
+from fastmae.student.targets import patchify
 
 DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS = 512, 8, 16
 
@@ -87,7 +87,9 @@ class PublishedMae(nn.Module):
         self.patch_size, self.visible = patch_size, visible
         decoder_width, decoder_depth, decoder_heads = decoder
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed, self.decoder_pos_embed = (nn.Parameter(F.pad(grid, (0, 0, 1, 0))[None], requires_grad=False) for grid in positions)
+        self.pos_embed, self.decoder_pos_embed = (
+            nn.Parameter(F.pad(grid, (0, 0, 1, 0))[None], requires_grad=False) for grid in positions
+        )
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -97,20 +99,20 @@ class PublishedMae(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_width, 3 * patch_size**2)
 
-    def forward(self, images: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
         """The loss.
 
         Args:
             images: float [B, 3, H, W], normalised.
-            order: int64 [B, N], as `Student.forward` has it: MAE's shuffle.
+            ids_shuffle: int64 [B, N], as `Student.forward` has it: MAE's shuffle.
         """
-        return self.loss(images, self.predict(images, order), order)
+        return self.loss(images, self.predict(images, ids_shuffle), ids_shuffle)
 
-    def predict(self, images: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    def predict(self, images: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
         """[B, N, 3 P^2], of all patches, at their own places."""
-        return self._decode(self._encode(images, order), order.argsort(dim=1))
+        return self._decode(self._encode(images, ids_shuffle), ids_shuffle.argsort(dim=1))
 
-    def loss(self, images: torch.Tensor, prediction: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    def loss(self, images: torch.Tensor, prediction: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
         """Mean squared error with the normalised pixels, over the masked patches."""
         target = patchify(images, self.patch_size)
         mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
@@ -118,13 +120,13 @@ class PublishedMae(nn.Module):
         error = ((prediction - target) ** 2).mean(dim=-1)
         masked = torch.ones_like(error)
         masked[:, : self.visible] = 0
-        masked = masked.gather(1, order.argsort(dim=1))
+        masked = masked.gather(1, ids_shuffle.argsort(dim=1))
         return (error * masked).sum() / masked.sum()
 
-    def _encode(self, images: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    def _encode(self, images: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
         """[B, 1 + V, D], after the norm."""
         patches = self.patch_embed["proj"](images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
-        kept = patches.gather(1, order[:, : self.visible, None].repeat(1, 1, patches.shape[2]))
+        kept = patches.gather(1, ids_shuffle[:, : self.visible, None].repeat(1, 1, patches.shape[2]))
         class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
         tokens = torch.cat([class_token, kept], dim=1)
         for block in self.blocks:

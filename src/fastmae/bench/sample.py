@@ -7,10 +7,10 @@ from typing import Any, cast
 import torch
 
 from fastmae.errors import InputError
-from fastmae.images.listing import ImageList, ListInfo, write_list
+from fastmae.images.image_list import ImageList, ListInfo, write_list
 from fastmae.images.sources import Source
-from fastmae.offline import Loading, StoreImages, fill, sample_tokens
-from fastmae.progress import Progress
+from fastmae.offline.fill import Loading, StoreImages, fill, sample_tokens
+from fastmae.runtime.progress import Progress
 from fastmae.teachers import Teacher
 from fastmae.tokens import TokenStore
 from fastmae.tokens.codec import Codec, code_layout, learns, load_codec, parse_codec
@@ -48,7 +48,9 @@ def listed(source: Source, folder: Path) -> ImageList:
     """
     file = folder / "all.list"
     if not write_list(source.entries(), file).images:
-        raise InputError(f"{source.path}: no image in it; give a folder, a list, tar shards or a datasets folder with images")
+        raise InputError(
+            f"{source.path}: no image in it; give a folder, a list, tar shards or a datasets folder with images"
+        )
     return ImageList(file)
 
 
@@ -61,7 +63,13 @@ def evenly(images: ImageList | Sequence[bytes], count: int) -> list[bytes]:
 
 
 def store_info(
-    teacher: Teacher, parts: Sequence[Part], middle_size: int, patch_size: int, codec: str, pixels: str, jpeg_quality: int
+    teacher: Teacher,
+    parts: Sequence[Part],
+    middle_size: int,
+    patch_size: int,
+    codec: str,
+    pixels: str,
+    jpeg_quality: int,
 ) -> StoreInfo:
     """The description of a store, in all else as `tokenize` makes it by default."""
     return StoreInfo(
@@ -82,7 +90,13 @@ def begin_store(folder: Path, source: Source, entries: Iterable[bytes]) -> Part:
 
 
 def finished_store(
-    folder: Path, info: StoreInfo, source: Source, teacher: Teacher | Remembered, loading: Loading, codec_images: int, seed: int
+    folder: Path,
+    info: StoreInfo,
+    source: Source,
+    teacher: Teacher | Remembered,
+    loading: Loading,
+    codec_images: int,
+    seed: int,
 ) -> TokenStore:
     """Build a store in a folder that `begin_store` made."""
     writer = StoreWriter(folder, info)
@@ -130,7 +144,9 @@ def check_patches(patch_size: int, **sides: int) -> None:
     for name, side in sides.items():
         if patch_size < 1 or side < patch_size or side % patch_size:
             near = max(1, round(side / max(1, patch_size))) * max(1, patch_size)
-            raise InputError(f"--{name.replace('_', '-')} {side}: not a multiple of --patch-size {patch_size}; take {near}")
+            raise InputError(
+                f"--{name.replace('_', '-')} {side}: not a multiple of --patch-size {patch_size}; take {near}"
+            )
 
 
 def _codec(info: StoreInfo, images: StoreImages, teacher: Teacher, loading: Loading, count: int, seed: int) -> Codec:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from fastmae import __version__
-from fastmae.device import cores
-from fastmae.durable import write_whole
 from fastmae.errors import InputError
+from fastmae.runtime.device import cores
+from fastmae.runtime.durable import write_whole
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -43,7 +43,9 @@ class Table:
         widths = {name: max(len(name), *(len(row[name]) for row in self.rows)) for name in self.rows[0]}
         first = next(iter(widths))
         lines = [
-            "  ".join(f"{row[name]:<{width}}" if name == first else f"{row[name]:>{width}}" for name, width in widths.items())
+            "  ".join(
+                f"{row[name]:<{width}}" if name == first else f"{row[name]:>{width}}" for name, width in widths.items()
+            )
             for row in [{name: name for name in widths}, *self.rows]
         ]
         return [self.title, "; ".join(f"{name}: {value}" for name, value in self.settings.items()), *lines, *self.notes]
@@ -53,7 +55,15 @@ class Table:
         rule = ["---", *("---:" for _ in names[1:])]
         lines = [_cells(row) for row in (names, rule, *(list(row.values()) for row in self.rows))]
         settings = [f"- {name}: {value}" for name, value in self.settings.items()]
-        return [f"# {self.title}", "", *settings, "", *lines, "", *(line for note in self.notes for line in (note, ""))][:-1]
+        return [
+            f"# {self.title}",
+            "",
+            *settings,
+            "",
+            *lines,
+            "",
+            *(line for note in self.notes for line in (note, "")),
+        ][:-1]
 
 
 def machine() -> dict[str, str]:
@@ -74,7 +84,9 @@ def check_out(out: Path | None) -> None:
         InputError: no file can be there.
     """
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise InputError(f"--out {out}: {'is a folder' if out.is_dir() else 'its folder does not exist'}; give the path of a Markdown file")
+        raise InputError(
+            f"--out {out}: {'is a folder' if out.is_dir() else 'its folder does not exist'}; give the path of a Markdown file"
+        )
 
 
 def _cells(values: Sequence[str]) -> str:

@@ -15,7 +15,14 @@ from fastmae.config.pretraining import TARGET_DEFAULTS, PretrainConfig, implied_
 from fastmae.config.reporting import ReportConfig
 from fastmae.config.segmentation import SegmentConfig
 from fastmae.config.stores import InspectConfig, TokenizeConfig, VerifyConfig
-from fastmae.config.studies import AblateConfig, BenchAccuracyConfig, BenchLoaderConfig, BenchStoreConfig, DemoConfig, RecipesConfig
+from fastmae.config.studies import (
+    AblateConfig,
+    BenchAccuracyConfig,
+    BenchLoaderConfig,
+    BenchStoreConfig,
+    DemoConfig,
+    RecipesConfig,
+)
 
 __all__ = [
     "DEFAULT_TEACHER",

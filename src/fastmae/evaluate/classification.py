@@ -11,16 +11,20 @@ from matplotlib.figure import Figure
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from fastmae.durable import write_whole
-from fastmae.fabric import Fabric
-from fastmae.training.engine import on_first_process
+from fastmae.runtime.durable import write_whole
+from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import on_first_process
 
 NAMED_CLASSES = 40
 """Up to which the picture names them."""
 
 
 def measure_classifier(
-    network: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], classes: list[str], fabric: Fabric, picture: Path | None
+    network: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    classes: list[str],
+    fabric: Fabric,
+    picture: Path | None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent over all processes' batches.
 
@@ -86,4 +90,8 @@ def worst_pairs(counts: torch.Tensor, classes: list[str], most: int = 5) -> list
     wrong.fill_diagonal_(0)
     found = wrong.flatten().topk(min(most, wrong.numel()))
     places = [divmod(place, len(classes)) for place in found.indices.tolist()]
-    return [f"{classes[said]} for {classes[true]} ({n})" for (true, said), n in zip(places, found.values.tolist(), strict=True) if n > 0]
+    return [
+        f"{classes[said]} for {classes[true]} ({n})"
+        for (true, said), n in zip(places, found.values.tolist(), strict=True)
+        if n > 0
+    ]

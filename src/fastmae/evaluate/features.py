@@ -1,182 +1,253 @@
-"""One vector an image from a frozen network, for kNN: decoding in workers, the forward here."""
+"""`fastmae features`: any set of images -> a vector each, and with --dense a grid of them. Decoded in workers, written as they come."""
 
-from collections.abc import Callable
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fastmae import __version__
+from fastmae.config.exporting import FeaturesConfig
 from fastmae.errors import InputError
-from fastmae.images.decode import UndecodableError
+from fastmae.evaluate.feature_files import DTYPES, EmbeddingFile, check_file, open_embeddings
+from fastmae.images.entries import key_of
+from fastmae.images.image_list import ImageList
 from fastmae.images.middle import resized_pixels
-from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, normalise
-from fastmae.loading import guarded, heed_only_the_parent
-from fastmae.model import Encoder
-from fastmae.progress import Progress
-from fastmae.teachers import Teacher
+from fastmae.images.reading import Skipped, read_or_skip
+from fastmae.images.sources import Source
+from fastmae.images.views import normalise
+from fastmae.offline.estimate import nearest_folder
+from fastmae.offline.listing import Listed, listed_images
+from fastmae.probes.embed import check_pool, pooled, tokens_of
+from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.device import memory_hint
+from fastmae.runtime.durable import remove_parts, write_whole
+from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import launch
+from fastmae.runtime.progress import Progress
+from fastmae.runtime.workers import guarded, heed_only_the_parent, worker_count
 
-Embed = Callable[[torch.Tensor], torch.Tensor]
-"""uint8 [B, K, S, S] -> float32 [B, D]."""
-Read = Callable[[torch.Tensor], torch.Tensor]
-"""float32 [B, K, S, S], normalised -> float32 [B, D]."""
-
-
-class WholeImages(Dataset[torch.Tensor]):
-    """Files -> whole pictures resized as the middle image is, uint8 [K, S, S]."""
-
-    def __init__(self, paths: list[Path], size: int, resize: str, channels: int):
-        self.paths, self.size, self.resize, self.channels = paths, size, resize, channels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, place: int) -> torch.Tensor:
-        path = self.paths[place]
-        try:
-            with path.open("rb") as file:
-                return resized_pixels(file, path.name, self.size, self.resize, self.channels)[0]
-        except UndecodableError as error:
-            raise InputError(f"{path}: {error}; remove it from the data") from error
+NAMED_SKIPS = 1000
+"""Of the images that were skipped, how many are named in the JSON, at most."""
+SHOWN_SKIPS = 20
 
 
-def embed_with_encoder(
-    encoder: Encoder,
-    pool: str,
-    block: int | None = None,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-) -> Embed:
-    """Features of a timm ViT.
+@dataclass
+class Loaded:
+    """A batch: the keys of the images that could be decoded, their pixels uint8 [b, K, S, S], and the others with the reasons."""
+
+    keys: list[str]
+    pixels: torch.Tensor
+    skipped: list[tuple[str, str]]
+
+    def pin_memory(self) -> "Loaded":
+        """Called by the loader, for faster copies to a GPU."""
+        return Loaded(self.keys, self.pixels.pin_memory(), self.skipped)
+
+
+@dataclass
+class Outcome:
+    """What came of the images: how many were embedded, how many skipped, and the names and reasons of the first of these."""
+
+    images: int = 0
+    skipped: int = 0
+    named: list[dict[str, str]] = field(default_factory=list)
+
+
+class ListedPictures(Dataset[Loaded]):
+    """Places of a list -> whole pictures resized as the middle image is.
 
     Args:
-        encoder: in evaluation mode.
-        pool: 'mean' of the patch tokens, or 'class' for the class token.
-        block: whose output; None: the last. The final norm is applied in both cases.
-        mean: by which its images are normalised, for each colour.
-        std: the same.
+        images: the list.
+        source: where they are.
+        opened: the encoder they are for.
+    """
+
+    def __init__(self, images: ImageList, source: Source, opened: OpenedEncoder):
+        self.images, self.source = images, source
+        self.size, self.resize, self.channels = opened.image_size, opened.resize, opened.channels
+
+    def __getitem__(self, places: range) -> Loaded:
+        keys, pixels, skipped = [], [torch.zeros(0, self.channels, self.size, self.size, dtype=torch.uint8)], []
+        for entry in self.images.slice(places.start, places.stop):
+            key = key_of(entry)
+            found = read_or_skip(self.source, entry, partial(self._pixels, key))
+            if isinstance(found, Skipped):
+                skipped.append((key, found.reason))
+            else:
+                keys.append(key)
+                pixels.append(found[None])
+        return Loaded(keys, torch.cat(pixels), skipped)
+
+    def _pixels(self, key: str, file: BinaryIO) -> torch.Tensor:
+        return resized_pixels(file, key, self.size, self.resize, self.channels)[0]
+
+    def batches(self, batch_size: int, workers: int, pinned: bool) -> Iterator[Loaded]:
+        """All, in the list's order."""
+        count = len(self.images)
+        places = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+        loader: DataLoader[Any] = DataLoader(
+            self, batch_size=None, sampler=places, num_workers=min(workers, len(places)), collate_fn=_as_it_is, pin_memory=pinned,
+            worker_init_fn=heed_only_the_parent,
+        )  # fmt: skip
+        return guarded(loader)
+
+
+def features(config: FeaturesConfig) -> dict[str, Any]:
+    """Embed and write; the command's JSON.
+
+    Raises:
+        InputError: options, images or a place that can't be used; not one image that can be decoded.
+    """
+    check_file(config.out, config.dense)
+    if config.batch_size < 1:
+        raise InputError(f"--batch-size {config.batch_size}: give 1 or more")
+    workers = worker_count(config.workers)
+    fabric = launch(config.device, config.precision, 1, config.seed)
+    opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=config.pretrained)
+    embed = embedder(opened, config.pool, config.block, config.dense, fabric)
+    with listed_images(config.images, False, config.out) as listed:
+        _make_room(config, opened, listed.info.images)
+        pictures, begun = ListedPictures(ImageList(listed.file), listed.source, opened), time.monotonic()
+        batches = pictures.batches(config.batch_size, workers, fabric.device.type == "cuda")
+        outcome = _write_all(config, opened, listed, batches, embed)
+    rate = round(outcome.images / (time.monotonic() - begun), 2)
+    dim, grid = int(opened.network.embed_dim), _grid(config, opened)
+    size = config.out.stat().st_size
+    _name_skipped(outcome)
+    dense = f" and {grid} x {grid} more" if grid else ""
+    print(
+        f"{config.out}: {outcome.images} images, {outcome.skipped} skipped; a vector of {dim}{dense} each, {size / 1e6:.1f} MB"
+    )
+    return {
+        "images": outcome.images, "dim": dim, "grid": grid, "skipped": outcome.skipped, "skipped_images": outcome.named,
+        "images_per_second": rate, "file": str(config.out), "bytes": size,
+    }  # fmt: skip
+
+
+def _grid(config: FeaturesConfig, opened: OpenedEncoder) -> int | None:
+    """Patches along the side of the grid that is kept, or None."""
+    return opened.image_size // opened.patch_size if config.dense else None
+
+
+def _write_all(
+    config: FeaturesConfig, opened: OpenedEncoder, listed: Listed, batches: Iterable[Loaded], embed: "Embedder"
+) -> Outcome:
+    """The file, whole or not at all."""
+    outcome, dim, count = Outcome(), int(opened.network.embed_dim), listed.info.images
+
+    def write(aside: Path) -> None:
+        made = _made(config, opened, listed)
+        file = open_embeddings(aside, config.out.suffix, count, dim, _grid(config, opened), config.dtype, made)
+        with Progress("features", "images", total=count) as progress:
+            _fill(file, batches, embed, outcome, progress, config)
+
+    with memory_hint(f"give --batch-size {max(1, config.batch_size // 2)}"):
+        write_whole(config.out, write)
+    return outcome
+
+
+Embedder = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+"""uint8 [B, K, S, S] on the CPU -> float32 [B, D], and [B, g, g, D] where asked for, on the device."""
+
+
+def embedder(opened: OpenedEncoder, pool: str, block: int | None, dense: bool, fabric: Fabric) -> Embedder:
+    """How a batch is embedded.
 
     Raises:
         InputError: no class token to take, or no such block.
     """
-    read = features_of(encoder, pool, block)
-    return lambda pixels: read(normalise(pixels, mean, std))
+    network, device = opened.network.to(fabric.device), fabric.device
+    check_pool(network, pool)
+    tokens, grid = tokens_of(network, block), opened.image_size // opened.patch_size
+
+    @torch.inference_mode()
+    def embed(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with fabric.autocast():
+            patches, prefix = tokens(normalise(pixels.to(device, non_blocking=True), opened.mean, opened.std))
+        patches, prefix = patches.float(), prefix.float()
+        return pooled(network, patches, prefix, pool), patches.unflatten(1, (grid, grid)) if dense else None
+
+    return embed
 
 
-def features_of(encoder: Encoder, pool: str, block: int | None = None) -> Read:
-    """Normalised images [B, K, S, S] -> a ViT's features [B, D]; the arguments, and what is raised, are those of `embed_with_encoder`."""
-    check_pool(encoder, pool)
-    tokens = tokens_of(encoder, block)
-    return lambda images: pooled(encoder, *tokens(images), pool)
+def _fill(
+    file: EmbeddingFile,
+    batches: Iterable[Loaded],
+    embed: Embedder,
+    outcome: Outcome,
+    progress: Progress,
+    config: FeaturesConfig,
+) -> None:
+    """Embed and write all batches, one behind: a GPU has its next batch before the last one's features are waited for."""
+    before: tuple[list[str], tuple[torch.Tensor, torch.Tensor | None]] | None = None
+    for batch in batches:
+        if batch.skipped and config.strict:
+            key, reason = batch.skipped[0]
+            raise InputError(f"{config.images}: {key}: {reason}; repair or remove it, or leave out --strict to skip it")
+        started = (batch.keys, embed(batch.pixels)) if batch.keys else None
+        _write(file, before)
+        before = started
+        outcome.images += len(batch.keys)
+        outcome.skipped += len(batch.skipped)
+        outcome.named += [
+            {"path": key, "reason": reason} for key, reason in batch.skipped[: NAMED_SKIPS - len(outcome.named)]
+        ]
+        progress.advance(len(batch.keys) + len(batch.skipped))
+    _write(file, before)
+    file.close()
+    if not outcome.images:
+        reason = f"{outcome.named[0]['path']}: {outcome.named[0]['reason']}"
+        raise InputError(f"{config.images}: none of its {outcome.skipped} images can be decoded ({reason})")
 
 
-def check_pool(encoder: Encoder, pool: str) -> None:
-    """Whether an encoder has what is to be its features.
-
-    Raises:
-        InputError: no class token to take.
-    """
-    if pool == "class" and getattr(encoder, "cls_token", None) is None:
-        raise InputError("--pool class: this encoder has no class token; take --pool mean")
+def _write(file: EmbeddingFile, done: tuple[list[str], tuple[torch.Tensor, torch.Tensor | None]] | None) -> None:
+    if done is not None:
+        keys, (vectors, dense) = done
+        file.add(keys, vectors.cpu().numpy(), None if dense is None else dense.cpu().numpy())
 
 
-def pooled(encoder: Encoder, patches: torch.Tensor, prefix: torch.Tensor, pool: str) -> torch.Tensor:
-    """Features [B, D]: 'mean' of the patch tokens [B, N, D], or 'class' for the first of the prefix tokens [B, P, D].
-
-    A fine-tuned encoder's norm stands behind the mean, and is part of it.
-    """
-    return encoder.fc_norm(patches.mean(1)) if pool == "mean" else prefix[:, 0]
-
-
-def tokens_of(encoder: Encoder, block: int | None = None) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Normalised images [B, K, S, S] -> a ViT's patch tokens [B, N, D] and prefix tokens [B, P, D] after a block and the final norm.
-
-    Raises:
-        InputError: no such block.
-    """
-    blocks = len(encoder.blocks)
-    if block is not None and not -blocks <= block < blocks:
-        raise InputError(f"--block {block}: this encoder has blocks 0 to {blocks - 1}")
-    index = blocks - 1 if block is None else block % blocks
-
-    def read(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return encoder.forward_intermediates(
-            images,
-            indices=[index],
-            norm=True,
-            output_fmt="NLC",
-            return_prefix_tokens=True,
-            intermediates_only=True,
-            stop_early=True,
-        )[0]
-
-    return read
-
-
-def embed_with_teacher(teacher: Teacher) -> Embed:
-    """Mean of a teacher's patch features."""
-    return lambda pixels: teacher(pixels).mean((1, 2))
-
-
-def embed_files(
-    paths: list[Path],
-    embed: Embed,
-    size: int,
-    resize: str,
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-    what: str,
-    channels: int = 3,
-) -> torch.Tensor:
-    """Features of image files, float32 [len(paths), D], on the CPU.
-
-    Args:
-        paths: of the images.
-        embed: from one of the above.
-        size: side at which they are given to it, in pixels.
-        resize: a key of `RESIZE`.
-        device: of the network.
-        batch_size: images a forward.
-        workers: decoding processes.
-        what: first word of the progress line.
-        channels: to which the files are decoded.
+def _make_room(config: FeaturesConfig, opened: OpenedEncoder, images: int) -> None:
+    """The folder of the file, with enough free disk.
 
     Raises:
-        InputError: a file that can't be decoded.
+        InputError: not enough.
     """
-    return embed_pictures(WholeImages(paths, size, resize, channels), len(paths), embed, device, batch_size, workers, what)
+    vectors = images * (1 + (_grid(config, opened) or 0) ** 2)
+    needed = vectors * int(opened.network.embed_dim) * np.dtype(DTYPES[config.dtype]).itemsize
+    free = shutil.disk_usage(nearest_folder(config.out.absolute().parent)).free
+    if needed > free:
+        smaller = "; --dtype fp16 takes half" if config.dtype == "fp32" else ""
+        takes = f"the features of {images} images take {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+        raise InputError(f"{config.out}: {takes}{smaller}; free some, or take another disk")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    remove_parts(config.out.parent)
 
 
-@torch.no_grad()  # not inference_mode: a probe's loss keeps features for its backward pass
-def embed_pictures(
-    pictures: Dataset[Any],
-    count: int,
-    embed: Embed | Read,
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-    what: str,
-    quiet: bool = False,
-) -> torch.Tensor:
-    """Features of a data set's pictures, float32 [count, D], on the CPU.
+def _made(config: FeaturesConfig, opened: OpenedEncoder, listed: Listed) -> dict[str, Any]:
+    """For the file's metadata: which encoder, read how, of which images."""
+    return {
+        "version": __version__,
+        "encoder": {name: value for name, value in opened.describe().items() if name != "prefix"},
+        "pool": config.pool,
+        "block": config.block,
+        "images_sha256": listed.info.sha256,
+        "listed": listed.info.images,
+    }
 
-    Args:
-        pictures: gives what `embed` takes, for one picture; or that and more, which is left aside.
-        count: of them.
-        embed: on a batch.
-        device: of the network.
-        batch_size: images a forward.
-        workers: decoding processes.
-        what: first word of the progress line.
-        quiet: without it.
-    """
-    pinned = device.type == "cuda"
-    loader = DataLoader(pictures, batch_size, num_workers=workers, pin_memory=pinned, worker_init_fn=heed_only_the_parent)
-    features = []
-    with Progress(what, "images", total=count, quiet=quiet) as progress:
-        for batch in guarded(loader):
-            given = batch[0] if isinstance(batch, list | tuple) else batch
-            features.append(embed(given.to(device, non_blocking=True)).float().cpu())
-            progress.advance(len(given))
-    return torch.cat(features)
+
+def _name_skipped(outcome: Outcome) -> None:
+    for skipped in outcome.named[:SHOWN_SKIPS]:
+        print(f"skipped {skipped['path']}: {skipped['reason']}")
+    if outcome.skipped > SHOWN_SKIPS:
+        print(f"... and {outcome.skipped - SHOWN_SKIPS} more")
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

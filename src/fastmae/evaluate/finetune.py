@@ -13,19 +13,14 @@ from timm.models.eva import Eva
 from torch import nn
 
 from fastmae.config import FinetuneConfig
-from fastmae.encoders import OpenedEncoder, open_encoder
 from fastmae.errors import InputError
 from fastmae.evaluate.classification import measure_classifier
-from fastmae.evaluate.labelled import (
-    LabelledFolder,
-    LabelledPictures,
-    crop_augmentation,
-    full_augmentation,
-    middle_crop,
-    open_labelled,
-)
-from fastmae.evaluate.supervised import Recipe, Settings, Task, adamw_groups, evaluation_batches, settle, train_task
-from fastmae.fabric import Fabric
+from fastmae.evaluate.supervised import Recipe, Settings, adamw_groups, evaluation_batches, settle, train_task
+from fastmae.evaluate.transforms import LabelledPictures, crop_augmentation, full_augmentation, middle_crop
+from fastmae.probes.labelled import LabelledFolder, open_labelled
+from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.fabric import Fabric
+from fastmae.training.task import Task
 
 IMAGENET = Recipe(images=1_281_167, epochs=100, batch_size=1024, lr=2e-3, warmup_epochs=5, lr_power=0.25)
 """MAE's for ViT-B (base rate 5e-4 for 256 images; paper Sec. 4.1.2). On 480 photos of ten garments, batch 32, 50 epochs, an encoder of
@@ -49,7 +44,9 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
     task = Task(
         name="finetune",
         network=network,
-        train_set=LabelledPictures(data.train, data.train_labels, opened.channels, _augmentation(config, opened), config.seed),
+        train_set=LabelledPictures(
+            data.train, data.train_labels, opened.channels, _augmentation(config, opened), config.seed
+        ),
         step=ClassifierStep(_mixing(config, len(data.classes)), config.smoothing),
         evaluate=partial(_measure, config=config, data=data, opened=opened, batch_size=settings.batch_size),
         metric="top1",
@@ -64,7 +61,9 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
     return result
 
 
-def build_classifier(opened: OpenedEncoder, classes: int, pool: str, drop_path: float) -> tuple[nn.Module, dict[str, Any]]:
+def build_classifier(
+    opened: OpenedEncoder, classes: int, pool: str, drop_path: float
+) -> tuple[nn.Module, dict[str, Any]]:
     """The encoder as timm's own classifier: mean of the patch tokens (or the class token, normed as it was), LayerNorm, linear layer.
 
     Returns:
@@ -120,7 +119,13 @@ def _mixing(config: FinetuneConfig, classes: int) -> Mixup | None:
     if config.augment != "full" or not (config.mixup or config.cutmix):
         return None
     return Mixup(
-        config.mixup, config.cutmix, prob=1.0, switch_prob=0.5, mode="batch", label_smoothing=config.smoothing, num_classes=classes
+        config.mixup,
+        config.cutmix,
+        prob=1.0,
+        switch_prob=0.5,
+        mode="batch",
+        label_smoothing=config.smoothing,
+        num_classes=classes,
     )
 
 
@@ -131,7 +136,13 @@ def _augmentation(config: FinetuneConfig, opened: OpenedEncoder) -> Callable[[An
 
 
 def _measure(
-    network: nn.Module, fabric: Fabric, *, config: FinetuneConfig, data: LabelledFolder, opened: OpenedEncoder, batch_size: int
+    network: nn.Module,
+    fabric: Fabric,
+    *,
+    config: FinetuneConfig,
+    data: LabelledFolder,
+    opened: OpenedEncoder,
+    batch_size: int,
 ) -> Mapping[str, float]:
     pictures = LabelledPictures(data.val, data.val_labels, opened.channels, middle_crop(opened))
     batches = evaluation_batches(pictures, len(data.val), fabric, batch_size // fabric.world_size, config.workers)
@@ -149,4 +160,6 @@ def _check(config: FinetuneConfig, settings: Settings) -> None:
         if not 0 <= value < float("inf"):
             raise InputError(f"--{name} {value}: give 0 or more")
     if config.augment == "full" and (config.mixup or config.cutmix) and settings.batch_size % 2:
-        raise InputError(f"--batch-size {settings.batch_size}: mixup and cutmix pair the images; give an even one, or --mixup 0 --cutmix 0")
+        raise InputError(
+            f"--batch-size {settings.batch_size}: mixup and cutmix pair the images; give an even one, or --mixup 0 --cutmix 0"
+        )

@@ -5,22 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fastmae.config import KnnConfig
-from fastmae.device import resolve_device
-from fastmae.encoders import NotAViTError, open_encoder
 from fastmae.errors import InputError
-from fastmae.evaluate.features import Embed, embed_files, embed_with_encoder, embed_with_teacher
 from fastmae.images.sources import labelled_split
-from fastmae.loading import worker_count
-from fastmae.runs import load_run
+from fastmae.probes.embed import Embed, embed_files, embed_with_encoder, embed_with_teacher
+from fastmae.probes.neighbours import knn_accuracy
+from fastmae.runs.encoder import NotAViTError, open_encoder
+from fastmae.runs.load import load_run
+from fastmae.runtime.device import resolve_device
+from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher
 from fastmae.teachers.efficientnet_lite import LITES
 from fastmae.teachers.factory import load_network, teacher_of_store
 
-CHUNK = 1024
-"""Validation images compared with all training images at a time."""
 TEACHER_PATCH = 16
 """Pixels a patch for a teacher given by name, without a store."""
 
@@ -75,7 +73,9 @@ def labelled_features(config: KnnConfig) -> LabelledFeatures:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: give 1 or more")
-    (train_paths, train_names), (val_paths, val_names) = (labelled_split(config.data, split) for split in ("train", "val"))
+    (train_paths, train_names), (val_paths, val_names) = (
+        labelled_split(config.data, split) for split in ("train", "val")
+    )
     classes = sorted(set(train_names))
     unknown = sorted(set(val_names) - set(classes))
     if unknown:
@@ -83,50 +83,27 @@ def labelled_features(config: KnnConfig) -> LabelledFeatures:
     frozen = frozen_features(config, device)
     train, val = (
         embed_files(
-            paths, frozen.embed, frozen.image_size, frozen.resize, device, config.batch_size, workers, f"features {split}", frozen.channels
+            paths,
+            frozen.embed,
+            frozen.image_size,
+            frozen.resize,
+            device,
+            config.batch_size,
+            workers,
+            f"features {split}",
+            frozen.channels,
         )
         for split, paths in (("train", train_paths), ("val", val_paths))
     )
-    train_labels, val_labels = (torch.tensor([classes.index(name) for name in names]) for names in (train_names, val_names))
+    train_labels, val_labels = (
+        torch.tensor([classes.index(name) for name in names]) for names in (train_names, val_names)
+    )
     return LabelledFeatures(train, train_labels, val, val_labels, len(classes), frozen.image_size)
 
 
 def accuracy_of(found: LabelledFeatures, k: int = 20, temperature: float = 0.07) -> tuple[float, float]:
     """k-NN top-1 and top-5 of embedded data, in percent."""
     return knn_accuracy(found.train, found.train_labels, found.val, found.val_labels, found.classes, k, temperature)
-
-
-def knn_accuracy(
-    train: torch.Tensor,
-    train_labels: torch.Tensor,
-    val: torch.Tensor,
-    val_labels: torch.Tensor,
-    classes: int,
-    k: int,
-    temperature: float,
-) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy, in percent.
-
-    The k training features of the largest cosine vote for their classes, each with the weight exp(cosine / temperature)
-    (relative to the nearest one's, which changes no order and can't overflow).
-
-    Args:
-        train: float32 [n, D].
-        train_labels: int64 [n].
-        val: float32 [m, D].
-        val_labels: int64 [m].
-        classes: how many there are.
-        k: neighbours; all of `train` where it has fewer.
-        temperature: of the weights.
-    """
-    train, val = F.normalize(train, dim=1), F.normalize(val, dim=1)
-    correct = torch.zeros(2)
-    for part, labels in zip(val.split(CHUNK), val_labels.split(CHUNK), strict=True):
-        cosine, nearest = (part @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(part), classes).scatter_add_(1, train_labels[nearest], ((cosine - cosine[:, :1]) / temperature).exp())
-        ranked = votes.topk(min(5, classes), dim=1).indices == labels[:, None]
-        correct += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum()])
-    return tuple((100 * correct / len(val)).tolist())
 
 
 def frozen_features(config: KnnConfig, device: torch.device) -> FrozenFeatures:
@@ -142,7 +119,10 @@ def frozen_features(config: KnnConfig, device: torch.device) -> FrozenFeatures:
         return _of_network(config, load_network(config.run, config.weights)[0], device)
     try:
         opened = open_encoder(
-            config.run, config.image_size, weights=config.weights, pretrained=config.pretrained and config.features == "encoder"
+            config.run,
+            config.image_size,
+            weights=config.weights,
+            pretrained=config.pretrained and config.features == "encoder",
         )
     except NotAViTError as other:
         return _of_network(config, other.network, device)
@@ -157,7 +137,9 @@ def _of_teacher(config: KnnConfig, device: torch.device) -> FrozenFeatures:
     description, _ = load_run(Path(config.run))
     store = description.get("store")
     if store is None:
-        raise InputError(f"--features teacher: {config.run} was not pre-trained on a store; give the run that it was made from")
+        raise InputError(
+            f"--features teacher: {config.run} was not pre-trained on a store; give the run that it was made from"
+        )
     size = store["middle_sizes"][-1]
     teacher = teacher_of_store(store["teachers"][0], size, size // store["patch_size"]).to(device)
     return FrozenFeatures(embed_with_teacher(teacher), size, store["resize"], store["channels"])

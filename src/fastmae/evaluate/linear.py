@@ -14,17 +14,19 @@ from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 from fastmae.config import LinearConfig
-from fastmae.device import own_device
-from fastmae.encoders import OpenedEncoder, open_encoder
 from fastmae.errors import InputError
 from fastmae.evaluate.classification import measure_classifier
-from fastmae.evaluate.features import embed_pictures, features_of
-from fastmae.evaluate.labelled import LabelledFolder, LabelledPictures, crop_augmentation, middle_crop, open_labelled
-from fastmae.evaluate.logistic import linear_accuracy
-from fastmae.evaluate.supervised import Recipe, Task, settle, train_task
-from fastmae.fabric import Fabric
-from fastmae.loading import worker_count
-from fastmae.processes import this_process
+from fastmae.evaluate.supervised import Recipe, settle, train_task
+from fastmae.evaluate.transforms import LabelledPictures, crop_augmentation, middle_crop
+from fastmae.probes.embed import embed_pictures, features_of
+from fastmae.probes.labelled import LabelledFolder, open_labelled
+from fastmae.probes.logistic import linear_accuracy
+from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.device import own_device
+from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.processes import this_process
+from fastmae.runtime.workers import worker_count
+from fastmae.training.task import Task
 
 IMAGENET = Recipe(images=1_281_167, epochs=90, batch_size=16384, lr=6.4, warmup_epochs=10, lr_power=0.0)
 """MAE's for ViT-B (base rate 0.1 for 256 images; paper Sec. 4.1.2). On a fifth of Caltech-101's training images, held out, the best rate
@@ -46,18 +48,32 @@ def linear(config: LinearConfig) -> dict[str, Any] | None:
     torch.manual_seed(config.seed)
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=config.pretrained)
     read = features_of(opened.network, config.pool, config.block)
-    kept = {split: _features(config, data, opened, read, split) for split in (("val",) if config.augment == "crop" else ("train", "val"))}
+    kept = {
+        split: _features(config, data, opened, read, split)
+        for split in (("val",) if config.augment == "crop" else ("train", "val"))
+    }
     if config.solver == "logistic":
         result: dict[str, Any] | None = _logistic(data, kept)
     else:
-        with TemporaryDirectory() as nowhere:  # a probe takes minutes: without --out nothing of it is kept but the figures
+        with (
+            TemporaryDirectory() as nowhere
+        ):  # a probe takes minutes: without --out nothing of it is kept but the figures
             out = config.out or Path(nowhere) / "linear"
             result = train_task(replace(config, out=out), _task(config, data, opened, read, kept, out), settings)
     if result is not None:
         if config.out is None:
             result = {name: value for name, value in result.items() if name not in ("best", "checkpoint")}
-        result |= {"train": len(data.train), "val": len(data.val), "classes": len(data.classes), "dim": kept["val"].shape[1]}
-        how = "logistic regression" if config.solver == "logistic" else f"{result['epochs']} epochs of LARS, {_best(result)}"
+        result |= {
+            "train": len(data.train),
+            "val": len(data.val),
+            "classes": len(data.classes),
+            "dim": kept["val"].shape[1],
+        }
+        how = (
+            "logistic regression"
+            if config.solver == "logistic"
+            else f"{result['epochs']} epochs of LARS, {_best(result)}"
+        )
         print(
             f"{config.run}{'' if config.pretrained else ', at random'}: linear top-1 {result['top1']:.1f} %, top-5 {result['top5']:.1f} % "
             f"({how}; {len(data.train)} train, {len(data.val)} val images, {len(data.classes)} classes)"
@@ -97,7 +113,14 @@ def lars(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
     return Lars(groups, lr=lr, momentum=MOMENTUM, trust_coeff=0.001)
 
 
-def _task(config: LinearConfig, data: LabelledFolder, opened: OpenedEncoder, read: Any, kept: dict[str, torch.Tensor], out: Path) -> Task:
+def _task(
+    config: LinearConfig,
+    data: LabelledFolder,
+    opened: OpenedEncoder,
+    read: Any,
+    kept: dict[str, torch.Tensor],
+    out: Path,
+) -> Task:
     network = build_probe(kept["val"].shape[1], len(data.classes))
     layer = network[1]
     keep = "train" in kept
@@ -132,7 +155,9 @@ def _step(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], read: Any 
     return {"loss": F.cross_entropy(model(given).float(), labels)}
 
 
-def _measure(network: nn.Module, fabric: Fabric, *, data: LabelledFolder, features: torch.Tensor, out: Path) -> Mapping[str, float]:
+def _measure(
+    network: nn.Module, fabric: Fabric, *, data: LabelledFolder, features: torch.Tensor, out: Path
+) -> Mapping[str, float]:
     mine = slice(fabric.global_rank, None, fabric.world_size)
     batch = features[mine].to(fabric.device), data.val_labels[mine].to(fabric.device)
     return measure_classifier(network, [batch], data.classes, fabric, out / "confusion.png")
@@ -157,7 +182,9 @@ def _best(result: dict[str, Any]) -> str:
 
 def _check(config: LinearConfig) -> None:
     if config.augment == "none" and (config.devices > 1 or this_process().world_size > 1):
-        raise InputError("--augment none: features are kept in one process, and the probe on them takes minutes there; give --devices 1")
+        raise InputError(
+            "--augment none: features are kept in one process, and the probe on them takes minutes there; give --devices 1"
+        )
     if config.out is not None and config.solver == "logistic":
         raise InputError("--out: --solver logistic keeps nothing; leave it out, or take --solver lars")
     if config.augment == "crop" and config.solver == "logistic":

@@ -3,14 +3,11 @@
 Each of those is a `Task`; it is trained here by the one loop (`training.loop.fit`), with its checkpoints, logs, precision and processes.
 """
 
-import contextlib
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -18,17 +15,19 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastmae.config import SupervisedConfig
-from fastmae.device import memory_hint
 from fastmae.errors import InputError
-from fastmae.fabric import Fabric
-from fastmae.loading import guarded, heed_only_the_parent, worker_count
-from fastmae.training.engine import launch, on_first_process, scales_gradients
+from fastmae.runs.folder import RunFolder, read_evaluations, read_metrics
+from fastmae.runtime.device import memory_hint
+from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import launch, on_first_process, scales_gradients
+from fastmae.runtime.peers import ends_with_its_peers
+from fastmae.runtime.workers import guarded, heed_only_the_parent, worker_count
 from fastmae.training.evaluation import Evaluation
-from fastmae.training.loop import TrainState, fit, micro_batches
-from fastmae.training.optimiser import cosine_schedule, layer_decayed_groups
-from fastmae.training.peers import ends_with_its_peers
-from fastmae.training.run_folder import RunFolder, read_evaluations, read_metrics
+from fastmae.training.loop import fit
+from fastmae.training.optimiser import layer_decayed_groups
 from fastmae.training.sampler import StepSampler
+from fastmae.training.state import TrainState
+from fastmae.training.task import Task, micro_batches
 
 NOT_OF_THE_RUN = (
     "data", "out", "config", "print_config", "json", "resume", "device", "devices", "workers", "save_every", "log_every", "micro_batch",
@@ -81,14 +80,14 @@ class Settings:
         return max(1, math.ceil(self.epochs * self.images / self.batch_size))
 
     @property
-    def steps_an_epoch(self) -> float:
+    def steps_per_epoch(self) -> float:
         """Not a whole number: epochs are laid end to end."""
         return self.images / self.batch_size
 
     @property
     def warmup_steps(self) -> int:
         """At most half of the run."""
-        return min(round(self.warmup_epochs * self.steps_an_epoch), self.steps // 2)
+        return min(round(self.warmup_epochs * self.steps_per_epoch), self.steps // 2)
 
 
 def settle(config: SupervisedConfig, recipe: Recipe, images: int) -> Settings:
@@ -111,39 +110,6 @@ def settle(config: SupervisedConfig, recipe: Recipe, images: int) -> Settings:
     return Settings(images, epochs, batch, lr, warmup, config.eval_every or max(1.0, epochs / 10))
 
 
-@dataclass
-class Task:
-    """What the frame has to know.
-
-    Attributes:
-        name: the command's.
-        network: what is trained, on the CPU. Parameters that no step uses must not require gradients.
-        train_set: `train_set[epoch, index]` is one visit to one image; its draws follow from (seed, epoch, index) alone (`drawn_from`).
-        step: (model, batch on the device) -> scalars; 'loss' is minimised.
-        evaluate: (bare network, fabric) -> figures of val/, the same in every process; see `Evaluation.measure`.
-        metric: the figure by which best.pt is kept; the larger the better.
-        groups: parameter groups of the optimizer, with `lr_scale`.
-        description: JSON-able, for run.json: with the rest of it, all that is needed to load the result.
-        schedule: of the learning rate.
-        optimizer: takes groups and a rate; None: AdamW with the options' betas.
-        collate: samples -> batch; None: torch's own.
-        told: figures that are printed after each evaluation; empty: the first ones.
-    """
-
-    name: str
-    network: nn.Module
-    train_set: Dataset[Any]
-    step: Callable[[nn.Module, Any], Mapping[str, torch.Tensor]]
-    evaluate: Callable[[nn.Module, Fabric], Mapping[str, float]]
-    metric: str
-    groups: list[dict[str, Any]]
-    description: dict[str, Any] = field(default_factory=dict)
-    schedule: Callable[[torch.optim.Optimizer, int, int, float], Scheduler] = cosine_schedule
-    optimizer: Callable[[list[dict[str, Any]], float], torch.optim.Optimizer] | None = None
-    collate: Callable[[list[Any]], Any] | None = None
-    told: tuple[str, ...] = ()
-
-
 @ends_with_its_peers
 def train_task(config: SupervisedConfig, task: Task, settings: Settings) -> dict[str, Any] | None:
     """Train to the end, or continue; measure; say so.
@@ -160,7 +126,13 @@ def train_task(config: SupervisedConfig, task: Task, settings: Settings) -> dict
     if settings.batch_size % fabric.world_size:
         raise InputError(f"--batch-size {settings.batch_size}: not a multiple of the {fabric.world_size} processes")
     parts = micro_batches(settings.batch_size // fabric.world_size, config.micro_batch)
-    description = {"fastmae run": 1, "task": task.name, "options": _options(config), "settings": asdict(settings), **task.description}
+    description = {
+        "fastmae run": 1,
+        "task": task.name,
+        "options": _options(config),
+        "settings": asdict(settings),
+        **task.description,
+    }
     out = config.out
     on_first_process(fabric, lambda: RunFolder(out, description, config.resume))
     folder = RunFolder(out, description, resume=True)
@@ -173,7 +145,7 @@ def train_task(config: SupervisedConfig, task: Task, settings: Settings) -> dict
     with memory_hint(f"give --micro-batch {max(1, share // 2)} (now {share}), and the same call continues"):
         fit(
             fabric, state, schedule, _batches(config, task, settings, state.step, fabric, parts), task.step, folder,
-            what=task.name, steps=settings.steps, steps_an_epoch=settings.steps_an_epoch, batch_size=settings.batch_size, seed=config.seed,
+            what=task.name, steps=settings.steps, steps_per_epoch=settings.steps_per_epoch, batch_size=settings.batch_size, seed=config.seed,
             clip_grad=config.clip_grad, save_every=config.save_every, log_every=config.log_every, parts=parts,
             evaluation=_evaluation(task, settings, fabric),
         )  # fmt: skip
@@ -185,24 +157,13 @@ def adamw_groups(config: SupervisedConfig, network: nn.Module, encoder: nn.Modul
     return layer_decayed_groups(network, encoder, config.weight_decay, config.layer_decay)
 
 
-@contextlib.contextmanager
-def drawn_from(*seed: int) -> Iterator[None]:
-    """Within it, Python's, NumPy's and torch's generators give what follows from the seed alone: augmentation draws from all three."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    word = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    random.seed(word)
-    np.random.seed(word)
-    torch.default_generator.manual_seed(word)  # the CPU's alone: torch.manual_seed would seed GPUs too, a fifth of a millisecond
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
 def evaluation_batches(
-    data: Dataset[Any], images: int, fabric: Fabric, batch_size: int, workers: int, collate: Callable[[list[Any]], Any] | None = None
+    data: Dataset[Any],
+    images: int,
+    fabric: Fabric,
+    batch_size: int,
+    workers: int,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> Iterator[Any]:
     """Batches of this process's share of val/, in order, on its device; each image is in one process's share."""
     share: Dataset[Any] = Subset(data, range(fabric.global_rank, images, fabric.world_size))
@@ -221,14 +182,25 @@ def _begin(
     if task.optimizer is not None:
         optimizer = task.optimizer(task.groups, settings.lr)
     else:
-        optimizer = torch.optim.AdamW(task.groups, lr=settings.lr, betas=config.betas, fused=not scales_gradients(fabric))
+        optimizer = torch.optim.AdamW(
+            task.groups, lr=settings.lr, betas=config.betas, fused=not scales_gradients(fabric)
+        )
     schedule = task.schedule(optimizer, settings.steps, settings.warmup_steps, config.min_lr)
     return TrainState(task.network, model, fabric.setup_optimizers(optimizer), description, ema), schedule
 
 
-def _batches(config: SupervisedConfig, task: Task, settings: Settings, start: int, fabric: Fabric, parts: int) -> Iterable[Any]:
+def _batches(
+    config: SupervisedConfig, task: Task, settings: Settings, start: int, fabric: Fabric, parts: int
+) -> Iterable[Any]:
     sampler = StepSampler(
-        settings.images, settings.batch_size, settings.steps, config.seed, start, fabric.global_rank, fabric.world_size, parts
+        settings.images,
+        settings.batch_size,
+        settings.steps,
+        config.seed,
+        start,
+        fabric.global_rank,
+        fabric.world_size,
+        parts,
     )
     loader = DataLoader(
         task.train_set, batch_sampler=sampler, num_workers=min(worker_count(config.workers), max(1, len(sampler))),
@@ -238,13 +210,15 @@ def _batches(config: SupervisedConfig, task: Task, settings: Settings, start: in
 
 
 def _evaluation(task: Task, settings: Settings, fabric: Fabric) -> Evaluation:
-    every = math.ceil(settings.eval_every * settings.steps_an_epoch)
+    every = math.ceil(settings.eval_every * settings.steps_per_epoch)
     return Evaluation(every, lambda network: task.evaluate(network, fabric), task.metric, task.told)
 
 
 def _options(config: SupervisedConfig) -> dict[str, Any]:
     settled = {setting.name for setting in fields(Settings)}  # those stand in the settings, as they came out
-    options = {name: value for name, value in asdict(config).items() if name not in NOT_OF_THE_RUN and name not in settled}
+    options = {
+        name: value for name, value in asdict(config).items() if name not in NOT_OF_THE_RUN and name not in settled
+    }
     return {name: str(value) if name == "weights" and value else value for name, value in options.items()}
 
 

@@ -50,7 +50,9 @@ def decode_image(file: BinaryIO, at_least: int | None = None) -> tuple[Image.Ima
             raise _undecodable(error, "not an image") from error
         size = image.size
         if size[0] * size[1] > MAX_PIXELS:
-            raise UndecodableError(f"declares {size[0]} x {size[1]} pixels, more than the {MAX_PIXELS >> 20} Mpx allowed")
+            raise UndecodableError(
+                f"declares {size[0]} x {size[1]} pixels, more than the {MAX_PIXELS >> 20} Mpx allowed"
+            )
         try:
             if at_least is not None:
                 image.draft("RGB", (2 * at_least, 2 * at_least))
@@ -62,7 +64,9 @@ def decode_image(file: BinaryIO, at_least: int | None = None) -> tuple[Image.Ima
     return rgb, (size[1], size[0]) if turned else size
 
 
-def decode_bands(file: BinaryIO, name: str, channels: int, at_least: int | None = None) -> tuple[list[Image.Image], tuple[int, int]]:
+def decode_bands(
+    file: BinaryIO, name: str, channels: int, at_least: int | None = None
+) -> tuple[list[Image.Image], tuple[int, int]]:
     """Decode to a given number of channels.
 
     Args:
@@ -94,7 +98,9 @@ def decode_bands(file: BinaryIO, name: str, channels: int, at_least: int | None 
             return list(image.split()), image.size
     except Exception as error:
         raise _undecodable(error, "not an image") from error
-    raise UndecodableError(f"has {bands} channels, not {channels}; n-channel images are read from .npy files, [H, W, {channels}]")
+    raise UndecodableError(
+        f"has {bands} channels, not {channels}; n-channel images are read from .npy files, [H, W, {channels}]"
+    )
 
 
 def _read_npy(file: BinaryIO, channels: int) -> np.ndarray:
@@ -157,7 +163,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         scale = 255.0 if values.max() <= 1.0 else 1.0
         return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
-        lab_to_rgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+        lab_to_rgb = ImageCms.buildTransform(
+            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
+        )
         converted = ImageCms.applyTransform(image, lab_to_rgb)
         assert converted is not None
         return converted

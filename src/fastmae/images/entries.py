@@ -27,7 +27,9 @@ def entry_of(source: Path, key: str | bytes, location: str = "") -> bytes:
     """
     name = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key
     if KEY_END in name or ENTRY_END in name:
-        raise InputError(f"{source}: the name {key[:80]!r} holds a byte 0 or 1; rename the image (or save the list as UTF-8 text)")
+        raise InputError(
+            f"{source}: the name {key[:80]!r} holds a byte 0 or 1; rename the image (or save the list as UTF-8 text)"
+        )
     return name + KEY_END + location.encode("ascii") if location else name
 
 

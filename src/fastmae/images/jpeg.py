@@ -66,7 +66,9 @@ def _cut(jpeg: np.ndarray, begin: int, rows: range, cols: range, blocks: int) ->
     chosen = np.arange(rows.start, rows.stop)[:, None] * blocks + np.arange(cols.start, cols.stop)
     starts = np.concatenate([[begin], ends])[chosen]
     ends = ends[chosen]
-    cut = np.concatenate([jpeg[:begin], *(jpeg[a:b] for a, b in zip(starts[:, 0].tolist(), ends[:, -1].tolist(), strict=True))])
+    cut = np.concatenate(
+        [jpeg[:begin], *(jpeg[a:b] for a, b in zip(starts[:, 0].tolist(), ends[:, -1].tolist(), strict=True))]
+    )
     markers = begin + np.cumsum(ends - starts) - 1  # the second byte of the marker that ends each block
     cut[markers] = FIRST_RESTART + np.arange(len(markers)) % RESTARTS
     cut[-1] = EOI

@@ -47,7 +47,9 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 RESIZE = {"whole": resize_whole, "center-crop": resize_and_crop}
 
 
-def make_middle_image(file: BinaryIO, name: str, size: int, resize: str, jpeg_quality: int | None, channels: int = 3) -> MiddleImage:
+def make_middle_image(
+    file: BinaryIO, name: str, size: int, resize: str, jpeg_quality: int | None, channels: int = 3
+) -> MiddleImage:
     """Decode a file and bring it to the middle size.
 
     Args:
@@ -68,7 +70,9 @@ def make_middle_image(file: BinaryIO, name: str, size: int, resize: str, jpeg_qu
     return MiddleImage(torch.from_numpy(jpeg.decode(kept.numpy(), channels)), kept, width, height)
 
 
-def resized_pixels(file: BinaryIO, name: str, size: int, resize: str, channels: int) -> tuple[torch.Tensor, tuple[int, int]]:
+def resized_pixels(
+    file: BinaryIO, name: str, size: int, resize: str, channels: int
+) -> tuple[torch.Tensor, tuple[int, int]]:
     """A file's pixels uint8 [K, S, S], before any JPEG, and its own (width, height)."""
     bands, own = decode_bands(file, name, channels, at_least=size)
     return torch.cat([to_tensor(RESIZE[resize](band, size)) for band in bands]), own

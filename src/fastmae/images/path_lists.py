@@ -68,7 +68,9 @@ def _short_lines(path: Path, file: IO[AnyStr]) -> Iterator[AnyStr]:
     while line := file.readline(LONGEST_LINE):
         number += 1
         if len(line) == LONGEST_LINE:
-            raise InputError(f"{path}: line {number} is too long for a list of paths; is it text with one image a line?")
+            raise InputError(
+                f"{path}: line {number} is too long for a list of paths; is it text with one image a line?"
+            )
         yield line
 
 
@@ -91,7 +93,9 @@ def _csv_column(path: Path) -> Iterator[str]:
                 if row:
                     yield row[column]
         except csv.Error as error:
-            raise InputError(f"{path}: line {rows.line_num} is not {path.suffix[1:]}: {first_line(error)}; repair it") from error
+            raise InputError(
+                f"{path}: line {rows.line_num} is not {path.suffix[1:]}: {first_line(error)}; repair it"
+            ) from error
 
 
 def _column_without_names(path: Path, first: list[str]) -> int:
@@ -139,7 +143,9 @@ def _column_among(path: Path, names: Sequence[str]) -> int | None:
     """Place of the column of paths, or None when no column is called like one."""
     found = [place for place, name in enumerate(names) if name.lower() in PATH_COLUMNS]
     if len(found) > 1:
-        raise InputError(f"{path}: which column holds the paths, {_some([names[place] for place in found])}? Rename or remove all but one")
+        raise InputError(
+            f"{path}: which column holds the paths, {_some([names[place] for place in found])}? Rename or remove all but one"
+        )
     return found[0] if found else None
 
 

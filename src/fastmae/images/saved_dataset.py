@@ -71,7 +71,9 @@ class DatasetSource:
         (row,) = numbers_of(entry, 1, self.path)
         images = self._table()
         if row >= len(images):
-            raise InputError(f"{self.path}: has {len(images)} rows, and the list names row {row}; it has changed, list the images again")
+            raise InputError(
+                f"{self.path}: has {len(images)} rows, and the list names row {row}; it has changed, list the images again"
+            )
         image = images[row][images.column_names[0]]
         if image["bytes"] is not None:
             return io.BytesIO(image["bytes"])
@@ -117,7 +119,9 @@ def _open_images(path: Path) -> Any:
     try:
         datasets = importlib.import_module("datasets")  # an extra, and slow to import
     except ImportError as error:
-        raise InputError(f"{path}: was written by `datasets`, which is not installed; pip install 'fastmae[datasets]'") from error
+        raise InputError(
+            f"{path}: was written by `datasets`, which is not installed; pip install 'fastmae[datasets]'"
+        ) from error
     datasets.disable_progress_bars()
     folder = _split_folder(path)
     try:
@@ -140,18 +144,24 @@ def _split_folder(path: Path) -> Path:
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path / SPLITS_FILE}: names no splits; save the dataset again") from error
     if SPLIT not in splits:
-        raise InputError(f"{path}: has the splits {', '.join(splits)} and none called {SPLIT}; give one of them, as {path / splits[0]}")
+        raise InputError(
+            f"{path}: has the splits {', '.join(splits)} and none called {SPLIT}; give one of them, as {path / splits[0]}"
+        )
     return path / SPLIT
 
 
 def _image_column(path: Path, features: Any, image_type: type) -> str:
     """Name of the one column that holds images: of the library's own type, or of {"bytes", "path"}."""
     found = [name for name, kind in features.items() if isinstance(kind, image_type)]
-    found = found or [name for name, kind in features.items() if isinstance(kind, dict) and set(kind) == {"bytes", "path"}]
+    found = found or [
+        name for name, kind in features.items() if isinstance(kind, dict) and set(kind) == {"bytes", "path"}
+    ]
     if len(found) == 1:
         return found[0]
     if found:
-        raise InputError(f"{path}: columns {', '.join(found)} all hold images; keep one of them with select_columns, and save it again")
+        raise InputError(
+            f"{path}: columns {', '.join(found)} all hold images; keep one of them with select_columns, and save it again"
+        )
     raise InputError(
         f"{path}: no column of images (its columns: {', '.join(list(features)[:8])}); cast the one that holds them to datasets.Image()"
     )

@@ -54,7 +54,9 @@ def open_source(path: Path) -> Source:
     Raises:
         InputError: nothing is there, or nothing that holds images.
     """
-    path = path.resolve() if ".." in path.parts else path.absolute()  # a store keeps it: it must mean the same from everywhere
+    path = (
+        path.resolve() if ".." in path.parts else path.absolute()
+    )  # a store keeps it: it must mean the same from everywhere
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
@@ -66,7 +68,9 @@ def open_source(path: Path) -> Source:
     if path.suffix.lower() == ".tar":
         return TarSource(path)
     what = "is one image" if is_named_as_image(path.name) else "is a file of another kind"
-    raise InputError(f"{path}: {what}; give a folder of images, a .tar, or a list of paths ({', '.join(sorted(LIST_SUFFIXES))})")
+    raise InputError(
+        f"{path}: {what}; give a folder of images, a .tar, or a list of paths ({', '.join(sorted(LIST_SUFFIXES))})"
+    )
 
 
 def _open_folder(path: Path) -> Source:
@@ -79,7 +83,9 @@ def _open_folder(path: Path) -> Source:
         return FolderSource(path)
     below = next(files_below(path, is_named_as_image), None)
     if below is not None and tars:
-        raise InputError(f"{path}: holds tars ({tars[0]}) and loose images ({below}); give a folder with only one of the two in it")
+        raise InputError(
+            f"{path}: holds tars ({tars[0]}) and loose images ({below}); give a folder with only one of the two in it"
+        )
     if compressed and below is None:
         refuse_compressed(path / compressed[0])
     return TarSource(path) if tars else FolderSource(path)
@@ -118,7 +124,9 @@ def labelled_split(data: Path, split: str) -> tuple[list[Path], list[str]]:
     """
     root = data / split
     if not root.is_dir():
-        raise InputError(f"{data}: no folder '{split}'; labelled data are {data}/train/<class>/* and {data}/val/<class>/*")
+        raise InputError(
+            f"{data}: no folder '{split}'; labelled data are {data}/train/<class>/* and {data}/val/<class>/*"
+        )
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise InputError(f"{root}: no class folders in it; labelled data are {root}/<class>/*.jpg")

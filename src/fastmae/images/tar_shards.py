@@ -46,7 +46,9 @@ class TarSource:
             for member in _headers(tar):
                 if member.isreg() and is_named_as_image(member.name):
                     if member.issparse():
-                        raise InputError(f"{tar}: {member.name[:80]!r} is stored with holes; pack the tar again without --sparse")
+                        raise InputError(
+                            f"{tar}: {member.name[:80]!r} is stored with holes; pack the tar again without --sparse"
+                        )
                     yield entry_of(tar, f"{tar.name}/{member.name}", f"{member.offset_data},{member.size}")
 
     def open(self, entry: bytes) -> BinaryIO:
@@ -64,7 +66,9 @@ class TarSource:
         while 0 < len(data) < size and (more := os.pread(file.fileno(), size - len(data), offset + len(data))):
             data += more
         if len(data) < size:
-            raise InputError(f"{self.path}: {name} ends before the image {key_of(entry)[:80]!r}; it has changed, list the images again")
+            raise InputError(
+                f"{self.path}: {name} ends before the image {key_of(entry)[:80]!r}; it has changed, list the images again"
+            )
         return io.BytesIO(data)
 
     def _tars(self) -> list[Path]:
@@ -78,7 +82,9 @@ class TarSource:
         if name not in self._opened:
             path = self.path if self.path.is_file() else self.path / name
             if path.name != name or not name.lower().endswith(".tar"):
-                raise InputError(f"{self.path}: the list names a tar {name[:80]!r} that is not there; list the images again")
+                raise InputError(
+                    f"{self.path}: the list names a tar {name[:80]!r} that is not there; list the images again"
+                )
             file = path.open("rb", buffering=0)
             while len(self._opened) >= OPEN_TARS:
                 self._opened.pop(next(iter(self._opened)))
@@ -102,7 +108,9 @@ def refuse_compressed(path: Path) -> None:
     Raises:
         InputError: always.
     """
-    raise InputError(f"{path}: a compressed tar, whose images can't be reached one by one; unpack it, or decompress it to a plain .tar")
+    raise InputError(
+        f"{path}: a compressed tar, whose images can't be reached one by one; unpack it, or decompress it to a plain .tar"
+    )
 
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
@@ -118,7 +126,9 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
         except OSError:
             raise
         except Exception as error:  # hostile headers raise nearly any type
-            raise InputError(f"{path}: a damaged tar, or cut off ({first_line(error)}); fetch or pack it again") from error
+            raise InputError(
+                f"{path}: a damaged tar, or cut off ({first_line(error)}); fetch or pack it again"
+            ) from error
 
 
 def _intact_headers(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:

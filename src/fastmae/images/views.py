@@ -25,14 +25,14 @@ class Draw:
         row: of the view's first patch in the middle image's grid; every aligned place is equally likely.
         col: the same, across.
         flipped: whether the view is mirrored, left to right.
-        order: int64 [size * size]: a random order of the view's patches; the first ones stay visible, the rest are masked.
+        ids_shuffle: int64 [size * size]: a random order of the view's patches; the first ones stay visible, the rest are masked.
     """
 
     scale: int
     row: int
     col: int
     flipped: bool
-    order: np.ndarray
+    ids_shuffle: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class ViewDraws:
         grid = grids[scale]
         row, col = random.integers(0, grid - self.size + 1, size=2)
         flipped = bool(random.random() < 0.5) and self.flip
-        order = random.permutation(self.size**2) if self.mask == "random" else self._block_order(random)
-        return Draw(scale, int(row), int(col), flipped, order)
+        ids_shuffle = random.permutation(self.size**2) if self.mask == "random" else self._block_order(random)
+        return Draw(scale, int(row), int(col), flipped, ids_shuffle)
 
     def _block_order(self, random: np.random.Generator) -> np.ndarray:
         """Rectangles of at least 16 patches and a shape between 0.3 and 1 / 0.3 (BEiT) until V patches or fewer are left.
@@ -73,7 +73,9 @@ class ViewDraws:
         while (missing := wanted - int(masked.sum())) > 0:
             area = random.uniform(min(BLOCK_MIN, missing), max(BLOCK_MIN, missing))
             shape = np.exp(random.uniform(np.log(BLOCK_SHAPE), -np.log(BLOCK_SHAPE)))
-            height, width = (max(1, min(self.size, round(side))) for side in (np.sqrt(area * shape), np.sqrt(area / shape)))
+            height, width = (
+                max(1, min(self.size, round(side))) for side in (np.sqrt(area * shape), np.sqrt(area / shape))
+            )
             top, left = random.integers(0, self.size - height + 1), random.integers(0, self.size - width + 1)
             fresh = np.zeros_like(masked)
             fresh[top : top + height, left : left + width] = True
@@ -84,11 +86,15 @@ class ViewDraws:
         return np.concatenate([random.permutation(seen), random.permutation(hidden)])
 
 
-def normalise(pixels: torch.Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> torch.Tensor:
+def normalise(
+    pixels: torch.Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+) -> torch.Tensor:
     """uint8 [..., K, H, W] -> float32, each channel by its mean and deviation (of values in [0, 1]); laid out as it came."""
     scale = 1 / (255 * torch.tensor(std, device=pixels.device))
     shift = -torch.tensor(mean, device=pixels.device) * 255 * scale
-    if pixels.dim() == 4 and pixels.stride(1) == 1 < pixels.shape[1]:  # colours side by side: whole rows at a time, a fifth of the time
+    if (
+        pixels.dim() == 4 and pixels.stride(1) == 1 < pixels.shape[1]
+    ):  # colours side by side: whole rows at a time, a fifth of the time
         rows = pixels.permute(0, 2, 3, 1).flatten(2).float()
         width = pixels.shape[3]
         return rows.mul_(scale.repeat(width)).add_(shift.repeat(width)).unflatten(2, (width, -1)).permute(0, 3, 1, 2)

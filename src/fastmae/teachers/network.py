@@ -61,7 +61,9 @@ class TimmNetwork(nn.Module):
         self.depth = len(model.blocks) if is_vit else len(model.feature_info)
         self.patch = int(model.patch_embed.feat_ratio()) if is_vit else 0
         self.native_size = int(model.pretrained_cfg["input_size"][-1])
-        self.has_final_norm = is_vit and isinstance(getattr(model, "norm", None), nn.Module) and not isinstance(model.norm, nn.Identity)
+        self.has_final_norm = (
+            is_vit and isinstance(getattr(model, "norm", None), nn.Module) and not isinstance(model.norm, nn.Identity)
+        )
         self.mean, self.std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
     def look_at(self, size: int) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmae.errors import InputError, first_line
-from fastmae.linear import with_fast_linear
+from fastmae.runtime.fast_linear import with_fast_linear
 from fastmae.teachers.network import TimmNetwork
 
 RGB = (0, 1, 2)
@@ -62,7 +62,9 @@ class Teacher(nn.Module):
         super().__init__()
         self.weights_sha256 = _weights_digest(model)  # before a change of size resamples position embeddings
         with _odd_models_named(spec):
-            self.network: Any = model if hasattr(model, "features") and hasattr(model, "look_at") else TimmNetwork(spec, model)
+            self.network: Any = (
+                model if hasattr(model, "features") and hasattr(model, "look_at") else TimmNetwork(spec, model)
+            )
         with_fast_linear(self.network.eval().requires_grad_(False))
         self.spec, self.grid, self.weights_file, self.channels = spec, grid, weights_file, list(channels)
         self.kind = self.network.kind
@@ -70,13 +72,17 @@ class Teacher(nn.Module):
             self.network.to(memory_format=torch.channels_last)
         self.block, self.last = _block_number(spec, block, self.network.depth), last
         if not 1 <= last <= self.block + 1 or (last > 1 and self.kind == "cnn"):
-            raise InputError(f"--teacher-last {last}: give 1 to {self.block + 1} of a ViT's blocks; a CNN's stages differ in width")
+            raise InputError(
+                f"--teacher-last {last}: give 1 to {self.block + 1} of a ViT's blocks; a CNN's stages differ in width"
+            )
         self.norm = _norm_kind(spec, norm, self.network, is_last=self.block == self.network.depth - 1)
         self.register_buffer("mean", _per_channel(self.network.mean), persistent=False)
         self.register_buffer("std", _per_channel(self.network.std), persistent=False)
         with _odd_models_named(spec):
             self.input_size = self._fit_vit(size) if self.kind == "vit" else self._fit_cnn(size, middle_size)
-            self.token_dim = self.forward(torch.zeros(1, max(self.channels) + 1, middle_size, middle_size, dtype=torch.uint8)).shape[-1]
+            self.token_dim = self.forward(
+                torch.zeros(1, max(self.channels) + 1, middle_size, middle_size, dtype=torch.uint8)
+            ).shape[-1]
 
     @torch.no_grad()  # not inference_mode: online, a loss keeps the result for its backward pass
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -125,7 +131,9 @@ class Teacher(nn.Module):
         patch = self.network.patch
         fitting = self.grid * patch
         if size is not None and size % patch:
-            raise InputError(f"--teacher-size {size}: not a multiple of {self.spec}'s patch size {patch}; {fitting} gives the store's grid")
+            raise InputError(
+                f"--teacher-size {size}: not a multiple of {self.spec}'s patch size {patch}; {fitting} gives the store's grid"
+            )
         size = size or fitting
         self.network.look_at(size)
         return size
@@ -149,8 +157,19 @@ def _odd_models_named(spec: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{spec}: can't be a teacher here ({first_line(error)}); take another, or another --teacher-size") from error
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise InputError(
+            f"{spec}: can't be a teacher here ({first_line(error)}); take another, or another --teacher-size"
+        ) from error
 
 
 def _block_number(spec: str, block: int | None, depth: int) -> int:

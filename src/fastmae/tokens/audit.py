@@ -1,4 +1,4 @@
-"""Reading a whole store again: every bit of every file against its checksum. Says what is damaged; mending is `fastmae.verify`'s."""
+"""Reading a whole store again: every bit of every file against its checksum. Says what is damaged; mending is `fastmae.offline.verify`'s."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import safetensors
 from safetensors.numpy import load_file
 
 from fastmae.errors import InputError, first_line
-from fastmae.images.listing import ImageList
+from fastmae.images.image_list import ImageList
 from fastmae.tokens.codec import learns, load_codec
 from fastmae.tokens.format import (
     CODEBOOKS_COPY,
@@ -61,7 +61,11 @@ def audit(folder: Path, on_shard: Callable[[], object] = lambda: None) -> Iterat
     if manifest is not None and len(manifest.shards) != info.shards:
         manifest = None
         yield Damage(MANIFEST_FILE, f"does not list the {info.shards} shards of store.json")
-    checks = [(name, partial(manifest.check, name)) for name in manifest.files] if manifest is not None else _own_checks(folder, info)
+    checks = (
+        [(name, partial(manifest.check, name)) for name in manifest.files]
+        if manifest is not None
+        else _own_checks(folder, info)
+    )
     for name, check in checks:
         try:
             check(folder / name)
@@ -91,7 +95,10 @@ def _own_checks(folder: Path, info: StoreInfo) -> list[tuple[str, Callable[[Path
             raise InputError(f"{file}: differs from {other}")
 
     lists = [(list_name(number), partial(check_list, part.images_sha256)) for number, part in enumerate(info.parts)]
-    books = [(CODEBOOKS_FILE, partial(check_codebooks, CODEBOOKS_COPY)), (CODEBOOKS_COPY, partial(check_codebooks, CODEBOOKS_FILE))]
+    books = [
+        (CODEBOOKS_FILE, partial(check_codebooks, CODEBOOKS_COPY)),
+        (CODEBOOKS_COPY, partial(check_codebooks, CODEBOOKS_FILE)),
+    ]
     made = any(shard_path(folder, shard).exists() for shard in range(info.shards))
     return [*lists, *(books if made and learns(info.codec) else [])]
 
@@ -117,8 +124,14 @@ def _descriptions(folder: Path) -> tuple[StoreInfo, Manifest | None, list[Damage
     except InputError as error:
         info, bad_info = None, str(error)
     if info is None and manifest is None:
-        raise InputError(f"{bad_info}; and {MANIFEST_FILE}, which holds a copy of it, is missing or damaged too; tokenize again")
-    if manifest is not None and bad_info is None and (folder / STORE_FILE).read_bytes() != store_text(manifest.info).encode():
+        raise InputError(
+            f"{bad_info}; and {MANIFEST_FILE}, which holds a copy of it, is missing or damaged too; tokenize again"
+        )
+    if (
+        manifest is not None
+        and bad_info is None
+        and (folder / STORE_FILE).read_bytes() != store_text(manifest.info).encode()
+    ):
         bad_info = "differs from the manifest's copy: damaged, or changed by hand"
     if manifest is not None and bad_info is not None:
         return manifest.info, manifest, [Damage(STORE_FILE, bad_info)]

@@ -124,7 +124,9 @@ class Codec:
             ValueError: codes of another shape or dtype than this codec's.
         """
         if codes.shape[-1] != self.code_dim or str(codes.dtype) != f"torch.{self.dtype}":
-            raise ValueError(f"codes of {codes.shape[-1]} {codes.dtype}; {self.name} has {self.code_dim} torch.{self.dtype}")
+            raise ValueError(
+                f"codes of {codes.shape[-1]} {codes.dtype}; {self.name} has {self.code_dim} torch.{self.dtype}"
+            )
         return self.quantiser.decode(codes.reshape(-1, self.code_dim)).reshape(*codes.shape[:-1], self.token_dim)
 
 
@@ -146,7 +148,9 @@ class FloatCast:
         """
         stored = tokens.to(self.dtype)
         if not torch.isfinite(stored).all():
-            raise InputError(f"the teacher's features reach {tokens.abs().max():.0f}, beyond fp16's 65504; use --codec fp32")
+            raise InputError(
+                f"the teacher's features reach {tokens.abs().max():.0f}, beyond fp16's 65504; use --codec fp32"
+            )
         return stored
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -196,7 +200,10 @@ class ProductQuantiser:
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_tables": None}  # as large as a thousand images: made again in the process that decodes
+        return {
+            **self.__dict__,
+            "_tables": None,
+        }  # as large as a thousand images: made again in the process that decodes
 
     def tensors(self) -> dict[str, np.ndarray]:
         """`offset`, `forward`, `inverse` and `centroids`."""
@@ -210,7 +217,10 @@ class ProductQuantiser:
         centroids = kept["centroids"].transpose(1, 2)
         half_norms = kept["centroids"].square().sum(2)[:, None] / 2
         with torch.no_grad(), _float32(tokens.device):
-            blocks = [self._nearest((block - kept["offset"]) @ kept["forward"], centroids, half_norms) for block in padded.split(BLOCK)]
+            blocks = [
+                self._nearest((block - kept["offset"]) @ kept["forward"], centroids, half_norms)
+                for block in padded.split(BLOCK)
+            ]
         return torch.cat(blocks)[:count]
 
     def _nearest(self, turned: torch.Tensor, centroids: torch.Tensor, half_norms: torch.Tensor) -> torch.Tensor:
@@ -292,7 +302,9 @@ def code_layout(name: str, token_dim: int) -> tuple[int, np.dtype[Any]]:
     """
     codec = parse_codec(name)
     if codec.size > token_dim:
-        raise InputError(f"--codec {name}: more bytes than a token has channels, {token_dim}; give pq{token_dim} at most, or int8")
+        raise InputError(
+            f"--codec {name}: more bytes than a token has channels, {token_dim}; give pq{token_dim} at most, or int8"
+        )
     return codec.size or token_dim, np.dtype(DTYPES[codec.family])
 
 
@@ -357,7 +369,9 @@ def check_finite(tokens: torch.Tensor) -> None:
         InputError: they are not.
     """
     if not torch.isfinite(tokens).all():
-        raise InputError("the teacher's features hold NaN or infinity; check its weights file, or tap another --teacher-block")
+        raise InputError(
+            "the teacher's features hold NaN or infinity; check its weights file, or tap another --teacher-block"
+        )
 
 
 def _float32(device: torch.device) -> contextlib.AbstractContextManager:
@@ -373,7 +387,9 @@ def _checked(tensors: Mapping[str, np.ndarray], shapes: dict[str, tuple[int, ...
         if held is None:
             raise InputError(f"codebooks.safetensors: holds no '{name}'; {way_out}")
         if held.dtype != np.float32 or held.shape != shape:
-            raise InputError(f"codebooks.safetensors: '{name}' is {held.dtype} {list(held.shape)}, not float32 {list(shape)}; {way_out}")
+            raise InputError(
+                f"codebooks.safetensors: '{name}' is {held.dtype} {list(held.shape)}, not float32 {list(shape)}; {way_out}"
+            )
         if not np.isfinite(held).all() or (name == "scale" and held.min() <= 0):
             raise InputError(f"codebooks.safetensors: '{name}' holds numbers that can't be; {way_out}")
     return {name: np.ascontiguousarray(tensors[name]) for name in shapes}

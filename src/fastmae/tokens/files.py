@@ -19,8 +19,8 @@ import fsspec.asyn
 import fsspec.core
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from fastmae.durable import PART_SUFFIX, write_whole
 from fastmae.errors import InputError, first_line
+from fastmae.runtime.durable import PART_SUFFIX, write_whole
 from fastmae.tokens.format import SHARDS_FOLDER
 
 RETRY_AFTER = (0.2, 1.0, 3.0)  # seconds before a failed transfer is tried again; then it is given up
@@ -145,7 +145,9 @@ class RemoteFiles:
         if self._prefetcher is None or self._prefetcher.pid != os.getpid():
             self._prefetcher = _Prefetcher(lambda name: self._fetch(name, patient=False))
         with contextlib.suppress(Exception):
-            _file_system(os.getpid(), self.location)  # imports, and starts a loop: not in a thread, which a fork would stop half-way
+            _file_system(
+                os.getpid(), self.location
+            )  # imports, and starts a loop: not in a thread, which a fork would stop half-way
             self._prefetcher.start([name for name in reversed(names) if not self._is_held(name)][::-1])
 
     def _place(self, name: str) -> Path:
@@ -157,7 +159,9 @@ class RemoteFiles:
         held = name in self._opened if self._version is None else place.exists()
         if held:
             with contextlib.suppress(OSError):  # another user's file, or one that is gone this moment
-                os.utime(place, ns=(time.time_ns(),) * 2)  # last used now; the kernel's own now is one for all files of some ms
+                os.utime(
+                    place, ns=(time.time_ns(),) * 2
+                )  # last used now; the kernel's own now is one for all files of some ms
         return held
 
     def _fetch(self, name: str, patient: bool) -> None:
@@ -218,7 +222,9 @@ class _BoundedFolder:
             reserve(size or 0)
             yield lambda came: None if came == size else reserve(came)
         finally:
-            with _acquire(self.folder / LOCK_SUFFIX, patient=True):  # not while somebody counts, who would find neither it nor the file
+            with _acquire(
+                self.folder / LOCK_SUFFIX, patient=True
+            ):  # not while somebody counts, who would find neither it nor the file
                 reservation.unlink(missing_ok=True)
 
     def _reserve(self, reservation: Path, size: int, spared: set[str]) -> bool:
@@ -261,7 +267,9 @@ class _BoundedFolder:
             reservations = [name for name in names if name.endswith(RESERVED_SUFFIX) and f"{folder}/{name}" != str(own)]
             arriving += sum(_reserved(Path(folder, name)) for name in reservations)
             # Sizes are taken only now: a file that came to rest meanwhile is counted twice rather than not at all.
-            files = {name for name in names if not name.endswith((LOCK_SUFFIX, RESERVED_SUFFIX, PART_SUFFIX, USED_FILE))}
+            files = {
+                name for name in names if not name.endswith((LOCK_SUFFIX, RESERVED_SUFFIX, PART_SUFFIX, USED_FILE))
+            }
             for name in files.union(name.removesuffix(RESERVED_SUFFIX) for name in reservations):
                 with contextlib.suppress(FileNotFoundError):
                     status = os.stat(path := f"{folder}/{name}")  # noqa: PTH116 - thousands of files, and a Path each takes longer
@@ -340,14 +348,20 @@ def _file_system(pid: int, url: str) -> tuple[Any, str]:
         if protocol in {"http", "https"}:
             import aiohttp  # noqa: PLC0415 - needed for these alone
 
-            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=STALLED_AFTER)}
+            options["client_kwargs"] = {
+                "timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=STALLED_AFTER)
+            }
         return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
     except ImportError as error:
         missing = getattr(error.__cause__ or error, "name", None)
-        what = f"the package {missing}; install it (pip install {missing})" if missing else f"more ({first_line(error)})"
+        what = (
+            f"the package {missing}; install it (pip install {missing})" if missing else f"more ({first_line(error)})"
+        )
         raise InputError(f"{url}: to read {protocol}:// takes {what}") from error
     except ValueError as error:
-        raise InputError(f"{url}: {first_line(error)}; give a folder, or a URL of https://, s3://, gs:// or hf://") from error
+        raise InputError(
+            f"{url}: {first_line(error)}; give a folder, or a URL of https://, s3://, gs:// or hf://"
+        ) from error
 
 
 def _size(url: str, name: str) -> int | None:
@@ -359,7 +373,9 @@ def _size(url: str, name: str) -> int | None:
             return files.info(f"{root}/{name}").get("size")
         except FileNotFoundError as error:
             # fsspec calls any failure over HTTP so; the true one is its cause.
-            raise (error.__cause__ if url.startswith("http") and isinstance(error.__cause__, Exception) else error) from None
+            raise (
+                error.__cause__ if url.startswith("http") and isinstance(error.__cause__, Exception) else error
+            ) from None
 
     return _persist(ask, f"{url}/{name}")
 
@@ -390,9 +406,13 @@ def _persist(action: Callable[[], Any], url: str) -> Any:
                 raise
             status = getattr(error, "status", None)
             if isinstance(error, FileNotFoundError) or status in MISSING:
-                raise MissingFileError(f"{url}: no such file; check the address, and that the whole store was copied there") from error
+                raise MissingFileError(
+                    f"{url}: no such file; check the address, and that the whole store was copied there"
+                ) from error
             if isinstance(error, PermissionError) or status in FORBIDDEN:
-                raise MissingFileError(f"{url}: no permission; give the credentials that {url.partition('://')[0]}:// takes") from error
+                raise MissingFileError(
+                    f"{url}: no permission; give the credentials that {url.partition('://')[0]}:// takes"
+                ) from error
             if delay is None:
                 tries = f"{first_line(error)}, tried {len(RETRY_AFTER) + 1} times"
                 raise InputError(f"{url}: can't be fetched ({tries}); check the address and the network") from error

@@ -167,10 +167,22 @@ class StoreInfo:
         for part in parts:
             _check_types(Part, part, path)
             if not Path(part["source"]).is_absolute() or ".." in Path(part["source"]).parts:
-                raise InputError(f"{path}: source '{part['source']}' is not a whole path; the file was changed by hand?")
-        made = {**{field.name: value[field.name] for field in fields(cls)}, "parts": tuple(Part(**_own(Part, part)) for part in parts)}
+                raise InputError(
+                    f"{path}: source '{part['source']}' is not a whole path; the file was changed by hand?"
+                )
+        made = {
+            **{field.name: value[field.name] for field in fields(cls)},
+            "parts": tuple(Part(**_own(Part, part)) for part in parts),
+        }
         info = cls(**made)
-        sizes = (info.middle_size, info.patch_size, info.channels, info.token_dim, info.shard_size, *(part.images for part in info.parts))
+        sizes = (
+            info.middle_size,
+            info.patch_size,
+            info.channels,
+            info.token_dim,
+            info.shard_size,
+            *(part.images for part in info.parts),
+        )
         if not parts or min(sizes) < 1 or info.middle_size % info.patch_size:
             raise InputError(
                 f"{path}: sizes that can't be (middle {info.middle_size}, patch {info.patch_size}); the file was changed by hand?"
@@ -180,7 +192,9 @@ class StoreInfo:
     def differences(self, other: "StoreInfo") -> list[str]:
         """What differs between two descriptions, as 'name: mine, not theirs'; where the images lay does not count."""
         mine, theirs = _flat(self), _flat(other)
-        return [f"{name}: {mine.get(name)}, not {theirs.get(name)}" for name in mine if mine.get(name) != theirs.get(name)]
+        return [
+            f"{name}: {mine.get(name)}, not {theirs.get(name)}" for name in mine if mine.get(name) != theirs.get(name)
+        ]
 
 
 @dataclass(frozen=True)
@@ -299,7 +313,9 @@ def _check_types(kind: type, value: Any, path: Path) -> None:
         wanted = types[field.type if isinstance(field.type, str) else _name(field.type)]
         given = value.get(field.name) if isinstance(value, dict) else None
         if type(given) is not wanted:
-            raise InputError(f"{path}: '{field.name}' is missing or not of type {wanted.__name__}; the file was changed by hand?")
+            raise InputError(
+                f"{path}: '{field.name}' is missing or not of type {wanted.__name__}; the file was changed by hand?"
+            )
 
 
 def _own(kind: Any, value: dict[str, Any]) -> dict[str, Any]:
@@ -307,4 +323,8 @@ def _own(kind: Any, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(annotation: Any) -> str:
-    return annotation.__name__ if annotation in (int, str) else str(annotation).replace("fastmae.tokens.format.", "").replace("typing.", "")
+    return (
+        annotation.__name__
+        if annotation in (int, str)
+        else str(annotation).replace("fastmae.tokens.format.", "").replace("typing.", "")
+    )

@@ -26,7 +26,7 @@ class ViewBatch:
         pixels: uint8 [B, K, H, W].
         tokens: of each store, [B, N, C'] as its codec has them, patches row by row; none where the target does not read them.
         means: of each store, float16 [B, C], the images' mean tokens, or [B, 0] where its codec keeps none.
-        order: int64 [B, N]: see `Draw.order`.
+        ids_shuffle: int64 [B, N]: see `Draw.ids_shuffle`.
         place: int64 [B, 3]: row and column of the view's first patch in the middle image, and 1 where it is flipped.
         middle: uint8 [B, K, S, S], whole middle images, where the target reads them.
     """
@@ -34,7 +34,7 @@ class ViewBatch:
     pixels: torch.Tensor
     tokens: list[torch.Tensor]
     means: list[torch.Tensor]
-    order: torch.Tensor
+    ids_shuffle: torch.Tensor
     place: torch.Tensor
     middle: torch.Tensor | None = None
 
@@ -42,7 +42,7 @@ class ViewBatch:
         """The same batch with a function applied to each tensor (a move to a device, say)."""
         middle = None if self.middle is None else function(self.middle)
         tokens, means = ([function(tensor) for tensor in tensors] for tensors in (self.tokens, self.means))
-        return ViewBatch(function(self.pixels), tokens, means, function(self.order), function(self.place), middle)
+        return ViewBatch(function(self.pixels), tokens, means, function(self.ids_shuffle), function(self.place), middle)
 
     def pin_memory(self) -> "ViewBatch":
         """Called by the DataLoader."""
@@ -98,12 +98,16 @@ class StoreViews(Dataset[ViewBatch]):
         count, side = len(views), size * first.info.patch_size
         teachers = self.stores if self.with_tokens else ()
         made = ViewBatch(
-            torch.empty(count, first.info.channels, side, side, dtype=torch.uint8, memory_format=LAYOUTS[first.info.pixels]),
+            torch.empty(
+                count, first.info.channels, side, side, dtype=torch.uint8, memory_format=LAYOUTS[first.info.pixels]
+            ),
             [torch.empty(count, size, size, s[0].code_dim, dtype=_torch_dtype(s[0])) for s in teachers],
             [torch.empty(count, s[0].mean_dim, dtype=torch.float16) for s in teachers],
-            torch.from_numpy(np.stack([draw.order for _, draw in views])),
+            torch.from_numpy(np.stack([draw.ids_shuffle for _, draw in views])),
             torch.tensor([[draw.row, draw.col, int(draw.flipped)] for _, draw in views]),
-            torch.empty(count, first.info.channels, *2 * [first.info.middle_size], dtype=torch.uint8) if self.with_middle else None,
+            torch.empty(count, first.info.channels, *2 * [first.info.middle_size], dtype=torch.uint8)
+            if self.with_middle
+            else None,
         )
         pixels, encoded = (
             made.pixels.numpy(),
@@ -133,8 +137,14 @@ class StoreViews(Dataset[ViewBatch]):
                 self.damaged.add(candidate)
                 if str(error) not in self.told:  # a shard that is gone as a whole is named once
                     self.told.add(str(error))
-                    print(f"skipped image {self.stores[0][0].key(candidate)}: {str(error).split(';')[0]}", file=sys.stderr, flush=True)
-        raise DamagedError(f"{self.stores[0][0].folder}: all of its images are damaged; `fastmae verify STORE --repair` rebuilds them")
+                    print(
+                        f"skipped image {self.stores[0][0].key(candidate)}: {str(error).split(';')[0]}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+        raise DamagedError(
+            f"{self.stores[0][0].folder}: all of its images are damaged; `fastmae verify STORE --repair` rebuilds them"
+        )
 
 
 def as_read(batch: Any) -> Any:

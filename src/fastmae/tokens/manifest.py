@@ -15,9 +15,17 @@ import safetensors
 import xxhash
 from safetensors.numpy import load_file
 
-from fastmae.durable import write_whole
 from fastmae.errors import InputError, first_line
-from fastmae.tokens.format import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE, STORE_FILE, StoreInfo, checksum, shard_name
+from fastmae.runtime.durable import write_whole
+from fastmae.tokens.format import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    STORE_FILE,
+    StoreInfo,
+    checksum,
+    shard_name,
+)
 
 HEADER_LENGTH = 8
 """Bytes in front of a safetensors header, with its length."""
@@ -80,7 +88,9 @@ class Manifest:
             )
             whole = manifest.text() == text
         except FileNotFoundError as error:
-            raise InputError(f"{file.parent}: the store is not finished; run the same `fastmae tokenize` again to continue it") from error
+            raise InputError(
+                f"{file.parent}: the store is not finished; run the same `fastmae tokenize` again to continue it"
+            ) from error
         except InputError:
             raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -162,7 +172,9 @@ def check_description(manifest: Manifest, info: StoreInfo, folder: Path) -> None
     """
     if info != manifest.info:
         differing = info.differences(manifest.info) or ["where the images lay"]
-        raise InputError(f"{folder / STORE_FILE}: was changed after the store was finished ({'; '.join(differing)}); {_REPAIR}")
+        raise InputError(
+            f"{folder / STORE_FILE}: was changed after the store was finished ({'; '.join(differing)}); {_REPAIR}"
+        )
 
 
 def read_header(file: Path) -> bytes:

@@ -58,9 +58,13 @@ def learn_codec(name: str, sample: torch.Tensor, seed: int) -> Codec:
         return load_codec(name, token_dim, {})
     least = LEAST_SAMPLE[codec.family]
     if len(sample) < least:
-        raise InputError(f"--codec {name}: {len(sample)} tokens are too few to learn from ({least} at least); use --codec fp16")
+        raise InputError(
+            f"--codec {name}: {len(sample)} tokens are too few to learn from ({least} at least); use --codec fp16"
+        )
     check_finite(sample)
-    return Codec(name, token_dim, learn_range(sample) if codec.family == "int8" else learn_product(sample, codec.size, seed))
+    return Codec(
+        name, token_dim, learn_range(sample) if codec.family == "int8" else learn_product(sample, codec.size, seed)
+    )
 
 
 def learn_range(sample: torch.Tensor) -> ScalarQuantiser:

@@ -81,14 +81,18 @@ class TokenStore:
         check_description(self.manifest, self.info, self.folder)
         self.files.pin(self.manifest.digest, self.manifest.sizes())
         if len(self.manifest.shards) != self.info.shards:
-            raise InputError(f"{self.folder / MANIFEST_FILE}: lists {len(self.manifest.shards)} shards, store.json {self.info.shards}")
+            raise InputError(
+                f"{self.folder / MANIFEST_FILE}: lists {len(self.manifest.shards)} shards, store.json {self.info.shards}"
+            )
         places = _read_index(self._checked(INDEX_FILE), ["shard", "row"])
         decoded = places["row"] >= 0
         self._shard_of, self._row_of = places["shard"][decoded], places["row"][decoded]
         if len(decoded) != self.info.images or not len(self):
             listed = f"lists {len(decoded)} images, store.json {self.info.images}"
             raise InputError(f"{self.folder / INDEX_FILE}: {listed}; bring back the file that belongs here")
-        if not ((self._shard_of >= 0) & (self._shard_of < self.info.shards) & (self._row_of < self.info.shard_size)).all():
+        if not (
+            (self._shard_of >= 0) & (self._shard_of < self.info.shards) & (self._row_of < self.info.shard_size)
+        ).all():
             raise InputError(
                 f"{self.folder / INDEX_FILE}: names shards or rows that can't be; `fastmae verify STORE --repair` makes it again"
             )
@@ -104,7 +108,13 @@ class TokenStore:
 
     def __getstate__(self) -> dict[str, Any]:
         # Maps don't travel between processes: each opens its own, and checks for itself.
-        return {**self.__dict__, "_shards": OrderedDict(), "_checked_records": {}, "_bad_shards": {}, "_fetched_again": set()}
+        return {
+            **self.__dict__,
+            "_shards": OrderedDict(),
+            "_checked_records": {},
+            "_bad_shards": {},
+            "_fetched_again": set(),
+        }
 
     @property
     def shard_sizes(self) -> np.ndarray:
@@ -163,7 +173,9 @@ class TokenStore:
         else:
             out[...] = view
 
-    def read_codes(self, index: int, row: int, col: int, size: int, flipped: bool, out: np.ndarray, mean: np.ndarray) -> None:
+    def read_codes(
+        self, index: int, row: int, col: int, size: int, flipped: bool, out: np.ndarray, mean: np.ndarray
+    ) -> None:
         """Write the tokens of a view, as the codec has them, into [s, s, C'] of its dtype; its image's mean into float16 [C] or [0].
 
         A store with `flips` 'stored' looks up what the teacher gave for the mirrored image; another mirrors the grid, which
@@ -183,7 +195,9 @@ class TokenStore:
         """The whole middle image: uint8 [K, S, S] of K channels."""
         if self.info.pixels == "raw":
             return torch.from_numpy(self._record(index, MappedShard.raw_pixels).copy())
-        return torch.from_numpy(_decoded(self._record(index, MappedShard.jpeg), lambda data: jpeg.decode(data, self.info.channels)))
+        return torch.from_numpy(
+            _decoded(self._record(index, MappedShard.jpeg), lambda data: jpeg.decode(data, self.info.channels))
+        )
 
     def key(self, index: int) -> str:
         """An image's key, for messages."""
@@ -238,7 +252,9 @@ class TokenStore:
         """Mean and deviation by which the middle images are normalised: ImageNet's for RGB, as in timm, else the store's own."""
         if self.info.channels == 3:
             return IMAGENET_MEAN, IMAGENET_STD
-        return tuple(self.statistics["pixel_mean"].tolist()), tuple(self.statistics["pixel_std"].clamp(min=1e-3).tolist())
+        return tuple(self.statistics["pixel_mean"].tolist()), tuple(
+            self.statistics["pixel_std"].clamp(min=1e-3).tolist()
+        )
 
     def _check_view(self, row: int, col: int, size: int) -> None:
         for offset in (row, col):
@@ -297,7 +313,9 @@ class TokenStore:
         shape = (self.grid, self.grid, self.code_dim)
         means = shard.tensors.get("token_means", np.zeros((0, 0), np.float16))
         if shard.tokens.shape[1:] != shape or shard.tokens.dtype != self.code_dtype or means.shape[1] != self.mean_dim:
-            raise DamagedError(f"{shard.file}: holds tokens of {list(shard.tokens.shape[1:])}, not {list(shape)} as store.json says")
+            raise DamagedError(
+                f"{shard.file}: holds tokens of {list(shard.tokens.shape[1:])}, not {list(shape)} as store.json says"
+            )
         return shard
 
     def _mapped(self, number: int, tries: int = 3) -> MappedShard:
@@ -308,7 +326,9 @@ class TokenStore:
             raise DamagedError(str(error)) from error
         here = isinstance(self.files, LocalFiles)  # then a file that was checked stays what it was
         try:
-            shard = MappedShard(file, *self.manifest.shards[number], self._checked_records.get(number) if here else None)
+            shard = MappedShard(
+                file, *self.manifest.shards[number], self._checked_records.get(number) if here else None
+            )
             if here:
                 self._checked_records[number] = shard.checked
             return shard
@@ -316,7 +336,9 @@ class TokenStore:
             if here or tries == 1:
                 self._bad_shards[number] = str(error)
                 raise
-        file.unlink(missing_ok=True)  # a copy in the cache: given up for another one this moment, or damaged there; it is fetched anew
+        file.unlink(
+            missing_ok=True
+        )  # a copy in the cache: given up for another one this moment, or damaged there; it is fetched anew
         return self._mapped(number, tries - 1)
 
 
@@ -324,7 +346,9 @@ def _decoded(data: np.ndarray, decode: Callable[[np.ndarray], np.ndarray]) -> np
     try:
         return decode(data)
     except (IndexError, ValueError) as error:
-        raise DamagedError(f"a stored JPEG that is none ({first_line(error)}); `fastmae verify STORE --repair` makes it again") from error
+        raise DamagedError(
+            f"a stored JPEG that is none ({first_line(error)}); `fastmae verify STORE --repair` makes it again"
+        ) from error
 
 
 def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0) -> list[TokenStore]:
@@ -345,15 +369,21 @@ def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0
     try:
         sizes = sorted(int(size) for size in json.loads(file.read_text(encoding="utf-8"))["sizes"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{file}: can't be read ({first_line(error)}); run the same `fastmae tokenize` again") from error
+        raise InputError(
+            f"{file}: can't be read ({first_line(error)}); run the same `fastmae tokenize` again"
+        ) from error
     if not sizes:
         raise InputError(f"{file}: lists no size; run the same `fastmae tokenize` again")
     stores = [TokenStore(open_files(_below(location, size), cache, limit_bytes)) for size in sizes]
     for store in stores[1:]:
         if not stores[0].holds_the_images_of(store):
-            raise InputError(f"{store.folder}: holds other images than {stores[0].folder}; run the same `fastmae tokenize` again")
+            raise InputError(
+                f"{store.folder}: holds other images than {stores[0].folder}; run the same `fastmae tokenize` again"
+            )
         if store.manifest.files.get(CODEBOOKS_FILE) != stores[0].manifest.files.get(CODEBOOKS_FILE):
-            raise InputError(f"{store.folder}: has other codebooks than {stores[0].folder}; run the same `fastmae tokenize` again")
+            raise InputError(
+                f"{store.folder}: has other codebooks than {stores[0].folder}; run the same `fastmae tokenize` again"
+            )
     return stores
 
 
@@ -366,7 +396,10 @@ def pooled_statistics(stores: Sequence[TokenStore]) -> dict[str, torch.Tensor]:
     weights = torch.tensor([float(store.grid**2) for store in stores])[:, None] / sum(store.grid**2 for store in stores)
     means, stds = (torch.stack([store.statistics[name] for store in stores]) for name in ("mean", "std"))
     mean = (weights * means).sum(0)
-    return {"mean": mean, "std": ((weights * (stds.square() + means.square())).sum(0) - mean.square()).clamp(min=0).sqrt()}
+    return {
+        "mean": mean,
+        "std": ((weights * (stds.square() + means.square())).sum(0) - mean.square()).clamp(min=0).sqrt(),
+    }
 
 
 def read_parquet(file: IO[bytes], columns: list[str] | None = None) -> pa.Table:

@@ -12,7 +12,15 @@ from fastmae.errors import InputError, first_line
 from fastmae.tokens.format import FLIPPED, METADATA_KEY, PIXELS, TOKENS, checksum
 from fastmae.tokens.manifest import read_header
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "U8": np.uint8, "I8": np.int8, "I64": np.int64, "U64": np.uint64}
+DTYPES = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "F64": np.float64,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "I64": np.int64,
+    "U64": np.uint64,
+}
 """safetensors' names of the dtypes that a shard holds."""
 PREFIXES = {TOKENS: "", FLIPPED: "flipped_"}
 NO_MEAN = np.zeros(0, np.float16)
@@ -127,7 +135,9 @@ class MappedShard:
         self.checked[row, column] = True
 
     def _damaged(self, what: str) -> DamagedError:
-        return DamagedError(f"{self.file}: {what}; `fastmae verify STORE --repair` rebuilds it, --on-damage skip goes on without")
+        return DamagedError(
+            f"{self.file}: {what}; `fastmae verify STORE --repair` rebuilds it, --on-damage skip goes on without"
+        )
 
 
 def _map(file: Path, size: int, header: bytes) -> dict[str, np.ndarray]:

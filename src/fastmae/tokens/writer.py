@@ -15,9 +15,9 @@ import torch
 import xxhash
 from safetensors.numpy import save
 
-from fastmae.durable import holds_anything, remove_parts, write_new, write_whole
 from fastmae.errors import InputError, first_line
 from fastmae.images.entries import label_of
+from fastmae.runtime.durable import holds_anything, remove_parts, write_new, write_whole
 from fastmae.tokens.codec import Codec, keeps_means, learns
 from fastmae.tokens.format import (
     CODEBOOKS_COPY,
@@ -63,9 +63,13 @@ class StoreWriter:
             begun = read_store_info(folder)
             differing = begun.differences(info)
             if differing:
-                hint = ", or --add to take new images in" if all(name.startswith("images:") for name in differing) else ""
+                hint = (
+                    ", or --add to take new images in" if all(name.startswith("images:") for name in differing) else ""
+                )
                 settings = "; ".join(differing)
-                raise InputError(f"{folder}: was begun with other settings ({settings}); give them again, or another folder{hint}")
+                raise InputError(
+                    f"{folder}: was begun with other settings ({settings}); give them again, or another folder{hint}"
+                )
             self.info = begun  # the images may lie elsewhere by now; the store's bytes stay as they were begun
         else:
             self._describe(info)
@@ -125,7 +129,9 @@ class StoreWriter:
         flat = tokens.reshape(-1, self.info.token_dim).double()
         tensors["channel_sums"] = torch.stack([flat.sum(0), flat.square().sum(0)]).numpy()
         tensors["pixel_sums"] = pixel_sums.numpy()
-        header = ShardHeader(shard, {name: checksum(np.ascontiguousarray(t).tobytes()) for name, t in tensors.items()}, images)
+        header = ShardHeader(
+            shard, {name: checksum(np.ascontiguousarray(t).tobytes()) for name, t in tensors.items()}, images
+        )
         data = save(tensors, metadata=header.to_metadata())  # as bytes: save_file writes aside under a name of its own
         write_whole(shard_path(self.folder, shard), lambda aside: aside.write_bytes(data))
 
@@ -144,7 +150,9 @@ class StoreWriter:
             decoded += sum(image.row >= 0 for image in header.images)
         if not decoded:
             first = self.header(0).images[0]
-            raise InputError(f"{self.info.parts[0].source}: not one image could be decoded (first: {first.path}: {first.status})")
+            raise InputError(
+                f"{self.info.parts[0].source}: not one image could be decoded (first: {first.path}: {first.status})"
+            )
         tokens = _statistics(total, decoded * self.info.grid**2)
         pixels = _statistics(pixel_total, decoded * self.info.middle_size**2)
         statistics = {**tokens, **{f"pixel_{name}": value for name, value in pixels.items()}}
@@ -156,7 +164,9 @@ class StoreWriter:
         learnt, copy = self.folder / CODEBOOKS_FILE, self.folder / CODEBOOKS_COPY
         write_new(copy, learnt.read_bytes())
         if copy.read_bytes() != learnt.read_bytes():
-            raise InputError(f"{learnt}: differs from its copy, so one of them is damaged; `fastmae verify {self.folder} --repair`")
+            raise InputError(
+                f"{learnt}: differs from its copy, so one of them is damaged; `fastmae verify {self.folder} --repair`"
+            )
 
     def header(self, shard: int) -> ShardHeader:
         """What a written shard says of itself."""
@@ -167,7 +177,10 @@ class StoreWriter:
         write_whole(self.folder / STORE_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
 
     def _write_index(self, aside: Path) -> None:
-        with aside.open("wb") as opened, pq.ParquetWriter(opened, INDEX_SCHEMA) as file:  # pyarrow takes no path that is not UTF-8
+        with (
+            aside.open("wb") as opened,
+            pq.ParquetWriter(opened, INDEX_SCHEMA) as file,
+        ):  # pyarrow takes no path that is not UTF-8
             columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
             for shard in range(self.info.shards):
                 _append(columns, self.header(shard))
@@ -192,15 +205,23 @@ class StoreWriter:
                 header = ShardHeader.from_metadata(file.metadata(), path)
                 sums, pixel_sums = (file.get_tensor(name) for name in ("channel_sums", "pixel_sums"))
         except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{path}: damaged ({first_line(error)}); delete it and run the same `fastmae tokenize` again") from error
-        if [header.checksums[name] for name in ("channel_sums", "pixel_sums")] != [checksum(t.tobytes()) for t in (sums, pixel_sums)]:
+            raise InputError(
+                f"{path}: damaged ({first_line(error)}); delete it and run the same `fastmae tokenize` again"
+            ) from error
+        if [header.checksums[name] for name in ("channel_sums", "pixel_sums")] != [
+            checksum(t.tobytes()) for t in (sums, pixel_sums)
+        ]:
             raise InputError(f"{path}: its sums are damaged; delete it and run the same `fastmae tokenize` again")
         return header, sums, pixel_sums
 
     def _pixel_tensors(self, pixels: list[torch.Tensor]) -> dict[str, np.ndarray]:
         size = self.info.middle_size
         if self.info.pixels == "raw":
-            return {"pixels": torch.stack(pixels).numpy() if pixels else np.zeros((0, self.info.channels, size, size), np.uint8)}
+            return {
+                "pixels": torch.stack(pixels).numpy()
+                if pixels
+                else np.zeros((0, self.info.channels, size, size), np.uint8)
+            }
         offsets = np.cumsum([0, *(len(jpeg) for jpeg in pixels)], dtype=np.int64)
         return {"jpeg": torch.cat(pixels).numpy() if pixels else np.zeros(0, np.uint8), "jpeg_offsets": offsets}
 
@@ -222,7 +243,9 @@ def begin_folder(folder: Path) -> None:
     """
     known = (STORE_FILE, LISTS_FOLDER)
     strange = folder.exists() and (not folder.is_dir() or holds_anything(folder))
-    if strange and not any((folder / name).exists() for name in known):  # asked last: another process may just have begun the store
+    if strange and not any(
+        (folder / name).exists() for name in known
+    ):  # asked last: another process may just have begun the store
         raise InputError(f"{folder}: exists and is not a token store; give a folder that is new or empty")
     (folder / LISTS_FOLDER).mkdir(parents=True, exist_ok=True)
 

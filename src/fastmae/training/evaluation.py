@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastmae.fabric import Fabric
-from fastmae.training.engine import on_first_process
-from fastmae.training.run_folder import MetricsLog, RunFolder, write_checkpoint
+from fastmae.runs.checkpoint import write_checkpoint
+from fastmae.runs.folder import MetricsLog, RunFolder
+from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import on_first_process
 
 if TYPE_CHECKING:
-    from fastmae.training.loop import TrainState
+    from fastmae.training.state import TrainState
 TOLD = 4
 """Figures of an evaluation that are printed; all of them are logged."""
 
@@ -39,7 +40,9 @@ class Evaluation:
         """Whether to measure after a step."""
         return step % self.every == 0 or step == steps
 
-    def run(self, fabric: Fabric, state: "TrainState", folder: RunFolder, log: MetricsLog | None, epoch: float) -> float:
+    def run(
+        self, fabric: Fabric, state: "TrainState", folder: RunFolder, log: MetricsLog | None, epoch: float
+    ) -> float:
         """Measure, log, keep the best.
 
         Returns:

@@ -4,105 +4,27 @@ import contextlib
 import itertools
 import math
 import random
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
-from fastmae.fabric import Fabric
-from fastmae.loading import STOP_SIGNALS
-from fastmae.progress import Progress
-from fastmae.training.engine import bare, on_first_process, scales_gradients
+from fastmae.runs.folder import RunFolder
+from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import scales_gradients
+from fastmae.runtime.progress import Progress
 from fastmae.training.evaluation import Evaluation
-from fastmae.training.run_folder import RunFolder, load_checkpoint, write_checkpoint
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-AGREE_EVERY = 1.0
-"""Seconds, about, between two agreements of several processes on whether to save or stop."""
+from fastmae.training.state import TrainState
+from fastmae.training.stopping import Agreement, StopRequest
 
 StepFunction = Callable[[nn.Module, Any], Mapping[str, torch.Tensor]]
 """(model, batch) -> scalars to log; 'loss' is the one that is minimised."""
-
-
-@dataclass
-class TrainState:
-    """All that a checkpoint must hold for the run to go on as if it had not stopped.
-
-    What a step draws (shuffle, views, masks, drop path) follows from the seed and the step's number; no generator's state is kept.
-    Weights and optimizer state are kept whole and by name, so a run may go on with other devices and another strategy.
-
-    Attributes:
-        network: the bare module.
-        model: the same, set up by Fabric.
-        optimizer: set up by Fabric.
-        run: the run's description (`RunFolder`), so that a checkpoint can stand alone.
-        ema: moving average of the network, where asked for.
-        step: steps done.
-        seconds: of training, over all calls.
-        sums: of the scalars since the last log entry.
-        best: the largest figure that an evaluation gave.
-    """
-
-    network: nn.Module
-    model: Any
-    optimizer: Any
-    run: dict[str, Any]
-    ema: ModelEmaV3 | None = None
-    step: int = 0
-    seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    best: float = -math.inf
-
-    def save(self, fabric: Fabric, folder: RunFolder) -> None:
-        """Write the checkpoint, whole or not at all."""
-        held = self._as_dict(fabric)
-        on_first_process(fabric, lambda: write_checkpoint(folder.checkpoint, held))
-
-    def restore(self, fabric: Fabric, folder: RunFolder) -> None:
-        """Go on from the folder's checkpoint, where there is one.
-
-        Raises:
-            InputError: a damaged checkpoint, or one that only some of the processes find.
-        """
-        if folder.checkpoint.exists():
-            saved = load_checkpoint(folder.checkpoint)
-            set_state_dict(
-                self.network, bare(self.optimizer), options=WHOLE, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
-            )
-            if self.ema is not None:
-                self.ema.module.load_state_dict(saved["ema"])
-            if saved["precision"]:  # none where the run went on so far without a scaler
-                fabric.strategy.precision.load_state_dict(saved["precision"])
-            self.step, self.seconds, self.sums = saved["step"], saved["seconds"], saved["sums"]
-            self.best = saved.get("best", -math.inf)
-        found: Any = fabric.all_gather(torch.tensor(self.step, device=fabric.device))
-        if (found != self.step).any():
-            raise InputError(f"{folder.path}: processes find different checkpoints there; it must lie on a disk that all of them share")
-
-    def _as_dict(self, fabric: Fabric) -> dict[str, Any]:
-        weights, optimizer = get_state_dict(self.network, bare(self.optimizer), options=WHOLE)  # every process takes part
-        return {
-            "precision": fabric.strategy.precision.state_dict(),  # a gradient scaler's, in 16-mixed
-            "model": weights,
-            "optimizer": optimizer,
-            **({"ema": self.ema.module.state_dict()} if self.ema is not None else {}),
-            "run": self.run,
-            "step": self.step,
-            "seconds": self.seconds,
-            "sums": self.sums,
-            "best": self.best,
-        }
 
 
 def fit(
@@ -115,7 +37,7 @@ def fit(
     *,
     what: str,
     steps: int,
-    steps_an_epoch: float,
+    steps_per_epoch: float,
     batch_size: int,
     seed: int,
     clip_grad: float,
@@ -135,7 +57,7 @@ def fit(
         folder: of the run.
         what: the command's name, for progress.
         steps: in the whole run.
-        steps_an_epoch: for the log.
+        steps_per_epoch: for the log.
         batch_size: views a step over all processes.
         seed: of what is drawn inside the model.
         clip_grad: largest gradient norm, 0 for none.
@@ -158,12 +80,16 @@ def fit(
     sums = {name: torch.tensor(value, device=fabric.device) for name, value in state.sums.items()}
     entry: dict[str, float] = {}
     state.model.train()
-    agreement = _Agreement(fabric)
-    progress = Progress(what, "steps", steps, state.step, not fabric.is_global_zero, scale=batch_size, rate_unit="images")
+    agreement = Agreement(fabric)
+    progress = Progress(
+        what, "steps", steps, state.step, not fabric.is_global_zero, scale=batch_size, rate_unit="images"
+    )
     with StopRequest() as stop, progress, contextlib.closing(log) if log else contextlib.nullcontext():
 
         def save_alone() -> None:
-            if fabric.world_size == 1 and state.step:  # of several processes the others don't know; they have their regular saves
+            if (
+                fabric.world_size == 1 and state.step
+            ):  # of several processes the others don't know; they have their regular saves
                 state.sums = _mean_over_processes(fabric, sums, 1) if sums else {}
                 state.save(fabric, folder)
 
@@ -186,7 +112,7 @@ def fit(
                 entry = _mean_over_processes(fabric, sums, count)
                 _check_finite(fabric, entry, state.step, folder)
                 entry |= {
-                    "epoch": round(_epoch(state.step, steps, steps_an_epoch), 4),
+                    "epoch": round(_epoch(state.step, steps, steps_per_epoch), 4),
                     "lr": max(group["lr"] for group in state.optimizer.param_groups),  # of the head, where layers decay
                     "images_per_second": round(batch_size * (state.step - last_logged_step) / (now - last_logged), 2),
                     "seconds": round(state.seconds, 3),
@@ -198,7 +124,7 @@ def fit(
             progress.advance(1)
 
             if evaluation is not None and evaluation.due(state.step, steps):
-                pause = evaluation.run(fabric, state, folder, log, _epoch(state.step, steps, steps_an_epoch))
+                pause = evaluation.run(fabric, state, folder, log, _epoch(state.step, steps, steps_per_epoch))
                 begun, last_logged = begun + pause, last_logged + pause
 
             must_stop, must_save = agreement.on(stop.requested, now - last_saved >= 60 * save_every)
@@ -208,14 +134,16 @@ def fit(
                 state.save(fabric, folder)
                 last_saved = time.monotonic()
             if must_stop and state.step < steps:
-                raise InterruptedRunError(f"stopped after step {state.step} of {steps}, and saved; the same call continues")
+                raise InterruptedRunError(
+                    f"stopped after step {state.step} of {steps}, and saved; the same call continues"
+                )
     return entry
 
 
-def _epoch(step: int, steps: int, steps_an_epoch: float) -> float:
+def _epoch(step: int, steps: int, steps_per_epoch: float) -> float:
     """Epochs done; a last step that goes over the end of the last epoch does not count for more."""
-    asked = math.floor(steps / steps_an_epoch) if steps_an_epoch >= 1 else math.inf
-    return min(step / steps_an_epoch, asked)
+    asked = math.floor(steps / steps_per_epoch) if steps_per_epoch >= 1 else math.inf
+    return min(step / steps_per_epoch, asked)
 
 
 def _take_step(
@@ -251,33 +179,6 @@ def _saved_on_failure(loader: Iterable[Any], save: Callable[[], None]) -> Iterat
         raise
 
 
-def micro_batches(share: int, most: int) -> int:
-    """Into how many equal parts a device's share of a batch is cut so that none has more than `most` views (0: no limit)."""
-    least = -(-share // most) if most else 1
-    return next(parts for parts in range(least, share + 1) if share % parts == 0)
-
-
-class StopRequest:
-    """Turns Ctrl-C and a scheduler's signals into a flag, so that the step in hand is finished and saved.
-
-    A second Ctrl-C is not held back; a second signal of a scheduler, which comes while the run saves itself, is.
-    """
-
-    def __enter__(self) -> "StopRequest":
-        self.requested = False
-        self.previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
 def _clip(fabric: Fabric, state: TrainState, clip_grad: float) -> torch.Tensor:
     """Clip where asked; the gradient's norm in any case, for the log."""
     largest = clip_grad if clip_grad > 0 else math.inf
@@ -300,28 +201,3 @@ def _check_finite(fabric: Fabric, values: Mapping[str, float], step: int, folder
         raise FailedCheckError(
             f"{bad} is no longer a number at step {step}; {kept}; try a lower --base-lr, --clip-grad 1, or --precision 32-true"
         )
-
-
-class _Agreement:
-    """Whether to stop and to save: at once in one process; several ask each other, at the same steps, about once a second."""
-
-    def __init__(self, fabric: Fabric):
-        self.fabric = fabric
-        self.asked = time.monotonic()
-        self.steps = self.last = 1
-
-    def on(self, stop: bool, save: bool) -> tuple[bool, bool]:
-        """Called by every process after every step; the answer is the same in all."""
-        if self.fabric.world_size == 1:
-            return stop, save
-        self.steps -= 1
-        if self.steps:
-            return False, False
-        now = time.monotonic()
-        votes: Any = self.fabric.all_reduce(
-            torch.tensor([float(stop), float(save), now - self.asked], device=self.fabric.device), reduce_op="sum"
-        )
-        stops, saves, seconds = votes.tolist()
-        self.steps = self.last = min(2 * self.last, max(1, int(self.last * AGREE_EVERY * self.fabric.world_size / max(seconds, 1e-9))))
-        self.asked = now
-        return stops > 0, saves > 0

@@ -49,7 +49,9 @@ class ShuffleOrder:
             while len(self._kept) >= EPOCHS_KEPT:
                 del self._kept[next(iter(self._kept))]
             rng = np.random.default_rng((self.seed, epoch))
-            self._kept[epoch] = self._shuffle_within_windows(rng) if self._window else rng.permutation(self.images).astype(np.int32)
+            self._kept[epoch] = (
+                self._shuffle_within_windows(rng) if self._window else rng.permutation(self.images).astype(np.int32)
+            )
         return self._kept[epoch]
 
     def _shuffle_within_windows(self, rng: np.random.Generator) -> np.ndarray:
@@ -57,7 +59,9 @@ class ShuffleOrder:
         sizes = np.diff(self._ends, prepend=0)[shards]
         ends = np.cumsum(sizes)
         order = np.arange(self.images, dtype=np.int32)
-        order += np.repeat((self._ends[shards] - ends).astype(np.int32), sizes)  # the shards in their new order, each still in a row
+        order += np.repeat(
+            (self._ends[shards] - ends).astype(np.int32), sizes
+        )  # the shards in their new order, each still in a row
         for group in np.split(order, ends[self._window - 1 : -1 : self._window]):
             rng.shuffle(group)  # a part of `order`, in its place
         return order

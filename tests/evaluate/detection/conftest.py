@@ -24,7 +24,9 @@ def rectangle_runs(width: int, height: int, box: tuple[int, int, int, int]) -> l
     return [0, *runs] if flat[0] else runs
 
 
-def annotate(number: int, image: dict[str, Any], category: int, box: tuple[int, int, int, int], as_rle: bool) -> dict[str, Any]:
+def annotate(
+    number: int, image: dict[str, Any], category: int, box: tuple[int, int, int, int], as_rle: bool
+) -> dict[str, Any]:
     left, top, wide, high = box
     polygon = [[left, top, left + wide, top, left + wide, top + high, left, top + high]]
     rle = {"size": [image["height"], image["width"]], "counts": rectangle_runs(image["width"], image["height"], box)}
@@ -55,7 +57,9 @@ def draw_split(folder: Path, images: int, seed: int) -> dict[str, Any]:
         for category, left in ((3, 4), (8, 34)):
             box = (left, int(rng.integers(2, 12)), int(rng.integers(16, 26)), int(rng.integers(20, 36)))
             pixels[box[1] : box[1] + box[3], box[0] : box[0] + box[2]] = COLOURS[category]
-            content["annotations"].append(annotate(len(content["annotations"]) + 1, image, category, box, as_rle=number % 2 == 1))
+            content["annotations"].append(
+                annotate(len(content["annotations"]) + 1, image, category, box, as_rle=number % 2 == 1)
+            )
         Image.fromarray(pixels).save(folder / "images" / image["file_name"])
         content["images"].append(image)
     return content

@@ -20,7 +20,9 @@ def perfect(split):
     for image in range(len(split)):
         places = list(split.objects(image))
         counts = [split.counts(place) for place in places]
-        found.append(Detections(image, split.labels[places], np.ones(len(places), dtype=np.float32), split.boxes[places], counts))
+        found.append(
+            Detections(image, split.labels[places], np.ones(len(places), dtype=np.float32), split.boxes[places], counts)
+        )
     return found
 
 

@@ -97,14 +97,23 @@ BAD = {
     "image that does not exist": (put(2, "image_id", 999), "annotation 3: there is no image 999"),
     "category that does not exist": (put(2, "category_id", 5), "annotation 3: there is no category 5"),
     "negative width": (put(3, "bbox", [20, 5, -4, 9]), "annotation 4: its bbox [20, 5, -4, 9] has a negative size"),
-    "box outside": (put(3, "bbox", [20, 5, 400, 9]), "annotation 4: its bbox [20, 5, 400, 9] lies outside its image of"),
+    "box outside": (
+        put(3, "bbox", [20, 5, 400, 9]),
+        "annotation 4: its bbox [20, 5, 400, 9] lies outside its image of",
+    ),
     "box left of it": (put(3, "bbox", [-9, 5, 4, 9]), "annotation 4: its bbox [-9, 5, 4, 9] lies outside its image of"),
     "no box": (put(3, "bbox", None), "annotation 4: its bbox is None"),
     "box of three": (put(3, "bbox", [1, 2, 3]), "annotation 4: its bbox is [1, 2, 3]"),
     "no mask": (put(3, "segmentation", []), "annotation 4: has no segmentation"),
-    "mask of another size": (put(3, "segmentation", {"size": [5, 5], "counts": [25]}), "annotation 4: its RLE is of size [5, 5]"),
+    "mask of another size": (
+        put(3, "segmentation", {"size": [5, 5], "counts": [25]}),
+        "annotation 4: its RLE is of size [5, 5]",
+    ),
     "no annotation": (lambda content: content["annotations"].clear(), "holds no annotation"),
-    "crowds alone": (lambda content: [a.update(iscrowd=1) for a in content["annotations"]], "none of its 8 annotations is an object"),
+    "crowds alone": (
+        lambda content: [a.update(iscrowd=1) for a in content["annotations"]],
+        "none of its 8 annotations is an object",
+    ),
     "no image": (lambda content: (content["images"].clear(), content["annotations"].clear()), "names no image"),
     "no categories": (lambda content: content.pop("categories"), "not COCO annotations"),
     "one id twice": (of_image("id", 100), "two of its image entries have the id 100"),
@@ -154,7 +163,9 @@ def test_a_picture_on_its_side_counts_as_it_is_shown(rectangles):
     path = data / "my_train" / "images" / "00.png"
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.zeros((width, height, 3), dtype=np.uint8)).save(path, exif=exif)  # lying: shown, it is as annotated
+    Image.fromarray(np.zeros((width, height, 3), dtype=np.uint8)).save(
+        path, exif=exif
+    )  # lying: shown, it is as annotated
     read(data)
     Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8)).save(path, exif=exif)
     with pytest.raises(InputError, match="EXIF orientation turns it"):

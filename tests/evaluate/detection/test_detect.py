@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from fastmae.cli import run
-from fastmae.encoders import open_encoder
 from fastmae.evaluate.detection.average_precision import METRICS
+from fastmae.runs.encoder import open_encoder
 
 TINY = [
     "--no-pretrained", "--device", "cpu", "--workers", "0", "--head-channels", "16", "--image-size", "64", "--epochs", "2",
@@ -26,7 +26,9 @@ def test_a_run_gives_the_contracts_figures_and_a_picture_and_is_itself_a_run(rec
     assert len(printed.splitlines()) == 1
     result = json.loads(printed)
     assert set(METRICS) <= set(result)
-    assert all(0 <= result[name] <= 100 for name in ("box_ap", "box_ap_50", "box_ap_75", "mask_ap", "mask_ap_50", "mask_ap_75"))
+    assert all(
+        0 <= result[name] <= 100 for name in ("box_ap", "box_ap_50", "box_ap_75", "mask_ap", "mask_ap_50", "mask_ap_75")
+    )
     assert result["box_ap_large"] is None  # no object is
     assert "no object in val to measure box_ap_medium, box_ap_large" in told
     assert (result["epochs"], result["steps"]) == (2, 4)
@@ -60,7 +62,10 @@ def test_small_images_are_taken_at_their_median_size(rectangles, tmp_path, capsy
     median = int(statistics.median(min(image["width"], image["height"]) for image in images))
     options = [option for option in TINY if option not in ("--image-size", "64")]
     assert run(["detect", ENCODER, str(data), "--out", str(tmp_path / "out"), *options, "--epochs", "1"]) == 0
-    assert f"images of {median} pixels on the short side, at most {round(median * 1333 / 800)} on the long" in capsys.readouterr().out
+    assert (
+        f"images of {median} pixels on the short side, at most {round(median * 1333 / 800)} on the long"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from fastmae.evaluate.detection import masks
 from fastmae.evaluate.detection.average_precision import Detections
 from fastmae.evaluate.detection.coco import find_splits, read_split
 from fastmae.evaluate.detection.inference import detections, gathered
-from fastmae.fabric import Fabric
+from fastmae.runtime.fabric import Fabric
 
 
 def test_boxes_and_masks_come_back_at_the_photos_own_size(rectangles):
@@ -21,7 +21,14 @@ def test_boxes_and_masks_come_back_at_the_photos_own_size(rectangles):
     def network(photos):  # finds one object, in the left half of what it sees
         rows, columns = photos[0].shape[1:]
         box = torch.tensor([[0.0, 0.0, columns / 2, rows]])
-        return [{"boxes": box, "labels": torch.tensor([2]), "scores": torch.tensor([0.5]), "masks": torch.ones(1, 1, 28, 28)}]
+        return [
+            {
+                "boxes": box,
+                "labels": torch.tensor([2]),
+                "scores": torch.tensor([0.5]),
+                "masks": torch.ones(1, 1, 28, 28),
+            }
+        ]
 
     (found,) = detections(network, split, [([1], [half])])
     assert (found.image, found.labels.tolist(), found.scores.tolist()) == (1, [2], [0.5])

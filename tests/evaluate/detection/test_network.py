@@ -4,10 +4,10 @@ import pytest
 import timm
 import torch
 
-from fastmae.encoders import OpenedEncoder
 from fastmae.evaluate.detection.network import StridedAnchors, StridedRoIAlign, build_detector
 from fastmae.evaluate.detection.photos import Limits, Targets
 from fastmae.evaluate.detection.pyramid import PATCHES_A_STRIDE, SimplePyramid
+from fastmae.runs.encoder import OpenedEncoder
 
 NAMES = ["0", "1", "2", "3", "pool"]
 
@@ -22,7 +22,9 @@ def tiny_encoder(patch=8, channels=3):
 
 def opened(patch=8, channels=3):
     mean, std = (0.3,) * channels, (0.2,) * channels
-    return OpenedEncoder(tiny_encoder(patch, channels), "vit_tiny_patch16_224", {}, 4 * patch, channels, mean, std, "whole", "tiny")
+    return OpenedEncoder(
+        tiny_encoder(patch, channels), "vit_tiny_patch16_224", {}, 4 * patch, channels, mean, std, "whole", "tiny"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,13 @@ def test_an_object_is_cut_out_of_every_level_where_it_lies(patch):
         cells = int(32 * patch / stride)
         at = torch.arange(cells, dtype=torch.float32) * stride
         maps[name] = torch.stack([at[None, :].expand(cells, cells), at[:, None].expand(cells, cells)])[None]
-    for side in (1.5 * patch, 5 * patch, 10 * patch, 16 * patch, 25 * patch):  # small ones from fine levels, large from coarse
+    for side in (
+        1.5 * patch,
+        5 * patch,
+        10 * patch,
+        16 * patch,
+        25 * patch,
+    ):  # small ones from fine levels, large from coarse
         box = torch.tensor([[2.0 * patch, 3.0 * patch, 2.0 * patch + side, 3.0 * patch + side]])
         centre = align(maps, [box], [(32 * patch, 32 * patch)])[0].mean((1, 2))
         assert centre.tolist() == pytest.approx([2 * patch + side / 2, 3 * patch + side / 2], abs=1e-3)
@@ -133,7 +141,9 @@ def test_mixed_precision_changes_losses_and_proposals_only_a_little(detector):
             losses.append({name: float(loss) for name, loss in detector([photo], Targets([objects])).items()})
     hook.remove()
     assert losses[1]["loss_objectness"] == pytest.approx(losses[0]["loss_objectness"], rel=0.02)
-    assert (proposals[1] != proposals[1].bfloat16()).float().mean() > 0.3  # not rounded to whole pixels, and fours of them
+    assert (
+        proposals[1] != proposals[1].bfloat16()
+    ).float().mean() > 0.3  # not rounded to whole pixels, and fours of them
 
 
 def test_photos_without_objects_have_finite_losses_and_reach_every_weight(detector):
@@ -143,7 +153,9 @@ def test_photos_without_objects_have_finite_losses_and_reach_every_weight(detect
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert float(losses["loss_mask"].detach()) == float(losses["loss_box_reg"].detach()) == 0
-    waiting = [name for name, parameter in detector.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    waiting = [
+        name for name, parameter in detector.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
     assert waiting == []  # several processes would wait for their gradients
 
 
@@ -179,4 +191,6 @@ def test_gradients_are_laid_out_as_their_weights(detector):
     sum(detector([photo], Targets([objects])).values()).backward()
     weights = [weight for weight in detector.parameters() if weight.dim() == 4 and weight.grad is not None]
     assert len(weights) > 20
-    assert all(weight.grad.stride() == weight.stride() for weight in weights)  # else several processes would copy them, and warn
+    assert all(
+        weight.grad.stride() == weight.stride() for weight in weights
+    )  # else several processes would copy them, and warn

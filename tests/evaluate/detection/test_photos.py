@@ -17,7 +17,7 @@ from fastmae.evaluate.detection.photos import (
     load_photo,
     mirrored,
 )
-from fastmae.fabric import Fabric
+from fastmae.runtime.fabric import Fabric
 
 WHOLE = Limits(800, 1333)
 
@@ -83,7 +83,9 @@ def test_a_sample_follows_from_seed_epoch_and_index(split):
     photos = TrainingPhotos(split, WHOLE, 3, seed=1)
     drawn = [photos[epoch, index] for epoch in range(8) for index in range(4)]
     again = [TrainingPhotos(split, WHOLE, 3, seed=1)[epoch, index] for epoch in range(8) for index in range(4)]
-    assert all(torch.equal(a, b) and torch.equal(x["masks"], y["masks"]) for (a, x), (b, y) in zip(drawn, again, strict=True))
+    assert all(
+        torch.equal(a, b) and torch.equal(x["masks"], y["masks"]) for (a, x), (b, y) in zip(drawn, again, strict=True)
+    )
     straight = [load_photo(split, index, WHOLE, 3) for index in range(4)] * 8
     assert 4 < sum(torch.equal(a, b) for (a, _), b in zip(drawn, straight, strict=True)) < 28
 
@@ -94,7 +96,9 @@ def test_crowds_are_not_among_the_objects_to_learn(rectangles):
 
 
 def test_an_image_without_objects_has_empty_ones(rectangles):
-    split = read_split(find_splits(rectangles(lambda content: content.update(annotations=content["annotations"][2:])))[0])
+    split = read_split(
+        find_splits(rectangles(lambda content: content.update(annotations=content["annotations"][2:])))[0]
+    )
     objects = load_objects(split, 0, WHOLE)
     assert objects["boxes"].shape == (0, 4)
     assert objects["masks"].shape == (0, split.size(0)[1], split.size(0)[0])

@@ -2,15 +2,25 @@ import pytest
 import torch
 
 from fastmae.evaluate.segmentation import augment as module
-from fastmae.evaluate.segmentation.augment import Augmentation, distort_colours, draw_crop, fitted_size, largest_share, padded, resized
-from fastmae.evaluate.supervised import drawn_from
+from fastmae.evaluate.segmentation.augment import (
+    Augmentation,
+    distort_colours,
+    draw_crop,
+    fitted_size,
+    largest_share,
+    padded,
+    resized,
+)
+from fastmae.runtime.seeding import drawn_from
 
 FILL = (124, 116, 104)
 
 
 def blocks(height=96, width=144, side=16):
     """A mask of blocks of the classes 0 and 1, and a photo in which they are black and light."""
-    ids = torch.randint(0, 2, (height // side, width // side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    ids = torch.randint(
+        0, 2, (height // side, width // side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     mask = ids.repeat_interleave(side, 0).repeat_interleave(side, 1)
     return (200 * mask)[None].repeat(3, 1, 1), mask
 

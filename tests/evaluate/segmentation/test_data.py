@@ -16,7 +16,9 @@ def as_ade(shapes, root):
         (root / "images" / own).symlink_to(shapes / "images" / split)
         for mask in (shapes / "masks" / split).iterdir():
             ids = np.array(Image.open(mask)).astype(int)
-            Image.fromarray(np.where(ids == 255, 0, ids + 1).astype(np.uint8)).save(root / "annotations" / own / mask.name)
+            Image.fromarray(np.where(ids == 255, 0, ids + 1).astype(np.uint8)).save(
+                root / "annotations" / own / mask.name
+            )
     return root
 
 
@@ -37,9 +39,7 @@ def test_ade20ks_zero_is_ignored_and_its_ids_count_from_one(shapes, tmp_path):
 
 def test_ade20ks_table_gives_the_names_and_synonyms_only_where_the_first_word_is_not_enough(shapes, tmp_path):
     root = as_ade(shapes, tmp_path / "ade")
-    table = (
-        "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.2\t9\t1\t1\twall\n2\t0.1\t9\t1\t1\tscreen;crt\n3\t0.1\t9\t1\t0\tscreen, silver screen\n"
-    )
+    table = "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.2\t9\t1\t1\twall\n2\t0.1\t9\t1\t1\tscreen;crt\n3\t0.1\t9\t1\t0\tscreen, silver screen\n"
     (root / "objectInfo150.txt").write_text(table)
     assert find_data(root).names == ("wall", "screen;crt", "screen, silver screen")
 
@@ -72,7 +72,12 @@ def test_another_ignored_id_is_read_as_255(shapes):
 
 
 @pytest.mark.parametrize(
-    "held", [["ground", "disc", "square"], {"0": "ground", "1": "disc", "2": "square"}, {"classes": ["ground", "disc", "square"]}]
+    "held",
+    [
+        ["ground", "disc", "square"],
+        {"0": "ground", "1": "disc", "2": "square"},
+        {"classes": ["ground", "disc", "square"]},
+    ],
 )
 def test_names_may_be_a_list_or_numbered(shapes, held):
     (shapes / "classes.json").write_text(json.dumps(held))
@@ -104,7 +109,10 @@ def test_what_is_not_there_is_named(shapes, tmp_path):
     with pytest.raises(InputError, match="nowhere: does not exist"):
         find_data(tmp_path / "nowhere")
     (shapes / "masks" / "val").rename(shapes / "masks" / "test")
-    with pytest.raises(InputError, match=r"shapes: no folder masks/val; give images/\{train,val\} with masks/\{train,val\}, or ADE20K's"):
+    with pytest.raises(
+        InputError,
+        match=r"shapes: no folder masks/val; give images/\{train,val\} with masks/\{train,val\}, or ADE20K's",
+    ):
         find_data(shapes)
 
 
@@ -122,8 +130,9 @@ def test_a_missing_mask_is_named_and_counted(shapes):
         (mask.parent / name).unlink()
     with pytest.raises(InputError) as caught:
         find_data(shapes)
-    assert f"images/train/03.jpg: has no mask {mask} (2 of 10 images lack theirs); there is 03.jpg, but only a PNG keeps ids" in str(
-        caught.value
+    assert (
+        f"images/train/03.jpg: has no mask {mask} (2 of 10 images lack theirs); there is 03.jpg, but only a PNG keeps ids"
+        in str(caught.value)
     )
 
 
@@ -143,7 +152,9 @@ def test_masks_without_a_photo_are_counted(shapes):
 def test_a_mask_of_colours_is_refused(shapes):
     mask = shapes / "masks" / "train" / "02.png"
     Image.open(mask).convert("RGB").save(mask)
-    with pytest.raises(InputError, match=r"02\.png: has colours \(RGB\), not a class id a pixel; save the ids as a grey or palette PNG"):
+    with pytest.raises(
+        InputError, match=r"02\.png: has colours \(RGB\), not a class id a pixel; save the ids as a grey or palette PNG"
+    ):
         read_mask(mask, Reading())
 
 

@@ -35,7 +35,10 @@ def test_windows_cover_every_pixel_and_are_averaged(size):
 
     images, window, stride = torch.randn(1, 2, *size), 24, 16
     total, count = torch.zeros_like(images), torch.zeros_like(images)
-    starts = [[min(first, max(length - window, 0)) for first in range(0, max(length - window, 0) + stride, stride)] for length in size]
+    starts = [
+        [min(first, max(length - window, 0)) for first in range(0, max(length - window, 0) + stride, stride)]
+        for length in size
+    ]
     for top in dict.fromkeys(starts[0]):
         for left in dict.fromkeys(starts[1]):
             part = images[..., top : top + window, left : left + window]

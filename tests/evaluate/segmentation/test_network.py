@@ -9,7 +9,15 @@ from torch import nn
 from fastmae.errors import InputError
 from fastmae.evaluate.segmentation.network import UperNet, segmentation_loss, synchronised, tapped_blocks
 
-SMALL = {"embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 0, "img_size": 64, "patch_size": 16, "dynamic_img_size": True}
+SMALL = {
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 0,
+    "img_size": 64,
+    "patch_size": 16,
+    "dynamic_img_size": True,
+}
 ENCODERS = {
     "vit_tiny_patch16_224": SMALL,
     "vit_small_patch14_reg4_dinov2": SMALL,
@@ -27,7 +35,9 @@ def test_maps_are_taken_after_blocks_4_6_8_12_of_12_and_in_proportion_of_others(
     assert tapped_blocks(24) == [8, 12, 16, 24]
     assert tapped_blocks(4) == [1, 2, 3, 4]
     assert tapped_blocks(1) == [1, 1, 1, 1]
-    assert all(blocks == sorted(blocks) and blocks[-1] == depth for depth in range(1, 41) for blocks in [tapped_blocks(depth)])
+    assert all(
+        blocks == sorted(blocks) and blocks[-1] == depth for depth in range(1, 41) for blocks in [tapped_blocks(depth)]
+    )
 
 
 def test_the_pyramid_has_four_scales_of_the_tapped_blocks_without_the_final_norm():
@@ -41,7 +51,12 @@ def test_the_pyramid_has_four_scales_of_the_tapped_blocks_without_the_final_norm
     main, auxiliary = network(images)
     for number, given in enumerate(seen["given"], 1):
         torch.testing.assert_close(given, tokens[number][:, 1:].transpose(1, 2).unflatten(2, (4, 6)))
-    assert [tuple(part.shape) for part in seen["maps"]] == [(2, 32, 16, 24), (2, 32, 8, 12), (2, 32, 4, 6), (2, 32, 2, 3)]
+    assert [tuple(part.shape) for part in seen["maps"]] == [
+        (2, 32, 16, 24),
+        (2, 32, 8, 12),
+        (2, 32, 4, 6),
+        (2, 32, 2, 3),
+    ]
     torch.testing.assert_close(seen["maps"][3], F.max_pool2d(seen["given"][3], 2))
     assert (main.shape, auxiliary.shape) == ((2, 5, 16, 24), (2, 5, 4, 6))
 
@@ -61,7 +76,9 @@ def test_every_parameter_that_asks_for_a_gradient_gets_one(name):
     network = small(name)
     loss = segmentation_loss(network(torch.randn(2, 3, 64, 64)), torch.randint(0, 5, (2, 64, 64), dtype=torch.uint8))
     loss["loss"].backward()
-    idle = [name for name, parameter in network.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    idle = [
+        name for name, parameter in network.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
     assert idle == []
     assert [name for name, parameter in network.named_parameters() if not parameter.requires_grad] == [
         "encoder.norm.weight",

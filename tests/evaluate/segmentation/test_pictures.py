@@ -22,5 +22,10 @@ def test_a_sheet_shows_the_photo_the_truth_the_prediction_and_a_legend():
     for names in (("road", "sky"), tuple(f"a rather long name of class {number}" for number in range(150))):
         picture = Image.open(io.BytesIO(sheet([Shown(photo, truth, predicted)] * 2, names))).convert("RGB")
         held = {colour for _, colour in picture.getcolors(1 << 24)}
-        for colour in (palette(len(names))[0], palette(len(names))[1], np.array(IGNORED_COLOUR), np.array([77 / 255] * 3)):
+        for colour in (
+            palette(len(names))[0],
+            palette(len(names))[1],
+            np.array(IGNORED_COLOUR),
+            np.array([77 / 255] * 3),
+        ):
             assert any(np.abs(np.array(other) - 255 * colour).max() <= 1 for other in held)

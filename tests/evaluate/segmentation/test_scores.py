@@ -10,7 +10,9 @@ from fastmae.evaluate.segmentation.scores import confusion_matrix, intersection_
 def test_miou_and_accuracy_are_their_formulas_over_the_counted_pixels():
     random = np.random.default_rng(0)
     masks = [random.choice([0, 1, 2, 4, 255], (7, 9 + n)).astype(np.uint8) for n in range(3)]
-    predictions = [random.integers(0, 5, mask.shape) for mask in masks]  # 3 is predicted and never true; 255 is never predicted
+    predictions = [
+        random.integers(0, 5, mask.shape) for mask in masks
+    ]  # 3 is predicted and never true; 255 is never predicted
     counter = confusion_matrix(5)
     for mask, predicted in zip(masks, predictions, strict=True):
         counter.update(torch.from_numpy(predicted), torch.from_numpy(mask).long())
@@ -37,4 +39,9 @@ def test_right_everywhere_is_100_and_nowhere_is_0():
 
 def test_the_table_goes_from_the_best_class_and_names_those_that_do_not_occur():
     lines = table(["sky", "pole", "car", "bus"], [10.0, None, 90.04, 10.0]).splitlines()
-    assert lines == ["  car   90.0", "  sky   10.0", "  bus   10.0", "  not in the validation masks, so not in the mean: pole"]
+    assert lines == [
+        "  car   90.0",
+        "  sky   10.0",
+        "  bus   10.0",
+        "  not in the validation masks, so not in the mean: pole",
+    ]

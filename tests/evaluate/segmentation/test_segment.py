@@ -9,11 +9,25 @@ import torch
 from PIL import Image
 
 from fastmae.cli import run
-from fastmae.encoders import open_encoder
 from fastmae.evaluate.segmentation.samples import TrainingCrops
-from fastmae.training.run_folder import load_checkpoint, read_evaluations, read_run
+from fastmae.runs.checkpoint import load_checkpoint
+from fastmae.runs.encoder import open_encoder
+from fastmae.runs.folder import read_evaluations, read_run
 
-SMALL = ["--device", "cpu", "--workers", "0", "--head-channels", "16", "--log-every", "1", "--pictures", "0", "--eval-every", "30"]
+SMALL = [
+    "--device",
+    "cpu",
+    "--workers",
+    "0",
+    "--head-channels",
+    "16",
+    "--log-every",
+    "1",
+    "--pictures",
+    "0",
+    "--eval-every",
+    "30",
+]
 
 
 def segment(capsys, *args):
@@ -32,21 +46,33 @@ def test_it_learns_to_tell_the_shapes_and_says_what_it_did(tiny_run, shapes, tmp
     assert result["pixel_accuracy"] > 90
     assert list(result["classes"]) == ["ground", "disc", "square", "never"]
     assert result["classes"]["never"] is None
-    assert np.mean([iou for iou in result["classes"].values() if iou is not None]) == pytest.approx(result["miou"], abs=0.01)
+    assert np.mean([iou for iou in result["classes"].values() if iou is not None]) == pytest.approx(
+        result["miou"], abs=0.01
+    )
     assert (result["images"], result["train"], result["val"], result["epochs"]) == (4, 10, 4, 40)
     assert "10 photos to train on, 4 to measure; 4 classes (classes.json); all masks read" in told
     assert "no training mask that was read holds: never" in told
-    assert "after blocks 1, 1, 1, 2 of 2; crops of 64 px slid over val's photos; shorter sides brought to 64 px; patch 16" in told
+    assert (
+        "after blocks 1, 1, 1, 2 of 2; crops of 64 px slid over val's photos; shorter sides brought to 64 px; patch 16"
+        in told
+    )
     assert "not in the validation masks, so not in the mean: never" in told
 
     assert Image.open(out / "predictions.png").size[0] > 800
     assert len(read_evaluations(out)) == 2
     best = load_checkpoint(out / "best.pt")
     assert (
-        best["evaluation"]["miou"] == max(entry["miou"] for entry in read_evaluations(out)) == pytest.approx(result["best_miou"], abs=1e-3)
+        best["evaluation"]["miou"]
+        == max(entry["miou"] for entry in read_evaluations(out))
+        == pytest.approx(result["best_miou"], abs=1e-3)
     )
     described = read_run(out)
-    assert described["segmentation"] == {"crop": 64, "short_side": 64, "head_channels": 16, "classes": list(result["classes"])}
+    assert described["segmentation"] == {
+        "crop": 64,
+        "short_side": 64,
+        "head_channels": 16,
+        "classes": list(result["classes"]),
+    }
     assert described["options"]["layer_decay"] == 1
 
 
@@ -92,7 +118,9 @@ def test_what_was_trained_is_an_encoder_for_other_commands(tiny_run, shapes, tmp
     opened = open_encoder(str(out), 32)
     assert (opened.network(torch.zeros(1, 3, 32, 32)).shape, opened.patch_size) == ((1, 64), 16)
     held = load_checkpoint(out / "checkpoint.pt")["model"]
-    torch.testing.assert_close(opened.network.blocks[1].mlp.fc1.weight.detach(), held["encoder.blocks.1.mlp.fc1.weight"])
+    torch.testing.assert_close(
+        opened.network.blocks[1].mlp.fc1.weight.detach(), held["encoder.blocks.1.mlp.fc1.weight"]
+    )
 
 
 def test_ade20ks_own_layout_and_windows_smaller_than_the_photos(tiny_run, shapes, tmp_path, capsys):
@@ -103,7 +131,9 @@ def test_ade20ks_own_layout_and_windows_smaller_than_the_photos(tiny_run, shapes
         (root / "images" / own).symlink_to(shapes / "images" / split)
         for mask in (shapes / "masks" / split).iterdir():
             ids = np.array(Image.open(mask)).astype(int)
-            Image.fromarray(np.where(ids == 255, 0, ids + 1).astype(np.uint8)).save(root / "annotations" / own / mask.name)
+            Image.fromarray(np.where(ids == 255, 0, ids + 1).astype(np.uint8)).save(
+                root / "annotations" / own / mask.name
+            )
     (root / "objectInfo150.txt").write_text("Idx\tName\n1\tground\n2\tdisc\n3\tsquare\n")
     options = ["--epochs", 2, "--crop-size", 48, "--short-side", 0]
     own, told = segment(capsys, tiny_run, root, "--out", tmp_path / "own", *options)
@@ -121,7 +151,12 @@ BAD_OPTIONS = {
     ("--crop-size", "0"): "--crop-size 0: give 1 or more",
     ("--short-side", "-1"): "--short-side -1: give 0 or more",
     ("--head-channels", "0"): "--head-channels 0: give 1 or more",
-    ("--batch-size", "4", "--micro-batch", "1"): "UperNet's batch norm needs two images or more in each forward of a device",
+    (
+        "--batch-size",
+        "4",
+        "--micro-batch",
+        "1",
+    ): "UperNet's batch norm needs two images or more in each forward of a device",
 }
 
 

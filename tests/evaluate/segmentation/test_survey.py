@@ -39,7 +39,9 @@ def test_an_id_that_no_class_has_is_named_with_its_file(shapes, change_mask):
 
 def test_a_size_that_is_not_the_photos_is_named(shapes, change_mask):
     change_mask(shapes / "masks" / "train" / "05.png", lambda ids: ids[:-2])
-    with pytest.raises(InputError, match=r"masks/train/05\.png: 94 x 66 pixels, but its image 05\.jpg has 94 x 68; a mask holds one id"):
+    with pytest.raises(
+        InputError, match=r"masks/train/05\.png: 94 x 66 pixels, but its image 05\.jpg has 94 x 68; a mask holds one id"
+    ):
         survey(find_data(shapes), channels=3)
 
 
@@ -71,7 +73,10 @@ def test_a_mask_of_colours_is_named(shapes):
 def test_masks_of_one_class_alone_are_refused_and_black_and_white_ones_explained(shapes, change_mask):
     for mask in (shapes / "masks").rglob("*.png"):
         change_mask(mask, lambda ids: np.where(ids == 1, 255, 0).astype(np.uint8))
-    with pytest.raises(InputError, match=r"hold the class 0 alone; there is nothing to tell apart; 255 is ignored: write the object as 1"):
+    with pytest.raises(
+        InputError,
+        match=r"hold the class 0 alone; there is nothing to tell apart; 255 is ignored: write the object as 1",
+    ):
         survey(find_data(shapes), channels=3)
     for mask in (shapes / "masks").rglob("*.png"):
         change_mask(mask, lambda ids: np.full_like(ids, 2))

@@ -67,9 +67,14 @@ def _as_coco(split: Split, annotations: list[dict[str, Any]]) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every stage
         coco = COCO()
         coco.dataset = {
-            "images": [{"id": image, "width": split.size(image)[0], "height": split.size(image)[1]} for image in range(len(split))],
+            "images": [
+                {"id": image, "width": split.size(image)[0], "height": split.size(image)[1]}
+                for image in range(len(split))
+            ],
             "categories": [{"id": label, "name": name} for label, name in enumerate(split.classes.values(), 1)],
-            "annotations": [{"id": number, **annotation} for number, annotation in enumerate(annotations, 1)],  # 0 would pass for no match
+            "annotations": [
+                {"id": number, **annotation} for number, annotation in enumerate(annotations, 1)
+            ],  # 0 would pass for no match
         }
         coco.createIndex()
     return coco
@@ -95,7 +100,9 @@ def _found_objects(split: Split, found: Sequence[Detections], kind: str) -> list
     objects: list[dict[str, Any]] = []
     for found_here in found:
         size = split.size(found_here.image)
-        for label, score, box, counts in zip(found_here.labels, found_here.scores, found_here.boxes, found_here.counts, strict=True):
+        for label, score, box, counts in zip(
+            found_here.labels, found_here.scores, found_here.boxes, found_here.counts, strict=True
+        ):
             bbox = _corner_and_size(box)
             objects.append(
                 {

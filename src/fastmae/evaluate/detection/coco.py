@@ -18,7 +18,7 @@ from fastmae.errors import InputError, first_line
 from fastmae.evaluate.detection import masks
 from fastmae.evaluate.detection.headers import check_images
 from fastmae.evaluate.detection.masks import Size
-from fastmae.progress import Progress
+from fastmae.runtime.progress import Progress
 
 LAYOUTS = (
     "detection data are COCO's own (annotations/instances_{train,val}2017.json with train2017/ and val2017/), "
@@ -111,7 +111,10 @@ def find_splits(data: Path) -> tuple[SplitFiles, SplitFiles]:
     if not data.is_dir():
         raise InputError(f"{data}: {'is a file' if data.exists() else 'does not exist'}; {LAYOUTS}")
     if (data / "annotations").is_dir():
-        found = [SplitFiles(data / "annotations" / f"instances_{split}2017.json", data / f"{split}2017") for split in ("train", "val")]
+        found = [
+            SplitFiles(data / "annotations" / f"instances_{split}2017.json", data / f"{split}2017")
+            for split in ("train", "val")
+        ]
     else:
         folders = [_folder_ending_in(data, split) for split in ("train", "val")]
         found = [SplitFiles(folder / "annotations.json", folder / "images") for folder in folders]
@@ -126,7 +129,11 @@ def find_splits(data: Path) -> tuple[SplitFiles, SplitFiles]:
 def _folder_ending_in(data: Path, split: str) -> Path:
     folders = sorted(entry for entry in data.iterdir() if entry.is_dir() and entry.name.endswith(split))
     if len(folders) != 1:
-        what = f"has {len(folders)} folders whose names end in '{split}' ({folders[0].name}, {folders[1].name})" if folders else ""
+        what = (
+            f"has {len(folders)} folders whose names end in '{split}' ({folders[0].name}, {folders[1].name})"
+            if folders
+            else ""
+        )
         raise InputError(f"{data}: {what or f'no folder whose name ends in {split!r}'}; {LAYOUTS}")
     return folders[0]
 
@@ -190,7 +197,9 @@ def _by_id(file: Path, what: str, entries: Sequence[Any], name: str) -> dict[int
     found: dict[int, dict[str, Any]] = {}
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), int) or not isinstance(entry.get(name), str):
-            raise InputError(f"{file}: {what} {number} of its list has no whole number 'id' or no text {name!r}; COCO's have both")
+            raise InputError(
+                f"{file}: {what} {number} of its list has no whole number 'id' or no text {name!r}; COCO's have both"
+            )
         if entry["id"] in found:
             raise InputError(f"{file}: two of its {what} entries have the id {entry['id']}; number them anew")
         found[entry["id"]] = entry
@@ -200,7 +209,9 @@ def _by_id(file: Path, what: str, entries: Sequence[Any], name: str) -> dict[int
 def _size_of(file: Path, image: Mapping[str, Any]) -> Size:
     size: tuple[Any, Any] = image.get("width"), image.get("height")
     if not all(isinstance(side, int) and 0 < side < 1 << 16 for side in size):
-        raise InputError(f"{file}: image {image['file_name']!r} has width {size[0]} and height {size[1]}; give them in pixels")
+        raise InputError(
+            f"{file}: image {image['file_name']!r} has width {size[0]} and height {size[1]}; give them in pixels"
+        )
     return size
 
 
@@ -231,11 +242,15 @@ def _read_object(file: Path, annotation: Any, sizes: Mapping[int, Size], labels:
     for key, known in (("image_id", sizes), ("category_id", labels)):
         value = annotation.get(key)
         if not isinstance(value, int) or value not in known:
-            raise InputError(f"{name}: there is no {key.removesuffix('_id')} {value!r}, its {key}; remove it, or add what it speaks of")
+            raise InputError(
+                f"{name}: there is no {key.removesuffix('_id')} {value!r}, its {key}; remove it, or add what it speaks of"
+            )
     size = sizes[annotation["image_id"]]
     box = _checked_box(name, annotation.get("bbox"), size)
     if not annotation.get("segmentation"):
-        raise InputError(f"{name}: has no segmentation; Mask R-CNN learns from a mask (polygons or RLE) of every object")
+        raise InputError(
+            f"{name}: has no segmentation; Mask R-CNN learns from a mask (polygons or RLE) of every object"
+        )
     try:
         counts = masks.encode(annotation["segmentation"], size)
     except ValueError as error:
@@ -250,7 +265,11 @@ def _read_object(file: Path, annotation: Any, sizes: Mapping[int, Size], labels:
 
 def _checked_box(name: str, bbox: Any, size: Size) -> tuple[float, float, float, float] | None:
     """(left, top, right, bottom), cut at the image's edges; None for a box without width or height."""
-    numbers = isinstance(bbox, list) and len(bbox) == 4 and all(isinstance(value, int | float) and math.isfinite(value) for value in bbox)
+    numbers = (
+        isinstance(bbox, list)
+        and len(bbox) == 4
+        and all(isinstance(value, int | float) and math.isfinite(value) for value in bbox)
+    )
     if not numbers:
         raise InputError(f"{name}: its bbox is {str(bbox)[:80]}; COCO's is [left, top, width, height] in pixels")
     left, top, width, height = (float(value) for value in bbox)
@@ -258,13 +277,20 @@ def _checked_box(name: str, bbox: Any, size: Size) -> tuple[float, float, float,
         raise InputError(f"{name}: its bbox {bbox} has a negative size; COCO's is [left, top, width, height] in pixels")
     outside = min(left, top) < -TOLERANCE or left + width > size[0] + TOLERANCE or top + height > size[1] + TOLERANCE
     if outside:
-        raise InputError(f"{name}: its bbox {bbox} lies outside its image of {size[0]} x {size[1]} pixels; correct or remove it")
+        raise InputError(
+            f"{name}: its bbox {bbox} lies outside its image of {size[0]} x {size[1]} pixels; correct or remove it"
+        )
     box = max(0.0, left), max(0.0, top), min(float(size[0]), left + width), min(float(size[1]), top + height)
     return box if width and height and box[2] > box[0] and box[3] > box[1] else None
 
 
 def _packed(
-    files: SplitFiles, classes: dict[int, str], names: tuple[str, ...], sizes: list[Size], in_images: list[list[_Object]], annotations: int
+    files: SplitFiles,
+    classes: dict[int, str],
+    names: tuple[str, ...],
+    sizes: list[Size],
+    in_images: list[list[_Object]],
+    annotations: int,
 ) -> Split:
     objects = list(itertools.chain(*in_images))
     return Split(

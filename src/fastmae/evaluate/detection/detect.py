@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from fastmae.config.detection import DetectConfig
-from fastmae.durable import write_whole
-from fastmae.encoders import OpenedEncoder, open_encoder
 from fastmae.errors import InputError
 from fastmae.evaluate.detection.average_precision import METRICS, average_precision
 from fastmae.evaluate.detection.coco import Split, find_splits, read_split
@@ -20,12 +18,15 @@ from fastmae.evaluate.detection.inference import detections, gathered
 from fastmae.evaluate.detection.network import build_detector
 from fastmae.evaluate.detection.photos import Limits, Targets, TrainingPhotos, ValidationPhotos, as_batch, as_lists
 from fastmae.evaluate.detection.pictures import draw, spread_images
-from fastmae.evaluate.supervised import Recipe, Settings, Task, adamw_groups, evaluation_batches, settle, train_task
-from fastmae.fabric import Fabric
-from fastmae.processes import this_process
-from fastmae.progress import Progress
-from fastmae.training.engine import on_first_process
+from fastmae.evaluate.supervised import Recipe, Settings, adamw_groups, evaluation_batches, settle, train_task
+from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.durable import write_whole
+from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import on_first_process
+from fastmae.runtime.processes import this_process
+from fastmae.runtime.progress import Progress
 from fastmae.training.optimiser import linear_schedule
+from fastmae.training.task import Task
 
 COCO_IMAGES = 118_287
 COCO_LIMITS = Limits(800, 1333)
@@ -45,9 +46,13 @@ def detect(config: DetectConfig) -> dict[str, Any] | None:
     train, val = _read_data(config.data)
     settings = _settle(config, len(train.trainable()))
     torch.manual_seed(config.seed)
-    opened = open_encoder(config.run, weights=config.weights, pretrained=config.pretrained, drop_path=config.drop_path, any_size=True)
+    opened = open_encoder(
+        config.run, weights=config.weights, pretrained=config.pretrained, drop_path=config.drop_path, any_size=True
+    )
     if opened.channels not in (1, 3):
-        raise InputError(f"{config.run}: an encoder of {opened.channels} channels; photos have 3, or 1 where they are grey")
+        raise InputError(
+            f"{config.run}: an encoder of {opened.channels} channels; photos have 3, or 1 where they are grey"
+        )
     limits = _limits(config, train, opened.patch_size)
     task = _task(config, opened, train, val, limits)
     if _speaks():
@@ -76,7 +81,7 @@ def _settle(config: DetectConfig, images: int) -> Settings:
     settings = settle(config, RECIPE, images)
     if config.warmup_epochs is not None:
         return settings
-    return replace(settings, warmup_epochs=min(WARMUP_STEPS, MOST_WARMUP * settings.steps) / settings.steps_an_epoch)
+    return replace(settings, warmup_epochs=min(WARMUP_STEPS, MOST_WARMUP * settings.steps) / settings.steps_per_epoch)
 
 
 def _limits(config: DetectConfig, train: Split, patch: int) -> Limits:
@@ -123,7 +128,9 @@ def step(model: nn.Module, batch: tuple[list[torch.Tensor], Targets]) -> dict[st
     return {"loss": torch.stack([loss.float() for loss in losses.values()]).sum(), **losses}
 
 
-def _evaluate(config: DetectConfig, network: nn.Module, fabric: Fabric, val: Split, limits: Limits, channels: int) -> dict[str, float]:
+def _evaluate(
+    config: DetectConfig, network: nn.Module, fabric: Fabric, val: Split, limits: Limits, channels: int
+) -> dict[str, float]:
     photos = ValidationPhotos(val, limits, channels)
     batches = evaluation_batches(photos, len(val), fabric, 1, config.workers, as_lists)
     found = []

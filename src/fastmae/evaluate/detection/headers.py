@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastmae.errors import InputError, first_line
 from fastmae.evaluate.detection.masks import Size
-from fastmae.progress import Progress
+from fastmae.runtime.progress import Progress
 
 THREADS = 16
 """Files opened at a time: on a disk across a network it is the waiting that takes long."""
@@ -36,7 +36,9 @@ def check_images(annotations: Path, paths: Sequence[Path], sizes: Sequence[Size]
     with Progress(progress, "images", len(paths), quiet=not progress) as shown, ThreadPoolExecutor(THREADS) as threads:
         for first in range(0, len(paths), AT_A_TIME):
             part = paths[first : first + AT_A_TIME]
-            for path, told, found in zip(part, sizes[first : first + AT_A_TIME], threads.map(_upright_size, part), strict=True):
+            for path, told, found in zip(
+                part, sizes[first : first + AT_A_TIME], threads.map(_upright_size, part), strict=True
+            ):
                 if found is None:
                     missing.append(path)
                 else:
@@ -44,7 +46,9 @@ def check_images(annotations: Path, paths: Sequence[Path], sizes: Sequence[Size]
             shown.advance(len(part))
     if missing:
         share = f"{len(missing)} of the {len(paths)} images are" if len(missing) > 1 else "it is the only one"
-        raise InputError(f"{missing[0]}: missing, though {annotations} names it ({share}); put it there, or remove it from the annotations")
+        raise InputError(
+            f"{missing[0]}: missing, though {annotations} names it ({share}); put it there, or remove it from the annotations"
+        )
 
 
 def _upright_size(path: Path) -> tuple[Size, bool] | None:
@@ -68,4 +72,6 @@ def _upright_size(path: Path) -> tuple[Size, bool] | None:
 def _compare(annotations: Path, path: Path, told: Size, size: Size, turned: bool) -> None:
     if size != told:
         exif = ", as its EXIF orientation turns it; save it upright" if turned else "; annotate the image as it is"
-        raise InputError(f"{path}: {annotations} says {told[0]} x {told[1]} pixels, the image has {size[0]} x {size[1]}{exif}")
+        raise InputError(
+            f"{path}: {annotations} says {told[0]} x {told[1]} pixels, the image has {size[0]} x {size[1]}{exif}"
+        )

@@ -11,10 +11,12 @@ from torch import nn
 from fastmae.evaluate.detection import masks
 from fastmae.evaluate.detection.average_precision import Detections
 from fastmae.evaluate.detection.coco import Split
-from fastmae.fabric import Fabric
+from fastmae.runtime.fabric import Fabric
 
 
-def detections(network: nn.Module, split: Split, batches: Iterable[tuple[list[int], list[torch.Tensor]]]) -> Iterable[Detections]:
+def detections(
+    network: nn.Module, split: Split, batches: Iterable[tuple[list[int], list[torch.Tensor]]]
+) -> Iterable[Detections]:
     """What is found in each photo.
 
     Args:

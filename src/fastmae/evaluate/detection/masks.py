@@ -81,7 +81,9 @@ def paste(mask: torch.Tensor, box: Sequence[float], size: Size) -> bytes:
         across = 2 * (cols + 0.5 - left) / (right - left) - 1
         down = 2 * (rows + 0.5 - top) / (bottom - top) - 1
         places = torch.stack(torch.broadcast_tensors(across[None, :], down[:, None]), dim=-1)
-        sampled = F.grid_sample(mask[None, None], places[None], mode="bilinear", padding_mode="border", align_corners=False)[0, 0]
+        sampled = F.grid_sample(
+            mask[None, None], places[None], mode="bilinear", padding_mode="border", align_corners=False
+        )[0, 0]
         within = (across.abs() <= 1)[None, :] & (down.abs() <= 1)[:, None]
         whole[int(rows[0]) : int(rows[-1]) + 1, int(cols[0]) : int(cols[-1]) + 1] = ((sampled >= 0.5) & within).numpy()
     return bytes(coco_mask.encode(whole)["counts"])
@@ -115,7 +117,9 @@ def _checked_runs(segmentation: dict[str, Any], size: Size) -> list[int]:
     width, height = size
     counts = segmentation.get("counts")
     if segmentation.get("size") != [height, width]:
-        raise ValueError(f"its RLE is of size {segmentation.get('size')}, the image is [{height}, {width}] (height, width)")
+        raise ValueError(
+            f"its RLE is of size {segmentation.get('size')}, the image is [{height}, {width}] (height, width)"
+        )
     runs = _runs_of_text(counts) if isinstance(counts, str) else counts
     if not isinstance(runs, list) or not all(isinstance(run, int) and 0 <= run < LARGEST_RUNS for run in runs):
         raise ValueError("the counts of its RLE are not run lengths")

@@ -21,9 +21,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
-from fastmae.encoders import OpenedEncoder
 from fastmae.evaluate.detection.photos import Limits, Targets
 from fastmae.evaluate.detection.pyramid import PATCHES_A_STRIDE, ROI_LEVELS, SimplePyramid
+from fastmae.runs.encoder import OpenedEncoder
 
 ANCHOR_STRIDES = 8.0
 """Side of a level's square anchor, in its strides: 32 to 512 pixels with patches of 16, as in FPN."""
@@ -59,7 +59,10 @@ def build_detector(opened: OpenedEncoder, classes: int, limits: Limits, channels
         rpn_head=FullPrecisionRPNHead(channels, len(ASPECT_RATIOS), conv_depth=2),
         box_roi_pool=StridedRoIAlign(patch, BOX_GRID),
         box_head=FastRCNNConvFCHead(
-            (channels, BOX_GRID, BOX_GRID), [channels] * HEAD_CONVS, [FEATURES_A_CHANNEL * channels], norm_layer=LayerNorm2d
+            (channels, BOX_GRID, BOX_GRID),
+            [channels] * HEAD_CONVS,
+            [FEATURES_A_CHANNEL * channels],
+            norm_layer=LayerNorm2d,
         ),
         box_predictor=FullPrecisionBoxes(FEATURES_A_CHANNEL * channels, classes + 1),
         mask_roi_pool=StridedRoIAlign(patch, MASK_GRID),
@@ -68,7 +71,9 @@ def build_detector(opened: OpenedEncoder, classes: int, limits: Limits, channels
     )
     model.transform = PhotoTransform(limits, opened.mean, opened.std, 2 * patch)
     for part in (model.backbone.levels, model.rpn, model.roi_heads):
-        part.to(memory_format=torch.channels_last)  # as LayerNorm over channels leaves the maps; DDP wants gradients laid out as weights
+        part.to(
+            memory_format=torch.channels_last
+        )  # as LayerNorm over channels leaves the maps; DDP wants gradients laid out as weights
     return model
 
 
@@ -95,10 +100,15 @@ class PhotoTransform(GeneralizedRCNNTransform):
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Any:
         """Each image with a margin to the right and below by which its sides are multiples of `size_divisible`, for `SimplePyramid`."""
-        return [F.pad(image, (0, -image.shape[2] % size_divisible, 0, -image.shape[1] % size_divisible)) for image in images]
+        return [
+            F.pad(image, (0, -image.shape[2] % size_divisible, 0, -image.shape[1] % size_divisible)) for image in images
+        ]
 
     def postprocess(
-        self, result: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+        self,
+        result: list[dict[str, Tensor]],
+        image_shapes: list[tuple[int, int]],
+        original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         """Boxes from the network's pixels to the photo's; sizes are (height, width). In training there are none."""
         if self.training:
@@ -124,7 +134,9 @@ class StridedAnchors(AnchorGenerator):
         device = feature_maps[0].device
         self.set_cell_anchors(torch.float32, device)
         sizes = [list(feature_map.shape[-2:]) for feature_map in feature_maps]
-        anchors = torch.cat(self.grid_anchors(sizes, [[torch.full((), stride, device=device)] * 2 for stride in self.strides]))
+        anchors = torch.cat(
+            self.grid_anchors(sizes, [[torch.full((), stride, device=device)] * 2 for stride in self.strides])
+        )
         return [anchors] * len(image_list.image_sizes)
 
 

@@ -61,8 +61,15 @@ class TrainingPhotos(Dataset[Sample]):
     def __getitem__(self, visit: tuple[int, int]) -> Sample:
         epoch, index = visit
         image = self.usable[index]
-        photo, objects = load_photo(self.split, image, self.limits, self.channels), load_objects(self.split, image, self.limits)
-        return mirrored(photo, objects) if np.random.default_rng((self.seed, epoch, index)).random() < 0.5 else (photo, objects)
+        photo, objects = (
+            load_photo(self.split, image, self.limits, self.channels),
+            load_objects(self.split, image, self.limits),
+        )
+        return (
+            mirrored(photo, objects)
+            if np.random.default_rng((self.seed, epoch, index)).random() < 0.5
+            else (photo, objects)
+        )
 
 
 class ValidationPhotos(Dataset[tuple[int, torch.Tensor]]):
@@ -134,8 +141,12 @@ def load_photo(split: Split, image: int, limits: Limits, channels: int) -> torch
             bands, _ = decode_bands(file, path.name, channels, reduced)
     except UndecodableError as error:
         raise InputError(f"{path}: {error}; replace it, or remove it from {split.files.annotations}") from error
-    resized = [np.asarray(band if band.size == size else band.resize(size, Image.Resampling.BILINEAR)) for band in bands]
-    return torch.from_numpy(np.stack(resized) if len(resized) > 1 or channels == 1 else resized[0].transpose(2, 0, 1).copy())
+    resized = [
+        np.asarray(band if band.size == size else band.resize(size, Image.Resampling.BILINEAR)) for band in bands
+    ]
+    return torch.from_numpy(
+        np.stack(resized) if len(resized) > 1 or channels == 1 else resized[0].transpose(2, 0, 1).copy()
+    )
 
 
 def load_objects(split: Split, image: int, limits: Limits) -> Objects:

@@ -48,7 +48,9 @@ class _Drawn:
 def spread_images(split: Split, count: int) -> list[int]:
     """Places of images with objects, from all over a split."""
     with_objects = np.flatnonzero(np.diff(split.starts))
-    return with_objects[np.linspace(0, len(with_objects) - 1, min(count, len(with_objects))).round().astype(int)].tolist()
+    return with_objects[
+        np.linspace(0, len(with_objects) - 1, min(count, len(with_objects))).round().astype(int)
+    ].tolist()
 
 
 def draw(split: Split, found: Iterable[Detections], images: Sequence[int], channels: int) -> bytes:
@@ -83,10 +85,19 @@ def _found(split: Split, detected: Detections) -> list[_Drawn]:
     best = np.argsort(-detected.scores)[:MOST_SHOWN]
     best = best[detected.scores[best] >= 0.5 * detected.scores.max(initial=0)]
     counts = [detected.counts[place] for place in best]
-    return _drawn(split, detected.image, detected.labels[best], detected.boxes[best], counts, [f" {detected.scores[p]:.2f}" for p in best])
+    return _drawn(
+        split,
+        detected.image,
+        detected.labels[best],
+        detected.boxes[best],
+        counts,
+        [f" {detected.scores[p]:.2f}" for p in best],
+    )
 
 
-def _drawn(split: Split, image: int, labels: np.ndarray, boxes: np.ndarray, counts: Sequence[bytes], tails: Sequence[str]) -> list[_Drawn]:
+def _drawn(
+    split: Split, image: int, labels: np.ndarray, boxes: np.ndarray, counts: Sequence[bytes], tails: Sequence[str]
+) -> list[_Drawn]:
     own, names = split.size(image), list(split.classes.values())
     shown = SHOWN.cut(own)
     scale = _scale(own, shown)
@@ -120,12 +131,23 @@ def _draw_objects(axes: Axes, photo: np.ndarray, objects: Sequence[_Drawn], titl
     axes.imshow(tinted)
     for drawn in objects:
         left, top, right, bottom = drawn.box
-        axes.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=drawn.colour, linewidth=1.2))
+        axes.add_patch(
+            Rectangle(
+                (left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=drawn.colour, linewidth=1.2
+            )
+        )
         label = {"facecolor": drawn.colour, "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
         dark = float(drawn.colour @ LUMA) < 0.5
         above = "top" if top < TEXT_HEIGHT else "bottom"
         axes.text(
-            left, top, drawn.name, fontsize=5.5, color="white" if dark else "black", bbox=label, verticalalignment=above, clip_on=True
+            left,
+            top,
+            drawn.name,
+            fontsize=5.5,
+            color="white" if dark else "black",
+            bbox=label,
+            verticalalignment=above,
+            clip_on=True,
         )
     axes.set_title(title, fontsize=7)
     axes.set_axis_off()

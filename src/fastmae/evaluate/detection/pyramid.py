@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from fastmae.model import Encoder
+from fastmae.student.encoder import Encoder
 
 ROI_LEVELS = ("0", "1", "2", "3")
 """Names of the maps that objects are cut out of, the finest first."""
@@ -42,7 +42,9 @@ class SimplePyramid(nn.Module):
             (nn.Identity(), width),
             (nn.MaxPool2d(2), width),
         ]
-        self.levels = nn.ModuleList(nn.Sequential(scale, *_projected(channels, out_channels)) for scale, channels in scales)
+        self.levels = nn.ModuleList(
+            nn.Sequential(scale, *_projected(channels, out_channels)) for scale, channels in scales
+        )
         train_what_is_read(encoder)
 
     def forward(self, images: Sequence[torch.Tensor]) -> "OrderedDict[str, torch.Tensor]":
@@ -59,7 +61,9 @@ class SimplePyramid(nn.Module):
             of_size.setdefault(image.shape, []).append(place)
         found: list[list[torch.Tensor]] = [[] for _ in images]
         for places in of_size.values():
-            for place, maps in zip(places, zip(*self._maps(torch.stack([images[p] for p in places])), strict=True), strict=True):
+            for place, maps in zip(
+                places, zip(*self._maps(torch.stack([images[p] for p in places])), strict=True), strict=True
+            ):
                 found[place] = list(maps)
         names = (*ROI_LEVELS, PROPOSAL_LEVEL)
         return OrderedDict((name, _stacked(maps)) for name, maps in zip(names, zip(*found, strict=True), strict=True))
@@ -68,7 +72,9 @@ class SimplePyramid(nn.Module):
         """[B, K, H, W] -> the maps, [B, C, H / stride, W / stride], the coarsest rounded up."""
         encoder: Any = self.encoder
         last = len(encoder.blocks) - 1
-        grid = encoder.forward_intermediates(images, indices=[last], norm=False, output_fmt="NCHW", intermediates_only=True)[0]
+        grid = encoder.forward_intermediates(
+            images, indices=[last], norm=False, output_fmt="NCHW", intermediates_only=True
+        )[0]
         maps = [level(grid).float() for level in self.levels]
         return [*maps, F.max_pool2d(maps[-1], kernel_size=1, stride=2)]
 

@@ -92,8 +92,14 @@ def distort_colours(image: torch.Tensor) -> torch.Tensor:
     """
     if image.shape[0] not in (1, 3):
         return image
-    brightness, contrast = (_half_the_time(v2.ColorJitter(**{name: by})) for name, by in (("brightness", 32 / 255), ("contrast", 0.5)))
-    colours = [_half_the_time(v2.ColorJitter(saturation=0.5)), _half_the_time(v2.ColorJitter(hue=0.1))] if image.shape[0] == 3 else []
+    brightness, contrast = (
+        _half_the_time(v2.ColorJitter(**{name: by})) for name, by in (("brightness", 32 / 255), ("contrast", 0.5))
+    )
+    colours = (
+        [_half_the_time(v2.ColorJitter(saturation=0.5)), _half_the_time(v2.ColorJitter(hue=0.1))]
+        if image.shape[0] == 3
+        else []
+    )
     steps = [brightness, contrast, *colours] if torch.rand(()) < 0.5 else [brightness, *colours, contrast]
     for step in steps:
         image = step(image)
@@ -104,7 +110,9 @@ def _half_the_time(transform: v2.Transform) -> v2.Transform:
     return v2.RandomApply([transform], p=0.5)
 
 
-def padded(image: torch.Tensor, mask: torch.Tensor, side: int, fill: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(
+    image: torch.Tensor, mask: torch.Tensor, side: int, fill: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Both enlarged to `side`, to the right and below: with the fill, and with what is ignored."""
     height, width = mask.shape
     if height == width == side:

@@ -86,7 +86,9 @@ def find_data(root: Path) -> SegmentationData:
         InputError: no such folder, neither layout, an empty split, an image without a mask, or names that can't be read.
     """
     if not root.is_dir():
-        raise InputError(f"{root}: {'is a file' if root.exists() else 'does not exist'}; give a folder with images/ and masks/ in it")
+        raise InputError(
+            f"{root}: {'is a file' if root.exists() else 'does not exist'}; give a folder with images/ and masks/ in it"
+        )
     own = (root / "annotations").is_dir() and not (root / "masks").is_dir()
     masks, folders = ("annotations", ("training", "validation")) if own else ("masks", SPLITS)
     for kind in ("images", masks):
@@ -96,7 +98,9 @@ def find_data(root: Path) -> SegmentationData:
                     f"{root}: no folder {kind}/{folder}; give images/{{train,val}} with masks/{{train,val}}, "
                     "or ADE20K's images/{training,validation} with annotations/{training,validation}"
                 )
-    (train, unused), (val, also_unused) = (_pairs(root / "images" / folder, root / masks / folder) for folder in folders)
+    (train, unused), (val, also_unused) = (
+        _pairs(root / "images" / folder, root / masks / folder) for folder in folders
+    )
     names, named_in, ignored = _names(root, own)
     return SegmentationData(root, train, val, names, named_in, Reading(own, ignored), unused + also_unused)
 
@@ -148,7 +152,9 @@ def _check_header(path: Path, image: Image.Image) -> None:
             f"{path}: has colours ({image.mode}), not a class id a pixel; save the ids as a grey or palette PNG (Pillow's mode L or P)"
         )
     if image.size[0] * image.size[1] > MAX_PIXELS:
-        raise InputError(f"{path}: declares {image.size[0]} x {image.size[1]} pixels, more than the {MAX_PIXELS >> 20} Mpx allowed")
+        raise InputError(
+            f"{path}: declares {image.size[0]} x {image.size[1]} pixels, more than the {MAX_PIXELS >> 20} Mpx allowed"
+        )
 
 
 def _pairs(images: Path, masks: Path) -> tuple[list[Pair], int]:
@@ -159,18 +165,26 @@ def _pairs(images: Path, masks: Path) -> tuple[list[Pair], int]:
     stems = [str(Path(name).with_suffix("")) for name in found]
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
-        raise InputError(f"{images}: has two images {twice[0]}.* for the one mask {masks / twice[0]}.png; rename or remove one")
-    there = {str(Path(name).with_suffix("")): name for name in files_below(masks, lambda name: name.lower().endswith(".png"))}
+        raise InputError(
+            f"{images}: has two images {twice[0]}.* for the one mask {masks / twice[0]}.png; rename or remove one"
+        )
+    there = {
+        str(Path(name).with_suffix("")): name for name in files_below(masks, lambda name: name.lower().endswith(".png"))
+    }
     lacking = [(image, stem) for image, stem in zip(found, stems, strict=True) if stem not in there]
     if lacking:
         raise InputError(_lacking(images / lacking[0][0], masks / f"{lacking[0][1]}.png", len(lacking), len(found)))
-    return [Pair(images / image, masks / there[stem]) for image, stem in zip(found, stems, strict=True)], len(there) - len(found)
+    return [Pair(images / image, masks / there[stem]) for image, stem in zip(found, stems, strict=True)], len(
+        there
+    ) - len(found)
 
 
 def _lacking(image: Path, mask: Path, lacking: int, images: int) -> str:
     other = next((path.name for path in sorted(mask.parent.glob(f"{mask.stem}.*"))), "") if mask.parent.is_dir() else ""
     besides = f"; there is {other}, but only a PNG keeps ids as they are" if other else ""
-    return f"{image}: has no mask {mask} ({lacking} of {images} images lack theirs){besides}; add it, or remove the image"
+    return (
+        f"{image}: has no mask {mask} ({lacking} of {images} images lack theirs){besides}; add it, or remove the image"
+    )
 
 
 def _names(root: Path, own: bool) -> tuple[tuple[str, ...] | None, str, int]:
@@ -195,7 +209,12 @@ def _names_from_json(path: Path) -> tuple[tuple[str, ...], int]:
     ignored = held.get("ignore_index", IGNORED) if isinstance(held, dict) else IGNORED
     if isinstance(named, list):
         named = {str(number): name for number, name in enumerate(named)}
-    if not isinstance(named, dict) or not named or set(named) != {str(number) for number in range(len(named))} or len(named) > IGNORED:
+    if (
+        not isinstance(named, dict)
+        or not named
+        or set(named) != {str(number) for number in range(len(named))}
+        or len(named) > IGNORED
+    ):
         raise InputError(
             f'{path}: give the names of the ids 0, 1, 2 and so on without a gap, as {{"classes": {{"0": "sky", "1": "road"}}}}'
         )
@@ -206,9 +225,19 @@ def _names_from_json(path: Path) -> tuple[tuple[str, ...], int]:
 
 def _names_from_table(path: Path) -> tuple[str, ...]:
     """Names from ADE20K's table: a head line, then an id first and the names, synonyms and all, last."""
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line[:1].isdigit()]
-    if [row[0].strip() for row in rows] != [str(number) for number in range(1, len(rows) + 1)] or not rows or len(rows[0]) < 2:
-        raise InputError(f"{path}: not ADE20K's table of classes (an id first and a name last in each line, tabs between)")
+    rows = [
+        line.split("\t")
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line[:1].isdigit()
+    ]
+    if (
+        [row[0].strip() for row in rows] != [str(number) for number in range(1, len(rows) + 1)]
+        or not rows
+        or len(rows[0]) < 2
+    ):
+        raise InputError(
+            f"{path}: not ADE20K's table of classes (an id first and a name last in each line, tabs between)"
+        )
     whole = [row[-1].strip() for row in rows]
     short = [re.split(r"[,;]", name)[0].strip() for name in whole]
     return unique_names([name if short.count(name) == 1 else full for name, full in zip(short, whole, strict=True)])

@@ -60,7 +60,11 @@ def sliding_scores(network: Network, images: torch.Tensor, patch: int, window: i
 
 def enlarged(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Scores at another size, bilinearly, float32."""
-    return scores.float() if scores.shape[-2:] == size else F.interpolate(scores.float(), size=size, mode="bilinear", align_corners=False)
+    return (
+        scores.float()
+        if scores.shape[-2:] == size
+        else F.interpolate(scores.float(), size=size, mode="bilinear", align_corners=False)
+    )
 
 
 def _places(size: torch.Size, window: int) -> Iterator[tuple[slice, slice]]:

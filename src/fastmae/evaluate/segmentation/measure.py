@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmae.durable import write_whole
 from fastmae.evaluate.segmentation.inference import enlarged, sliding_scores, whole_scores
 from fastmae.evaluate.segmentation.pictures import Shown, sheet
 from fastmae.evaluate.segmentation.samples import WholePhotos
 from fastmae.evaluate.segmentation.scores import intersection_over_union, summary
 from fastmae.evaluate.supervised import evaluation_batches
-from fastmae.fabric import Fabric
 from fastmae.images.views import normalise
-from fastmae.training.engine import on_first_process
+from fastmae.runtime.durable import write_whole
+from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import on_first_process
 
 CLASS_PREFIX = "iou/"
 """Before a class's name, in the figures of an evaluation."""

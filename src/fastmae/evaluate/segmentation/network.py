@@ -13,7 +13,7 @@ from torch import nn
 
 from fastmae.errors import InputError
 from fastmae.evaluate.segmentation.data import IGNORED
-from fastmae.model import Encoder
+from fastmae.student.encoder import Encoder
 
 TAPS = (1 / 3, 1 / 2, 2 / 3, 1)
 """After which part of the blocks the maps are taken: 4, 6, 8 and 12 of 12."""
@@ -73,7 +73,9 @@ class UperNet(nn.Module):
         self.pyramid = FeaturePyramid(width)
         self.head, self.auxiliary = _heads(width, classes, head_channels)
         for name, part in encoder.named_children():
-            if name not in BEFORE_AND_IN_BLOCKS:  # the final norm (BEiT): kept for whoever takes the encoder out again, but not trained
+            if (
+                name not in BEFORE_AND_IN_BLOCKS
+            ):  # the final norm (BEiT): kept for whoever takes the encoder out again, but not trained
                 part.requires_grad_(False)
         if encoder.pos_embed is not None:
             encoder.pos_embed.requires_grad_(True)  # fixed while pre-training with masks
@@ -85,7 +87,9 @@ class UperNet(nn.Module):
             images: float [B, K, H, W], normalised; H and W multiples of P, and at least 2P.
         """
         taken = sorted(set(self.taps))
-        found = self.encoder.forward_intermediates(images, indices=taken, norm=False, output_fmt="NCHW", intermediates_only=True)
+        found = self.encoder.forward_intermediates(
+            images, indices=taken, norm=False, output_fmt="NCHW", intermediates_only=True
+        )
         maps = self.pyramid([found[taken.index(block)] for block in self.taps])
         return self.head(maps), self.auxiliary(maps)
 
@@ -111,7 +115,9 @@ def synchronised(network: nn.Module, device: torch.device, processes: int) -> nn
 def _cross_entropy(scores: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     enlarged = F.interpolate(scores.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
     summed = F.cross_entropy(enlarged, masks, ignore_index=IGNORED, reduction="sum")
-    return summed / (masks != IGNORED).sum().clamp(min=1)  # a batch in which nothing counts has a loss of 0, not of 0 / 0
+    return summed / (masks != IGNORED).sum().clamp(
+        min=1
+    )  # a batch in which nothing counts has a loss of 0, not of 0 / 0
 
 
 def _doubled(width: int) -> nn.ConvTranspose2d:

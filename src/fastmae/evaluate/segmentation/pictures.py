@@ -15,7 +15,9 @@ from fastmae.evaluate.segmentation.data import IGNORED
 
 mpl.use("agg")
 
-FIRST = [mpl.color_sequences["tab20"][number] for number in (*range(0, 20, 2), *range(1, 20, 2)) if number not in (14, 15)]
+FIRST = [
+    mpl.color_sequences["tab20"][number] for number in (*range(0, 20, 2), *range(1, 20, 2)) if number not in (14, 15)
+]
 """Colours of the first classes: Matplotlib's set of easily told ones without its greys, the strong ones before their pale kin."""
 GOLDEN = 0.618034
 """Of a turn, from one hue to the next of all further classes: no two that are near in number are near in colour."""
@@ -48,7 +50,9 @@ def palette(classes: int) -> np.ndarray:
     colours = np.tile(np.array(IGNORED_COLOUR), (IGNORED + 1, 1))
     for number in range(classes):
         hue = (0.58 + number * GOLDEN) % 1
-        colours[number] = FIRST[number] if number < len(FIRST) else colorsys.hsv_to_rgb(hue, *TONES[number % len(TONES)])
+        colours[number] = (
+            FIRST[number] if number < len(FIRST) else colorsys.hsv_to_rgb(hue, *TONES[number % len(TONES)])
+        )
     return colours
 
 
@@ -73,7 +77,9 @@ def sheet(rows: Sequence[Shown], names: Sequence[str]) -> bytes:
             cell.set_axis_off()
     for cell, title in zip(grid[0], ("photo", "truth", "prediction"), strict=True):
         cell.set_title(title, fontsize=11)
-    figure.legend(handles=legend, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=1.2)
+    figure.legend(
+        handles=legend, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=1.2
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
@@ -81,9 +87,15 @@ def sheet(rows: Sequence[Shown], names: Sequence[str]) -> bytes:
 
 def _legend(rows: Sequence[Shown], names: Sequence[str], colours: np.ndarray) -> list[Patch]:
     """The classes that are seen, in the order of their ids; of too many those with the largest area."""
-    seen = sum(np.bincount(part.ravel(), minlength=IGNORED + 1) / part.size for row in rows for part in (row.truth, row.predicted))
+    seen = sum(
+        np.bincount(part.ravel(), minlength=IGNORED + 1) / part.size
+        for row in rows
+        for part in (row.truth, row.predicted)
+    )
     area: np.ndarray = np.asarray(seen)
     largest = sorted(np.argsort(-area[: len(names)], kind="stable")[:LEGEND_AT_MOST].tolist())
     patches = [Patch(color=tuple(colours[number]), label=names[number]) for number in largest if area[number]]
-    ignored = [Patch(facecolor=IGNORED_COLOUR, edgecolor="0.6", linewidth=0.5, label="ignored")] if area[IGNORED] else []
+    ignored = (
+        [Patch(facecolor=IGNORED_COLOUR, edgecolor="0.6", linewidth=0.5, label="ignored")] if area[IGNORED] else []
+    )
     return [*patches, *ignored]

@@ -14,9 +14,9 @@ from fastmae.errors import InputError
 from fastmae.evaluate.segmentation.augment import Augmentation, fitted_size
 from fastmae.evaluate.segmentation.data import Pair, SegmentationData, read_mask
 from fastmae.evaluate.segmentation.survey import check_ids, check_sizes
-from fastmae.evaluate.supervised import drawn_from
 from fastmae.images.decode import UndecodableError, decode_bands
 from fastmae.images.middle import to_tensor
+from fastmae.runtime.seeding import drawn_from
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,15 @@ class PairReader:
                 bands, _ = decode_bands(file, pair.image.name, self.channels)
         except UndecodableError as error:
             raise InputError(f"{pair.image}: {error}; remove it and its mask from the data") from error
-        image, mask = torch.cat([to_tensor(band) for band in bands]), torch.from_numpy(read_mask(pair.mask, self.data.reading))
+        image, mask = (
+            torch.cat([to_tensor(band) for band in bands]),
+            torch.from_numpy(read_mask(pair.mask, self.data.reading)),
+        )
         if image.shape[1:] != mask.shape:
             check_sizes(pair, self.channels)
-            raise InputError(f"{pair.mask}: its size is not its image's; a mask holds one id for each pixel of its image")
+            raise InputError(
+                f"{pair.mask}: its size is not its image's; a mask holds one id for each pixel of its image"
+            )
         check_ids(pair, np.bincount(mask.flatten(), minlength=256), self.classes, self.data)
         return image, mask
 

@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 from fastmae.config import SegmentConfig
-from fastmae.device import resolve_device
-from fastmae.encoders import OpenedEncoder, open_encoder
 from fastmae.errors import InputError
 from fastmae.evaluate.segmentation.augment import Augmentation
 from fastmae.evaluate.segmentation.data import SegmentationData, find_data
@@ -21,11 +19,13 @@ from fastmae.evaluate.segmentation.network import UperNet, segmentation_loss, sy
 from fastmae.evaluate.segmentation.samples import PairReader, TrainingCrops, WholePhotos, stack
 from fastmae.evaluate.segmentation.scores import confusion_matrix, table
 from fastmae.evaluate.segmentation.survey import Survey, survey
-from fastmae.evaluate.supervised import Recipe, Settings, Task, adamw_groups, settle, train_task
+from fastmae.evaluate.supervised import Recipe, Settings, adamw_groups, settle, train_task
 from fastmae.images.views import normalise
-from fastmae.processes import this_process
-from fastmae.training.loop import micro_batches
+from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.device import resolve_device
+from fastmae.runtime.processes import this_process
 from fastmae.training.optimiser import linear_schedule
+from fastmae.training.task import Task, micro_batches
 
 RECIPE = Recipe(images=20_210, epochs=127, batch_size=16, lr=1e-4, warmup_epochs=1500 * 16 / 20_210)
 """ADE20K: 160 k steps of 16, 1500 of them warm-up. (MAE's and BEiT's UperNet)"""
@@ -55,7 +55,9 @@ def segment(config: SegmentConfig) -> dict[str, Any] | None:
     data = find_data(config.data)
     settings = settle(config, RECIPE, len(data.train))
     torch.manual_seed(config.seed)
-    opened = open_encoder(config.run, weights=config.weights, pretrained=config.pretrained, drop_path=config.drop_path, any_size=True)
+    opened = open_encoder(
+        config.run, weights=config.weights, pretrained=config.pretrained, drop_path=config.drop_path, any_size=True
+    )
     found = survey(data, opened.channels, quiet=not first)
     sizes = settle_sizes(config, opened, found)
     opened = at_crop(opened, sizes.crop)
@@ -75,7 +77,9 @@ def settle_sizes(config: SegmentConfig, opened: OpenedEncoder, found: Survey) ->
     least = LEAST_PATCHES * patch
     crop = config.crop_size or max(least, min(LARGEST_CROP, found.short_side) // patch * patch)
     if crop % patch or crop < least:
-        raise InputError(f"--crop-size {crop}: not a multiple of the patch of {patch} px; take {max(least, crop // patch * patch)}")
+        raise InputError(
+            f"--crop-size {crop}: not a multiple of the patch of {patch} px; take {max(least, crop // patch * patch)}"
+        )
     short_side = crop if config.short_side is None else config.short_side
     return Sizes(crop, short_side, config.head_channels or int(opened.network.embed_dim))
 
@@ -110,7 +114,12 @@ class SegmentationStep:
 
 
 def make_task(
-    config: SegmentConfig, settings: Settings, data: SegmentationData, found: Survey, opened: OpenedEncoder, sizes: Sizes
+    config: SegmentConfig,
+    settings: Settings,
+    data: SegmentationData,
+    found: Survey,
+    opened: OpenedEncoder,
+    sizes: Sizes,
 ) -> Task:
     """What the frame trains and measures."""
     read = PairReader(data, len(found.names), opened.channels)
@@ -122,7 +131,9 @@ def make_task(
     }
     processes = max(config.devices, this_process().world_size)
     _check_batch(config, settings, processes)
-    network: Any = synchronised(UperNet(opened.network, len(found.names), sizes.head_channels), resolve_device(config.device), processes)
+    network: Any = synchronised(
+        UperNet(opened.network, len(found.names), sizes.head_channels), resolve_device(config.device), processes
+    )
     return Task(
         name="segment",
         network=network,
@@ -137,7 +148,9 @@ def make_task(
     )
 
 
-def _validation(config: SegmentConfig, photos: WholePhotos, names: tuple[str, ...], opened: OpenedEncoder, crop: int) -> Validation:
+def _validation(
+    config: SegmentConfig, photos: WholePhotos, names: tuple[str, ...], opened: OpenedEncoder, crop: int
+) -> Validation:
     assert config.out is not None
     window = crop if config.inference == "slide" else None
     return Validation(
@@ -149,7 +162,11 @@ def _validation(config: SegmentConfig, photos: WholePhotos, names: tuple[str, ..
 def announcement(data: SegmentationData, found: Survey, opened: OpenedEncoder, sizes: Sizes, inference: str) -> str:
     """What was found and what follows from it, for people."""
     pairs = len(data.train) + len(data.val)
-    read = "all masks read" if found.decoded == pairs else f"ids read in {found.decoded} of {pairs} masks, the rest as they are used"
+    read = (
+        "all masks read"
+        if found.decoded == pairs
+        else f"ids read in {found.decoded} of {pairs} masks, the rest as they are used"
+    )
     lines = [
         f"{data.root}: {len(data.train)} photos to train on, {len(data.val)} to measure; {len(found.names)} classes "
         f"({data.named_in or 'as many as the masks hold'}); {read}"
@@ -179,7 +196,14 @@ def outcome(result: Mapping[str, Any], data: SegmentationData, found: Survey) ->
     figures = {name: value if value is None else round(value, 3) for name, value in classes.items()}
     others = {name: value for name, value in result.items() if not name.startswith(CLASS_PREFIX)}
     rounded = {name: round(others[name], 3) for name in ("miou", "pixel_accuracy", "best_miou")}
-    return {**others, **rounded, "classes": figures, "images": len(data.val), "train": len(data.train), "val": len(data.val)}
+    return {
+        **others,
+        **rounded,
+        "classes": figures,
+        "images": len(data.val),
+        "train": len(data.train),
+        "val": len(data.val),
+    }
 
 
 def _check(config: SegmentConfig) -> None:

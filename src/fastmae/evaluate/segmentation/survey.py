@@ -14,11 +14,11 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from fastmae.device import cores
 from fastmae.errors import InputError, first_line
 from fastmae.evaluate.segmentation.data import IGNORED, Pair, Reading, SegmentationData, mask_size, read_mask
 from fastmae.images.decode import decode_bands
-from fastmae.progress import Progress
+from fastmae.runtime.device import cores
+from fastmae.runtime.progress import Progress
 
 MANY = 5000
 """Masks that are decoded for their ids alone: about 3 ms each at 512 x 683, shared among the cores."""
@@ -68,12 +68,19 @@ def survey(data: SegmentationData, channels: int, quiet: bool = False) -> Survey
         train, val = (_spread(part, len(pairs) if data.names is None else MANY) for part in (data.train, data.val))
         chosen = [*train, *val]
         with Progress("check ids", "masks", len(chosen), quiet=quiet) as progress:
-            counts: np.ndarray = np.stack(list(_each(pool, lambda pair: count_ids(pair, data.reading), chosen, progress)))
+            counts: np.ndarray = np.stack(
+                list(_each(pool, lambda pair: count_ids(pair, data.reading), chosen, progress))
+            )
     _check_not_empty(data, counts[: len(train)].sum(0), counts[len(train) :].sum(0))
     names = data.names or tuple(str(number) for number in range(int(np.flatnonzero(counts.sum(0)[:IGNORED]).max()) + 1))
     for pair, present in zip(chosen, counts, strict=True):
         check_ids(pair, present, len(names), data)
-    return Survey(names, int(statistics.median(min(size) for size in sizes[: len(data.train)])), counts[: len(train)].sum(0), len(chosen))
+    return Survey(
+        names,
+        int(statistics.median(min(size) for size in sizes[: len(data.train)])),
+        counts[: len(train)].sum(0),
+        len(chosen),
+    )
 
 
 def check_sizes(pair: Pair, channels: int) -> tuple[int, int]:
@@ -113,7 +120,9 @@ def check_ids(pair: Pair, present: np.ndarray, classes: int, data: SegmentationD
     if len(outside):
         first = int(data.reading.zero_ignored)
         ids = f"{first} to {classes - 1 + first}, {0 if first else data.reading.ignored} is ignored"
-        raise InputError(f"{pair.mask}: holds the id {outside[0] + classes + first}, but {data.named_in} names {classes} classes ({ids})")
+        raise InputError(
+            f"{pair.mask}: holds the id {outside[0] + classes + first}, but {data.named_in} names {classes} classes ({ids})"
+        )
 
 
 def _image_size(pair: Pair, channels: int) -> tuple[int, int]:
@@ -125,7 +134,9 @@ def _image_size(pair: Pair, channels: int) -> tuple[int, int]:
             width, height = image.size
             return (height, width) if image.getexif().get(0x0112) in SIDEWAYS else (width, height)
     except Exception as error:  # codecs raise nearly any type on damaged files
-        raise InputError(f"{pair.image}: not an image, or damaged ({first_line(error)}); remove it from the data") from error
+        raise InputError(
+            f"{pair.image}: not an image, or damaged ({first_line(error)}); remove it from the data"
+        ) from error
 
 
 def _spread(pairs: Sequence[Pair], most: int) -> list[Pair]:
@@ -133,7 +144,9 @@ def _spread(pairs: Sequence[Pair], most: int) -> list[Pair]:
     return list(pairs[:: max(1, math.ceil(len(pairs) / most))])
 
 
-def _each(pool: ThreadPoolExecutor, function: Callable[[Given], Found], given: Sequence[Given], progress: Progress) -> Iterable[Found]:
+def _each(
+    pool: ThreadPoolExecutor, function: Callable[[Given], Found], given: Sequence[Given], progress: Progress
+) -> Iterable[Found]:
     """Results in order; at the first failure what has not begun yet is left."""
     tasks = [pool.submit(function, one) for one in given]
     try:
@@ -150,8 +163,14 @@ def _check_not_empty(data: SegmentationData, train: np.ndarray, val: np.ndarray)
     for split, pixels in (("training", train), ("validation", val)):
         if not pixels[:IGNORED].any():
             ignored = 0 if data.reading.zero_ignored else data.reading.ignored
-            raise InputError(f"{data.root}: every pixel of the {split} masks is {ignored}, which is ignored; write class ids into them")
+            raise InputError(
+                f"{data.root}: every pixel of the {split} masks is {ignored}, which is ignored; write class ids into them"
+            )
     if np.count_nonzero(train[:IGNORED]) == 1:
         only = int(np.flatnonzero(train[:IGNORED])[0]) + int(data.reading.zero_ignored)
-        black_and_white = f"; {IGNORED} is ignored: write the object as 1, not as {IGNORED}" if train[IGNORED] and not only else ""
-        raise InputError(f"{data.root}: the training masks hold the class {only} alone; there is nothing to tell apart{black_and_white}")
+        black_and_white = (
+            f"; {IGNORED} is ignored: write the object as 1, not as {IGNORED}" if train[IGNORED] and not only else ""
+        )
+        raise InputError(
+            f"{data.root}: the training masks hold the class {only} alone; there is nothing to tell apart{black_and_white}"
+        )

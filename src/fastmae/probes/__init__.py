@@ -1,0 +1,1 @@
+"""What frozen features are worth: embedding, nearest neighbours, logistic regression."""

@@ -1,0 +1,1 @@
+"""The machine: device, processes, launch, worker processes, progress, files that appear whole."""

@@ -1,0 +1,134 @@
+"""`bench store`: sums against their formulas written out, figures that agree with each other, and the recommendation's rule."""
+
+import json
+
+import pytest
+import torch
+
+from fastmae.bench.bench_store import recommended
+from fastmae.bench.codecs import Loss
+from fastmae.cli import run
+
+CHANNELS, GRID = 192, 6
+SMALL = ["--middle-size", "96", "--batch-size", "8", "--rounds", "2", "--device", "cpu", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def options(vit_weights):
+    return [*SMALL, "--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", str(vit_weights)]
+
+
+@pytest.fixture
+def bench(options, capsys):
+    def call(images, *more):
+        assert run(["bench", "store", str(images), *options, *more, "--json"]) == 0
+        out, err = capsys.readouterr()
+        return json.loads(out.splitlines()[-1]), err
+
+    return call
+
+
+def test_labelled_images_give_sizes_losses_and_knn_that_agree(photos, bench, tmp_path):
+    file = tmp_path / "store.md"
+    result, err = bench(photos, "--codecs", "fp32,fp16,pq16", "--jpeg-qualities", "90,60", "--out", str(file))
+    rows = {row["codec"]: row for row in result["rows"]}
+    assert list(rows) == ["fp32", "fp16", "pq16"]
+    assert result["images"] == 10  # val/
+    pixels = result["pixel_bytes_per_image"]
+    assert 0 < pixels["60"] < pixels["90"]
+    for codec, bytes_a_token, mean in (
+        ("fp32", 4 * CHANNELS, 0),
+        ("fp16", 2 * CHANNELS, 0),
+        ("pq16", 16, 2 * CHANNELS),
+    ):
+        row = rows[codec]
+        assert row["token_bytes_per_image"] == GRID**2 * bytes_a_token + mean
+        assert row["pixel_bytes_per_image"] == pixels["90"]
+        assert row["bytes_per_image"] == pytest.approx(row["token_bytes_per_image"] + pixels["90"] + 200, abs=1)
+        assert row["imagenet_gb"] == pytest.approx(1281167 * row["bytes_per_image"] / 1e9, rel=0.01)
+        assert row["encode_tokens_per_second"] == pytest.approx(GRID**2 * row["encode_images_per_second"], rel=0.01)
+        assert (
+            row["decode_tokens_per_second_min"]
+            <= row["decode_tokens_per_second"]
+            <= row["decode_tokens_per_second_max"]
+        )
+        assert 0 <= row["knn"] <= 100
+    assert (rows["fp32"]["cosine"], rows["fp32"]["relative_error"], rows["fp32"]["cosine_patch_norm"]) == (1, 0, 1)
+    assert rows["fp16"]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert 0 < rows["fp16"]["relative_error"] < 1e-3
+    assert rows["fp16"]["relative_error"] < rows["pq16"]["relative_error"]
+    assert rows["fp16"]["cosine_patch_norm"] > rows["pq16"]["cosine_patch_norm"]
+    assert result["recommended"] == recommended(result["rows"])
+    built = result["building"]
+    assert built["ratio"] == pytest.approx(
+        built["tokenize_images_per_second"] / built["teacher_images_per_second"], rel=0.02
+    )
+    assert built["images"] == 10
+    text = file.read_text()
+    assert all(f"| {codec} |" in text for codec in rows)
+    assert all(f"- {name}: {value}" in text for name, value in result["settings"].items())
+    assert f"Recommended: {result['recommended']} ({result['rule']})" in text
+    assert "Recommended" in err
+
+
+def test_without_labels_there_is_no_knn_and_loss_is_measured_on_images_that_no_codec_saw(photos, bench):
+    result, _ = bench(photos / "train", "--codecs", "fp16,pq16")  # 30 images
+    assert [row["knn"] for row in result["rows"]] == [None, None]
+    assert result["images"] == 15
+    assert "codecs learnt on 15 others" in result["settings"]["images"]
+    few, _ = bench(photos / "train" / "china", "--codecs", "fp16", "--codec-images", "4", "--limit", "12")
+    assert few["images"] == 8
+    assert few["recommended"] == "fp16"
+
+
+def test_losses_are_their_formulas_whatever_the_batches():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(5, 3, 4, generator=generator)
+    decoded = tokens + 0.3 * torch.randn(5, 3, 4, generator=generator)
+    loss = Loss()
+    loss.add(tokens[:2], decoded[:2])
+    loss.add(tokens[2:], decoded[2:])
+    pairs = list(zip(tokens.flatten(0, 1), decoded.flatten(0, 1), strict=True))
+    assert loss.cosine == pytest.approx(sum(float(x @ y / (x.norm() * y.norm())) for x, y in pairs) / 15)
+    assert loss.relative_error == pytest.approx(float((tokens - decoded).norm() / tokens.norm()))
+
+
+def row(codec, size, cosine, knn):
+    return {"codec": codec, "bytes_per_image": size, "cosine": cosine, "knn": knn}
+
+
+def test_the_smallest_codec_that_keeps_cosine_and_knn_is_recommended():
+    fp16, pq64, pq32 = row("fp16", 100, 1.0, 80.0), row("pq64", 20, 0.97, 79.7), row("pq32", 10, 0.96, 79.6)
+    assert recommended([fp16, pq64, pq32]) == "pq64"
+    assert recommended([fp16, {**pq64, "cosine": 0.949}, pq32]) == "fp16"
+    assert recommended([fp16, pq64, {**pq32, "knn": 85.0}]) == "pq32"
+    assert recommended([{**r, "knn": None} for r in (fp16, pq64, pq32)]) == "pq32"
+    assert recommended([row("pq32", 10, 0.9, None)]) is None
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--jpeg-qualities", "90,0"], "--jpeg-qualities 90,0"),
+        (["--jpeg-qualities", "high"], "--jpeg-qualities high"),
+        (["--limit", "-1"], "--limit -1"),
+        (["--limit", "1"], "--limit 1"),
+        (["--codecs", "fp16,"], "int8"),
+        (["--codecs", "fp16,pq200"], "more bytes than"),
+        (["--middle-size", "100"], "--middle-size 100"),
+        (["--out", "."], "is a folder"),
+        (["--batch-size", "0"], "--batch-size 0"),
+    ],
+)
+def test_what_it_can_not_take_is_one_line(args, says, photos, options, capsys):
+    assert run(["bench", "store", str(photos), *options, *args]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert err.startswith("fastmae bench store: ")
+    assert says in err
+
+
+def test_one_image_is_too_few(photos, options, tmp_path, capsys):
+    (tmp_path / "one.jpg").symlink_to(photos / "train" / "china" / "00.jpg")
+    assert run(["bench", "store", str(tmp_path), *options]) == 2
+    assert "1 images are too few" in capsys.readouterr().err
