@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmae.evaluate.segmentation.inference import enlarged, sliding_scores, stride_of, whole_scores
-from fastmae.evaluate.segmentation.network import UperNet
+from fastmae.evaluate.segmentation.upernet import UperNet
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastmae.cli import run
-from fastmae.evaluate.segmentation.samples import TrainingCrops
+from fastmae.evaluate.segmentation.datasets import TrainingCrops
 from fastmae.runs.checkpoint import load_checkpoint
 from fastmae.runs.encoder import open_encoder
 from fastmae.runs.folder import read_evaluations, read_run

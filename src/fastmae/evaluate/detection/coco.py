@@ -16,7 +16,7 @@ import numpy as np
 
 from fastmae.errors import InputError, first_line
 from fastmae.evaluate.detection import masks
-from fastmae.evaluate.detection.headers import check_images
+from fastmae.evaluate.detection.image_check import check_images
 from fastmae.evaluate.detection.masks import Size
 from fastmae.runtime.progress import Progress
 

@@ -15,7 +15,7 @@ from fastmae.evaluate.detection import masks
 from fastmae.evaluate.detection.average_precision import Detections
 from fastmae.evaluate.detection.coco import Split
 from fastmae.evaluate.detection.masks import Size
-from fastmae.evaluate.detection.photos import Limits, load_photo
+from fastmae.evaluate.detection.datasets import Limits, load_photo
 
 mpl.use("agg")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import horizontal_flip, resize
 
-from fastmae.evaluate.segmentation.data import IGNORED
+from fastmae.evaluate.segmentation.layout import IGNORED
 
 SCALES = (0.5, 2.0)
 """Between which the photo's scale is drawn."""

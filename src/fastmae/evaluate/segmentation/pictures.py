@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-from fastmae.evaluate.segmentation.data import IGNORED
+from fastmae.evaluate.segmentation.layout import IGNORED
 
 mpl.use("agg")
 

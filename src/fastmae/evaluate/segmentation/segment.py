@@ -1,6 +1,11 @@
-"""`fastmae segment`: UperNet on a pre-trained ViT, trained on photos with masks, measured by mIoU (Table 7)."""
+"""`fastmae segment`: trains UperNet on a pre-trained ViT with labelled photos and measures mIoU (Table 7).
+
+This file turns the options and the data into a training task, and reports its result. The data are found in `layout`,
+checked in `data_check` and loaded in `datasets`; the network is in `upernet`, the measurement in `validation`.
+"""
 
 import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +17,13 @@ from torch import nn
 from fastmae.config import SegmentConfig
 from fastmae.errors import InputError
 from fastmae.evaluate.segmentation.augment import Augmentation
-from fastmae.evaluate.segmentation.data import SegmentationData, find_data
-from fastmae.evaluate.segmentation.inference import LEAST_PATCHES
-from fastmae.evaluate.segmentation.measure import CLASS_PREFIX, Validation
-from fastmae.evaluate.segmentation.network import UperNet, segmentation_loss, synchronised, tapped_blocks
-from fastmae.evaluate.segmentation.samples import PairReader, TrainingCrops, WholePhotos, stack
-from fastmae.evaluate.segmentation.scores import confusion_matrix, table
-from fastmae.evaluate.segmentation.survey import Survey, survey
+from fastmae.evaluate.segmentation.data_check import DataSummary, check_data
+from fastmae.evaluate.segmentation.datasets import PairReader, TrainingCrops, WholePhotos
+from fastmae.evaluate.segmentation.inference import MIN_PATCHES
+from fastmae.evaluate.segmentation.layout import SegmentationData, find_data
+from fastmae.evaluate.segmentation.mean_iou import confusion_matrix, iou_table
+from fastmae.evaluate.segmentation.upernet import UperNet, segmentation_loss, sync_batch_norms, tapped_blocks
+from fastmae.evaluate.segmentation.validation import CLASS_PREFIX, Validation
 from fastmae.evaluate.supervised import Recipe, Settings, adamw_groups, settle, train_task
 from fastmae.images.views import normalise
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
@@ -27,20 +32,23 @@ from fastmae.runtime.processes import this_process
 from fastmae.training.optimiser import linear_schedule
 from fastmae.training.task import Task, micro_batches
 
+log = logging.getLogger(__name__)
+
 RECIPE = Recipe(images=20_210, epochs=127, batch_size=16, lr=1e-4, warmup_epochs=1500 * 16 / 20_210)
-"""ADE20K: 160 k steps of 16, 1500 of them warm-up. (MAE's and BEiT's UperNet)"""
-LARGEST_CROP = 512
-SHEET_FILE = "predictions.png"
+"""The UperNet recipe of MAE and BEiT on ADE20K: 160 k steps at batch size 16, the first 1500 of them warm-up."""
+MAX_DEFAULT_CROP = 512
+"""Largest crop size that is chosen by default, in pixels."""
+PICTURES_FILE = "predictions.png"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """In pixels, and channels.
+    """Sizes of the crops, the photos and the head.
 
     Attributes:
-        crop: side of a training crop and of a window.
-        short_side: to which a photo's shorter side is brought; 0: it stays.
-        head_channels: width of the main head.
+        crop: side of a training crop and of an inference window, in pixels.
+        short_side: length to which a photo's shorter side is resized, in pixels; 0 keeps the photo's own size.
+        head_channels: width of the main head, in channels.
     """
 
     crop: int
@@ -49,54 +57,65 @@ class Sizes:
 
 
 def segment(config: SegmentConfig) -> dict[str, Any] | None:
-    """Train to the end, or continue, and measure; the command's JSON (None in all processes but the first)."""
-    _check(config)
-    first = this_process().rank == 0 and os.environ.get("LOCAL_RANK", "0") == "0"
+    """Train to the end, or continue an interrupted run, and measure on val.
+
+    Returns:
+        The command's JSON; None in all processes but the first.
+
+    Raises:
+        InputError: data or options that can't be used.
+    """
+    if config.out is None:
+        raise InputError("give --out DIR, the folder for what is trained")
+    is_first = this_process().rank == 0 and os.environ.get("LOCAL_RANK", "0") == "0"
     data = find_data(config.data)
     settings = settle(config, RECIPE, len(data.train))
     torch.manual_seed(config.seed)
     opened = open_encoder(
         config.run, weights=config.weights, pretrained=config.pretrained, drop_path=config.drop_path, any_size=True
     )
-    found = survey(data, opened.channels, quiet=not first)
-    sizes = settle_sizes(config, opened, found)
-    opened = at_crop(opened, sizes.crop)
-    if first:
-        print(announcement(data, found, opened, sizes, config.inference), flush=True)
-    result = train_task(config, make_task(config, settings, data, found, opened, sizes), settings)
-    return None if result is None else outcome(result, data, found)
+    summary = check_data(data, opened.channels, quiet=not is_first)
+    sizes = choose_sizes(config, opened, summary)
+    opened = set_crop_size(opened, sizes.crop)
+    if is_first:
+        log.info(describe_setup(data, summary, opened, sizes, config.inference))
+    task = make_task(config, settings, data, summary, opened, sizes)
+    result = train_task(config, task, settings)
+    return None if result is None else report(result, data, summary)
 
 
-def settle_sizes(config: SegmentConfig, opened: OpenedEncoder, found: Survey) -> Sizes:
-    """The sizes that were asked for, or that follow from the encoder and the photos.
+def choose_sizes(config: SegmentConfig, opened: OpenedEncoder, summary: DataSummary) -> Sizes:
+    """The sizes from the options; what they leave open follows from the encoder and the photos.
 
     Raises:
-        InputError: a crop that is not made of whole patches.
+        InputError: a crop size that is not a multiple of the patch size, or too small.
     """
     patch = opened.patch_size
-    least = LEAST_PATCHES * patch
-    crop = config.crop_size or max(least, min(LARGEST_CROP, found.short_side) // patch * patch)
-    if crop % patch or crop < least:
-        raise InputError(
-            f"--crop-size {crop}: not a multiple of the patch of {patch} px; take {max(least, crop // patch * patch)}"
-        )
+    smallest = MIN_PATCHES * patch
+    crop = config.crop_size or max(smallest, min(MAX_DEFAULT_CROP, summary.short_side) // patch * patch)
+    if crop % patch or crop < smallest:
+        nearest = max(smallest, crop // patch * patch)
+        raise InputError(f"--crop-size {crop}: not a multiple of the patch size of {patch} px; take {nearest}")
     short_side = crop if config.short_side is None else config.short_side
     return Sizes(crop, short_side, config.head_channels or int(opened.network.embed_dim))
 
 
-def at_crop(opened: OpenedEncoder, crop: int) -> OpenedEncoder:
-    """The encoder with positions for the crop's grid, resampled and then trained, so that only other sizes are resampled on the way."""
+def set_crop_size(opened: OpenedEncoder, crop: int) -> OpenedEncoder:
+    """Resample the position embeddings once to the crop's grid, where they are then trained.
+
+    Otherwise every forward pass in training would resample them.
+    """
     opened.network.set_input_size(img_size=(crop, crop))
     return replace(opened, image_size=crop)
 
 
 @dataclass(frozen=True)
 class SegmentationStep:
-    """A step: crops normalised, and the loss of both heads.
+    """A training step: normalises the crops and computes the loss of both heads.
 
     Attributes:
-        mean: by which crops are normalised.
-        std: the same.
+        mean: of each channel, for values in [0, 1].
+        std: of each channel, for values in [0, 1].
     """
 
     mean: tuple[float, ...]
@@ -106,8 +125,8 @@ class SegmentationStep:
         """Scalars `loss`, `decode_loss`, `auxiliary_loss`.
 
         Args:
-            model: float32 [B, K, S, S] -> scores of both heads.
-            batch: uint8 [B, K, S, S] and uint8 [B, S, S].
+            model: float32 [B, K, S, S] -> logits of both heads.
+            batch: crops uint8 [B, K, S, S] and masks uint8 [B, S, S].
         """
         images, masks = batch
         return segmentation_loss(model(normalise(images, self.mean, self.std)), masks)
@@ -117,116 +136,108 @@ def make_task(
     config: SegmentConfig,
     settings: Settings,
     data: SegmentationData,
-    found: Survey,
+    summary: DataSummary,
     opened: OpenedEncoder,
     sizes: Sizes,
 ) -> Task:
-    """What the frame trains and measures."""
-    read = PairReader(data, len(found.names), opened.channels)
-    augment = Augmentation(sizes.crop, sizes.short_side, tuple(round(255 * value) for value in opened.mean))
-    description = {
-        "encoder": opened.describe(),
-        "segmentation": {**vars(sizes), "classes": list(found.names)},
-        "photos": {"train": len(data.train), "val": len(data.val), "names_sha256": _digest(data)},
-    }
+    """The network, the data, the loss and the measurement, for the training loop."""
+    assert config.out is not None
+    classes = summary.class_names
     processes = max(config.devices, this_process().world_size)
     _check_batch(config, settings, processes)
-    network: Any = synchronised(
-        UperNet(opened.network, len(found.names), sizes.head_channels), resolve_device(config.device), processes
+    uper_net = UperNet(opened.network, len(classes), sizes.head_channels)
+    network: Any = sync_batch_norms(uper_net, resolve_device(config.device), processes)
+    read_pair = PairReader(data, len(classes), opened.channels)
+    mean_colour = tuple(round(255 * value) for value in opened.mean)
+    augment = Augmentation(sizes.crop, sizes.short_side, mean_colour)
+    validation = Validation(
+        photos=WholePhotos(data.val, read_pair, sizes.short_side),
+        class_names=classes,
+        mean=opened.mean,
+        std=opened.std,
+        patch_size=opened.patch_size,
+        window=sizes.crop if config.inference == "slide" else None,
+        workers=config.workers,
+        num_pictures=config.pictures,
+        pictures_file=config.out / PICTURES_FILE,
+        confusion_matrix=confusion_matrix(len(classes)),
     )
     return Task(
         name="segment",
         network=network,
-        train_set=TrainingCrops(data.train, read, augment, config.seed),
+        train_set=TrainingCrops(data.train, read_pair, augment, config.seed),
         step=SegmentationStep(opened.mean, opened.std),
-        evaluate=_validation(config, WholePhotos(data.val, read, sizes.short_side), found.names, opened, sizes.crop),
+        evaluate=validation,
         metric="miou",
         groups=adamw_groups(config, network, network.encoder),
-        description=description,
+        description={
+            "encoder": opened.describe(),
+            "segmentation": {**vars(sizes), "classes": list(classes)},
+            "photos": {"train": len(data.train), "val": len(data.val), "names_sha256": _hash_of_names(data)},
+        },
         schedule=linear_schedule,
-        collate=stack,
     )
 
 
-def _validation(
-    config: SegmentConfig, photos: WholePhotos, names: tuple[str, ...], opened: OpenedEncoder, crop: int
-) -> Validation:
-    assert config.out is not None
-    window = crop if config.inference == "slide" else None
-    return Validation(
-        photos, names, opened.mean, opened.std, opened.patch_size, window, config.workers, config.pictures,
-        config.out / SHEET_FILE, confusion_matrix(len(names)),
-    )  # fmt: skip
-
-
-def announcement(data: SegmentationData, found: Survey, opened: OpenedEncoder, sizes: Sizes, inference: str) -> str:
-    """What was found and what follows from it, for people."""
-    pairs = len(data.train) + len(data.val)
-    read = (
-        "all masks read"
-        if found.decoded == pairs
-        else f"ids read in {found.decoded} of {pairs} masks, the rest as they are used"
-    )
+def describe_setup(
+    data: SegmentationData, summary: DataSummary, opened: OpenedEncoder, sizes: Sizes, inference: str
+) -> str:
+    """The data and the sizes that follow from them, as lines for the log."""
+    num_pairs = len(data.train) + len(data.val)
+    if summary.masks_read == num_pairs:
+        masks_read = "all masks read"
+    else:
+        masks_read = f"{summary.masks_read} of {num_pairs} masks read now, the rest when they are used"
+    source = data.names_source or "as many as the masks hold"
     lines = [
-        f"{data.root}: {len(data.train)} photos to train on, {len(data.val)} to measure; {len(found.names)} classes "
-        f"({data.named_in or 'as many as the masks hold'}); {read}"
+        f"{data.root}: {len(data.train)} photos for training, {len(data.val)} for validation; "
+        f"{len(summary.class_names)} classes ({source}); {masks_read}"
     ]
-    if data.unused:
-        lines.append(f"{data.unused} masks have no photo and are not used")
-    if found.untrained:
-        lines.append(f"no training mask that was read holds: {', '.join(found.untrained)}")
-    depth, taps = len(opened.network.blocks), tapped_blocks(len(opened.network.blocks))
-    resize = f"shorter sides brought to {sizes.short_side} px" if sizes.short_side else "photos at their own size"
-    windows = "slid over val's photos" if inference == "slide" else "to train on, val's photos as a whole"
-    lines.append(
-        f"UperNet of {sizes.head_channels} channels on {opened.source}, after blocks {', '.join(map(str, taps))} of {depth}; "
-        f"crops of {sizes.crop} px {windows}; {resize}; patch {opened.patch_size}"
-    )
+    if data.unused_masks:
+        lines.append(f"{data.unused_masks} masks have no photo and are not used")
+    if summary.untrained_classes:
+        lines.append(f"classes without a pixel in the training masks read: {', '.join(summary.untrained_classes)}")
+    depth = len(opened.network.blocks)
+    blocks = ", ".join(map(str, tapped_blocks(depth)))
+    lines.append(f"UperNet of {sizes.head_channels} channels on {opened.source}, reading blocks {blocks} of {depth}")
+    resize = f"shorter sides resized to {sizes.short_side} px" if sizes.short_side else "photos at their own size"
+    windows = "sliding windows of that size" if inference == "slide" else "whole photos"
+    lines.append(f"patches of {opened.patch_size} px; {resize}; training crops of {sizes.crop} px, val by {windows}")
     return "\n".join(lines)
 
 
-def outcome(result: Mapping[str, Any], data: SegmentationData, found: Survey) -> dict[str, Any]:
-    """The command's JSON; on the way, the table for people."""
-    classes = {name: result[CLASS_PREFIX + name] for name in found.names}
-    print(table(found.names, list(classes.values())))
-    print(
-        f"{data.root}: mIoU {result['miou']:.2f} %, pixel accuracy {result['pixel_accuracy']:.2f} % on {len(data.val)} photos "
+def report(result: Mapping[str, Any], data: SegmentationData, summary: DataSummary) -> dict[str, Any]:
+    """Log the table of classes, and give the command's JSON."""
+    ious = {name: result[CLASS_PREFIX + name] for name in summary.class_names}
+    log.info(
+        f"{iou_table(ious)}\n"
+        f"{data.root}: mIoU {result['miou']:.2f} %, pixel accuracy {result['pixel_accuracy']:.2f} % "
+        f"on {len(data.val)} photos "
         f"(best mIoU {result['best_miou']:.2f} % after epoch {result['best_epoch']:g}, in {result['best']})"
     )
-    figures = {name: value if value is None else round(value, 3) for name, value in classes.items()}
-    others = {name: value for name, value in result.items() if not name.startswith(CLASS_PREFIX)}
-    rounded = {name: round(others[name], 3) for name in ("miou", "pixel_accuracy", "best_miou")}
+    figures = {name: value for name, value in result.items() if not name.startswith(CLASS_PREFIX)}
+    rounded = {name: round(result[name], 3) for name in ("miou", "pixel_accuracy", "best_miou")}
     return {
-        **others,
+        **figures,
         **rounded,
-        "classes": figures,
+        "classes": {name: None if iou is None else round(iou, 3) for name, iou in ious.items()},
         "images": len(data.val),
         "train": len(data.train),
         "val": len(data.val),
     }
 
 
-def _check(config: SegmentConfig) -> None:
-    if config.out is None:
-        raise InputError("give --out DIR, the folder for what is trained")
-    for least, names in ((1, ("crop_size", "head_channels")), (0, ("short_side", "pictures"))):
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name.replace('_', '-')} {value}: give {least} or more")
-
-
 def _check_batch(config: SegmentConfig, settings: Settings, processes: int) -> None:
-    """UperNet pools a map to a single point, and normalises what it finds there over the images of a forward: one has no variance."""
+    """UperNet pools a map to a single point and applies batch norm to it: over one image, that has no variance."""
     share = settings.batch_size // processes
     if share < 1 or share // micro_batches(share, config.micro_batch) < 2:
         raise InputError(
             f"--batch-size {settings.batch_size}, --micro-batch {config.micro_batch}: UperNet's batch norm needs "
-            "two images or more in each forward of a device"
+            "at least two images in each forward pass of a device"
         )
 
 
-def _digest(data: SegmentationData) -> str:
-    """Of the photos' names, so that a run is not continued on other photos."""
+def _hash_of_names(data: SegmentationData) -> str:
+    """SHA-256 of the photos' names, so that a run is not continued on other photos."""
     names = (str(pair.image.relative_to(data.root)) for pair in (*data.train, *data.val))
     return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()

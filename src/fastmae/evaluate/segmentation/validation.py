@@ -9,8 +9,8 @@ import torch
 
 from fastmae.evaluate.segmentation.inference import enlarged, sliding_scores, whole_scores
 from fastmae.evaluate.segmentation.pictures import Shown, sheet
-from fastmae.evaluate.segmentation.samples import WholePhotos
-from fastmae.evaluate.segmentation.scores import intersection_over_union, summary
+from fastmae.evaluate.segmentation.datasets import WholePhotos
+from fastmae.evaluate.segmentation.mean_iou import intersection_over_union, summary
 from fastmae.evaluate.supervised import evaluation_batches
 from fastmae.images.views import normalise
 from fastmae.runtime.durable import write_whole

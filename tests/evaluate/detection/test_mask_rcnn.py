@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
-from fastmae.evaluate.detection.network import StridedAnchors, StridedRoIAlign, build_detector
-from fastmae.evaluate.detection.photos import Limits, Targets
+from fastmae.evaluate.detection.mask_rcnn import StridedAnchors, StridedRoIAlign, build_detector
+from fastmae.evaluate.detection.datasets import Limits, Targets
 from fastmae.evaluate.detection.pyramid import PATCHES_A_STRIDE, SimplePyramid
 from fastmae.runs.encoder import OpenedEncoder
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from fastmae.errors import InputError, first_line
-from fastmae.evaluate.segmentation.data import IGNORED, Pair, Reading, SegmentationData, mask_size, read_mask
+from fastmae.evaluate.segmentation.layout import IGNORED, Pair, Reading, SegmentationData, mask_size, read_mask
 from fastmae.images.decode import decode_bands
 from fastmae.runtime.device import cores
 from fastmae.runtime.progress import Progress

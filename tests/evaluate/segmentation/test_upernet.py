@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmae.errors import InputError
-from fastmae.evaluate.segmentation.network import UperNet, segmentation_loss, synchronised, tapped_blocks
+from fastmae.evaluate.segmentation.upernet import UperNet, segmentation_loss, synchronised, tapped_blocks
 
 SMALL = {
     "embed_dim": 32,

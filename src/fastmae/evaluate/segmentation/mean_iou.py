@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastmae.evaluate.segmentation.data import IGNORED
+from fastmae.evaluate.segmentation.layout import IGNORED
 
 
 def confusion_matrix(classes: int) -> Any:

@@ -9,7 +9,7 @@ import torch
 from fastmae.evaluate.detection import masks
 from fastmae.evaluate.detection.average_precision import Detections
 from fastmae.evaluate.detection.coco import find_splits, read_split
-from fastmae.evaluate.detection.inference import detections, gathered
+from fastmae.evaluate.detection.validation import detections, gathered
 from fastmae.runtime.fabric import Fabric
 
 

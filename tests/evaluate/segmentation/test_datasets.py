@@ -4,10 +4,10 @@ import torch
 from PIL import Image
 
 from fastmae.errors import InputError
-from fastmae.evaluate.segmentation import survey as survey_module
-from fastmae.evaluate.segmentation.data import find_data
-from fastmae.evaluate.segmentation.samples import PairReader, WholePhotos, stack
-from fastmae.evaluate.segmentation.survey import survey
+from fastmae.evaluate.segmentation import data_check as survey_module
+from fastmae.evaluate.segmentation.layout import find_data
+from fastmae.evaluate.segmentation.datasets import PairReader, WholePhotos, stack
+from fastmae.evaluate.segmentation.data_check import survey
 
 
 def test_a_photo_is_evaluated_at_the_asked_size_against_its_mask_as_it_is(shapes):

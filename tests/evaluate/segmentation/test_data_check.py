@@ -3,9 +3,9 @@ import pytest
 from PIL import Image
 
 from fastmae.errors import InputError
-from fastmae.evaluate.segmentation import survey as module
-from fastmae.evaluate.segmentation.data import find_data
-from fastmae.evaluate.segmentation.survey import survey
+from fastmae.evaluate.segmentation import data_check as module
+from fastmae.evaluate.segmentation.layout import find_data
+from fastmae.evaluate.segmentation.data_check import survey
 
 
 def test_sizes_and_ids_are_what_the_files_hold(shapes):

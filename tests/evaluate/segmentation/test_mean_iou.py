@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmae.evaluate.segmentation.scores import confusion_matrix, intersection_over_union, summary, table
+from fastmae.evaluate.segmentation.mean_iou import confusion_matrix, intersection_over_union, summary, table
 
 
 def test_miou_and_accuracy_are_their_formulas_over_the_counted_pixels():

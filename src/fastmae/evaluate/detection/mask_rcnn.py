@@ -21,7 +21,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
-from fastmae.evaluate.detection.photos import Limits, Targets
+from fastmae.evaluate.detection.datasets import Limits, Targets
 from fastmae.evaluate.detection.pyramid import PATCHES_A_STRIDE, ROI_LEVELS, SimplePyramid
 from fastmae.runs.encoder import OpenedEncoder
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from fastmae.errors import InputError
-from fastmae.evaluate.segmentation.data import Reading, find_data, read_mask
+from fastmae.evaluate.segmentation.layout import Reading, find_data, read_mask
 
 
 def as_ade(shapes, root):

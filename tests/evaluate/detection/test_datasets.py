@@ -7,7 +7,7 @@ from PIL import Image
 
 from fastmae.errors import InputError
 from fastmae.evaluate.detection.coco import find_splits, read_split
-from fastmae.evaluate.detection.photos import (
+from fastmae.evaluate.detection.datasets import (
     Limits,
     Targets,
     TrainingPhotos,

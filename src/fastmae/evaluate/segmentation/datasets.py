@@ -12,8 +12,8 @@ from torchvision.transforms.v2.functional import resize
 
 from fastmae.errors import InputError
 from fastmae.evaluate.segmentation.augment import Augmentation, fitted_size
-from fastmae.evaluate.segmentation.data import Pair, SegmentationData, read_mask
-from fastmae.evaluate.segmentation.survey import check_ids, check_sizes
+from fastmae.evaluate.segmentation.layout import Pair, SegmentationData, read_mask
+from fastmae.evaluate.segmentation.data_check import check_ids, check_sizes
 from fastmae.images.decode import UndecodableError, decode_bands
 from fastmae.images.middle import to_tensor
 from fastmae.runtime.seeding import drawn_from

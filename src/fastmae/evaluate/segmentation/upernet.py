@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmae.errors import InputError
-from fastmae.evaluate.segmentation.data import IGNORED
+from fastmae.evaluate.segmentation.layout import IGNORED
 from fastmae.student.encoder import Encoder
 
 TAPS = (1 / 3, 1 / 2, 2 / 3, 1)
