@@ -12,7 +12,8 @@ from fastmae.errors import InputError, OneProcessError
 from fastmae.runtime.device import cores
 
 Batch = TypeVar("Batch")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Windows has no SIGUSR1.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """On which a run saves itself and stops: Ctrl-C, and what schedulers send before they take a machine away."""
 
 
@@ -32,7 +33,7 @@ def heed_only_the_parent(_: int) -> None:
 
     The main process's own SIGTERM ends a worker: multiprocessing sends it at exit and then waits without a limit.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none, and keeps the loader's own handler
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
