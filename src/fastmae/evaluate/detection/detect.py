@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastmae.config.detection import DetectConfig
+from fastmae.config import DetectConfig
 from fastmae.errors import InputError
 from fastmae.evaluate.detection.average_precision import METRICS
 from fastmae.evaluate.detection.coco import Split, find_splits, read_split
