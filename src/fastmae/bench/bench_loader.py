@@ -39,7 +39,7 @@ from fastmae.images import jpeg
 from fastmae.images.decode import UndecodableError, decode_image
 from fastmae.images.sources import Source, open_source
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, Draw, ViewDraws, normalise
-from fastmae.offline.fill import Loading
+from fastmae.offline.fill import LoaderOptions
 from fastmae.runtime.device import own_device
 from fastmae.student.encoder import visible_patches
 from fastmae.teachers import Teacher, load_teacher
@@ -269,7 +269,7 @@ def _build_all(
             folder = aside / f"{pixels}-{codec}.tokens"
             part = begin_store(folder, source, entries)
             info = store_info(teacher, [part], config.middle_size, config.patch_size, codec, pixels, JPEG_QUALITY)
-            loading = Loading(32, config.workers)
+            loading = LoaderOptions(32, config.workers)
             stores[f"{pixels} pixels, {codec} tokens"] = finished_store(
                 folder, info, source, remembered, loading, CODEC_IMAGES, config.seed
             )

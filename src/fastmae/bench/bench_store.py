@@ -24,7 +24,7 @@ from fastmae.images.image_list import ImageList, write_list
 from fastmae.images.middle import MiddleImage
 from fastmae.images.sources import Source, labelled_split, open_source
 from fastmae.offline.estimate import RECORD_BYTES, bytes_per_image
-from fastmae.offline.fill import Loading, Places, StoreImages, run_teacher, sample_tokens
+from fastmae.offline.fill import ImageRange, LoaderOptions, MiddleImages, run_teacher, sample_tokens
 from fastmae.probes.neighbours import knn_accuracy
 from fastmae.runtime.device import own_device
 from fastmae.runtime.progress import Progress
@@ -93,7 +93,7 @@ def bench_store(config: BenchStoreConfig) -> dict[str, Any]:
     check_patches(config.patch_size, middle_size=config.middle_size)
     names, qualities = codec_names(config.codecs), _qualities(config.jpeg_qualities)
     check_out(config.out)
-    source, loading = open_source(config.images), Loading(config.batch_size, config.workers)
+    source, loading = open_source(config.images), LoaderOptions(config.batch_size, config.workers)
     with tempfile.TemporaryDirectory(prefix="fastmae-") as aside:
         split = _split(config, source, Path(aside))
         grid = config.middle_size // config.patch_size
@@ -171,16 +171,16 @@ def _labelled(source: Source) -> tuple[list[bytes], str]:
 
 def _images(
     config: BenchStoreConfig, source: Source, aside: Path, split: Split, teacher: Teacher, quality: int
-) -> StoreImages:
+) -> MiddleImages:
     """The images as a store's: list `LEARNT`, list `MEASURED`."""
     files = [aside / f"{number}.list" for number in (LEARNT, MEASURED)]
     parts = [part_of(source, write_list(entries, file)) for entries, file in zip(split.entries, files, strict=True)]
     info = store_info(teacher, parts, config.middle_size, config.patch_size, "fp32", "jpeg", quality)
-    return StoreImages(info, dict(enumerate(ImageList(file) for file in files)), {LEARNT: source, MEASURED: source})
+    return MiddleImages(info, dict(enumerate(ImageList(file) for file in files)), {LEARNT: source, MEASURED: source})
 
 
 def _learn(
-    config: BenchStoreConfig, names: list[str], images: StoreImages, teacher: Teacher, loading: Loading
+    config: BenchStoreConfig, names: list[str], images: MiddleImages, teacher: Teacher, loading: LoaderOptions
 ) -> list[Codec]:
     """All codecs, from one sample of the images to learn on."""
     tokens = means = torch.empty(0)
@@ -192,22 +192,22 @@ def _learn(
     ]
 
 
-def _to_sample(config: BenchStoreConfig, images: StoreImages) -> int:
+def _to_sample(config: BenchStoreConfig, images: MiddleImages) -> int:
     return min(config.codec_images, images.info.parts[LEARNT].images)
 
 
-def _sampled(config: BenchStoreConfig, images: StoreImages) -> list[Places]:
+def _sampled(config: BenchStoreConfig, images: MiddleImages) -> list[ImageRange]:
     """Where codecs learn, as `sample_tokens` chooses."""
-    return images.spread(_to_sample(config, images), config.batch_size)
+    return images.evenly_spaced(_to_sample(config, images), config.batch_size)
 
 
 def _measure(
-    images: StoreImages,
+    images: MiddleImages,
     codecs: Sequence[Codec],
     qualities: Sequence[int],
     labelled: bool,
     teacher: Teacher,
-    loading: Loading,
+    loading: LoaderOptions,
 ) -> Measured:
     """One pass of the teacher over train/, if its labels are there to vote, and over what is measured."""
     kept = [Kept(codec) for codec in codecs]
@@ -218,7 +218,7 @@ def _measure(
     return Measured(kept, train, val, pixel_bytes)
 
 
-def _pass(images: StoreImages, part: int, teacher: Teacher, loading: Loading, kept: Sequence[Kept]) -> Seen:
+def _pass(images: MiddleImages, part: int, teacher: Teacher, loading: LoaderOptions, kept: Sequence[Kept]) -> Seen:
     """Run the teacher over a list and let every codec take its tokens in."""
     keys: list[str] = []
     pixel_bytes, grids = 0, torch.empty(0)
@@ -241,14 +241,14 @@ def _pass(images: StoreImages, part: int, teacher: Teacher, loading: Loading, ke
     return Seen(keys, pixel_bytes, grids)
 
 
-def _batches(images: StoreImages, part: int, batch_size: int) -> list[Places]:
+def _batches(images: MiddleImages, part: int, batch_size: int) -> list[ImageRange]:
     places = range(images.info.parts[part].images)
     return [(part, places[start : start + batch_size]) for start in range(0, len(places), batch_size)]
 
 
-def _pixel_bytes(images: StoreImages, quality: int, loading: Loading) -> float:
+def _pixel_bytes(images: MiddleImages, quality: int, loading: LoaderOptions) -> float:
     """Of a measured image's JPEG at another quality, in the mean."""
-    others = StoreImages(replace(images.info, jpeg_quality=quality), images.lists, images.sources)
+    others = MiddleImages(replace(images.info, jpeg_quality=quality), images.lists, images.sources)
     batches = _batches(others, MEASURED, loading.batch_size)
     sizes = [
         image.jpeg.numel()
@@ -271,7 +271,7 @@ def _knn(kept: Kept, train: Seen | None, val: Seen) -> float | None:
     return knn_accuracy(*votes, len(classes), K, TEMPERATURE)[0]
 
 
-def _row(images: StoreImages, found: Measured, kept: Kept, encode: list[float], decode: list[float]) -> dict[str, Any]:
+def _row(images: MiddleImages, found: Measured, kept: Kept, encode: list[float], decode: list[float]) -> dict[str, Any]:
     info, grids = replace(images.info, codec=kept.codec.name), found.val.grids
     pixel_bytes, knn = next(iter(found.pixel_bytes.values())), _knn(kept, found.train, found.val)
     size = bytes_per_image(info, pixel_bytes)
@@ -293,7 +293,7 @@ def _row(images: StoreImages, found: Measured, kept: Kept, encode: list[float], 
 
 
 def _settings(
-    config: BenchStoreConfig, images: StoreImages, split: Split, found: Measured, teacher: Teacher
+    config: BenchStoreConfig, images: MiddleImages, split: Split, found: Measured, teacher: Teacher
 ) -> dict[str, str]:
     learnt = sum(len(places) for _, places in _sampled(config, images))
     on = f"of val/; {len(split.entries[LEARNT])} of train/ vote" if split.labelled else f"no labels: {split.why}"

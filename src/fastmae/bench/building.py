@@ -1,4 +1,4 @@
-"""How fast a store is built, beside the bare teacher on pixels that lie ready: what decoding, encoding and writing add to it."""
+"""How fast a store is built, compared with the bare teacher: what decoding, encoding and writing cost."""
 
 import shutil
 from dataclasses import replace
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from fastmae.bench.codecs import finished
-from fastmae.bench.sample import begin_store, evenly
-from fastmae.bench.timing import Rate, interleave, seconds_of
+from fastmae.bench.sample import evenly_spaced
+from fastmae.bench.stores import begin_store
+from fastmae.bench.timing import Rate, interleave, same_every_round, seconds_of
 from fastmae.images.middle import MiddleImage
 from fastmae.images.sources import Source
-from fastmae.offline.fill import Loading, StoreImages, fill
+from fastmae.offline.fill import LoaderOptions, MiddleImages, build_shards
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher
@@ -20,10 +20,10 @@ from fastmae.tokens.codec import Codec
 from fastmae.tokens.format import StoreInfo
 from fastmae.tokens.writer import StoreWriter
 
-SECONDS = 10.0
-"""Of the bare teacher in a round, about: beside it the start of the decoding processes is small."""
-MOST = 2048
-"""Images at most; they lie in memory."""
+ROUND_SECONDS = 10.0
+"""About how long the bare teacher works in a round: long enough that the start of the decoding processes hardly counts."""
+MAX_IMAGES = 2048
+"""The bare teacher's images lie in memory."""
 
 
 def building_rate(
@@ -33,68 +33,72 @@ def building_rate(
     source: Source,
     entries: list[bytes],
     teacher: Teacher,
-    loading: Loading,
+    loading: LoaderOptions,
     rounds: int,
 ) -> dict[str, Any]:
-    """Time both on the same images, in turn.
+    """Time the building of a store and the bare teacher side by side, on the same images.
+
+    The bare teacher gets its images decoded, on its device, in batches of the same size.
 
     Args:
-        folder: where stores are built, and removed again.
-        info: of the store, but for its images.
-        codec: of the store.
-        source: of the images.
-        entries: of which some are taken, as many as the teacher's speed allows.
+        folder: where stores are built and removed again.
+        info: description of the store; its parts are replaced.
+        codec: encodes the store's tokens.
+        source: the images.
+        entries: images to choose from; as many are used as the teacher can do in `ROUND_SECONDS`.
         teacher: on its device.
-        loading: how images are loaded and fed; the bare teacher gets batches of the same size.
-        rounds: to be timed.
+        loading: how images are loaded and fed to the teacher.
+        rounds: number of rounds that count.
 
     Returns:
-        `teacher_images_per_second` and `tokenize_images_per_second`, with the slowest and the fastest round of each, and their
-        `ratio`; `images` a round, and the `workers` that decoded.
+        `teacher_images_per_second` and `tokenize_images_per_second`, each with `_min` and `_max`, and their `ratio`; the number
+        of `images` in a round; the `codec`; and the number of decoding `workers`.
     """
-    chosen = evenly(entries, _affordable(teacher, info.middle_size, info.channels, loading.batch_size))
+    count = _images_per_round(teacher, info.middle_size, info.channels, loading.batch_size)
+    chosen = evenly_spaced(entries, count)
     info = replace(info, parts=(begin_store(folder / "0", source, chosen),))
-    ready = _ready(StoreImages.of_store(folder / "0", info, {0: source}), teacher, loading)
-    images = sum(len(pixels) for pixels in ready)
+    batches = _decoded_batches(MiddleImages.of_store(folder / "0", info, {0: source}), teacher, loading)
+    images = sum(len(pixels) for pixels in batches)
+
+    def run_teacher_alone() -> None:
+        for pixels in batches:
+            teacher(pixels)
 
     def build(number: int) -> float:
         store = folder / str(number)
         begin_store(store, source, chosen)
-        writer, reader = StoreWriter(store, info), StoreImages.of_store(store, info, {0: source})
+        writer, middle_images = StoreWriter(store, info), MiddleImages.of_store(store, info, {0: source})
+        shards = range(info.shards)
         progress = Progress("", "images", total=images, quiet=True)
-        seconds = seconds_of(lambda: fill(writer, codec, range(info.shards), reader, teacher, loading, progress))
+        seconds = seconds_of(lambda: build_shards(writer, codec, shards, middle_images, teacher, loading, progress))
         shutil.rmtree(store)
         return seconds
 
-    seconds = interleave(
-        {
-            "teacher": lambda _: seconds_of(lambda: finished([teacher(pixels) for pixels in ready][-1])),
-            "tokenize": build,
-        },
-        rounds,
-    )
-    bare, whole = (Rate.of(images, seconds[name]) for name in ("teacher", "tokenize"))
+    turns = {"teacher": same_every_round(run_teacher_alone, teacher.mean.device), "tokenize": build}
+    seconds = interleave(turns, rounds)
+    bare, building = (Rate.of(images, seconds[name]) for name in ("teacher", "tokenize"))
     return {
         **bare.to_json("teacher_images_per_second"),
-        **whole.to_json("tokenize_images_per_second"),
-        "ratio": round(whole.median / bare.median, 3),
+        **building.to_json("tokenize_images_per_second"),
+        "ratio": round(building.median / bare.median, 3),
         "images": images,
         "codec": info.codec,
         "workers": worker_count(loading.workers),
     }
 
 
-def _affordable(teacher: Teacher, size: int, channels: int, batch_size: int) -> int:
-    """Images in whole batches, two at least, that the teacher does in about `SECONDS`."""
+def _images_per_round(teacher: Teacher, size: int, channels: int, batch_size: int) -> int:
+    """Images that the teacher does in about `ROUND_SECONDS`: whole batches, at least two."""
     batch = torch.zeros(batch_size, channels, size, size, dtype=torch.uint8, device=teacher.mean.device)
-    finished(teacher(batch))
-    batches = round(SECONDS / seconds_of(lambda: finished(teacher(batch))))
-    return batch_size * max(2, min(batches, MOST // batch_size))
+    seconds_of(lambda: teacher(batch), batch.device)  # warms up
+    batches = round(ROUND_SECONDS / seconds_of(lambda: teacher(batch), batch.device))
+    return batch_size * max(2, min(batches, MAX_IMAGES // batch_size))
 
 
-def _ready(images: StoreImages, teacher: Teacher, loading: Loading) -> list[torch.Tensor]:
-    """The decoded images' pixels, uint8 [n, K, S, S] a batch, on the teacher's device."""
-    batches = [places for shard in range(images.info.shards) for places in images.batches_of(shard, loading.batch_size)]
-    loaded = images.load(batches, min(worker_count(loading.workers), len(batches)))
+def _decoded_batches(images: MiddleImages, teacher: Teacher, loading: LoaderOptions) -> list[torch.Tensor]:
+    """The pixels of the images that can be decoded, one uint8 [n, K, S, S] per batch, on the teacher's device."""
+    shards = range(images.info.shards)
+    ranges = [image_range for shard in shards for image_range in images.batches_of(shard, loading.batch_size)]
+    loaded = images.load(ranges, min(worker_count(loading.workers), len(ranges)))
     decoded = [[image.pixels for _, image in batch if isinstance(image, MiddleImage)] for batch in loaded]
     return [torch.stack(pixels).to(teacher.mean.device) for pixels in decoded if pixels]

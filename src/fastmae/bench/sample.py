@@ -1,50 +1,27 @@
-"""What a benchmark measures on: some of a source's images, and token stores of them, built by the code that `tokenize` uses."""
+"""The images that a benchmark measures on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-import torch
 
 from fastmae.errors import InputError
-from fastmae.images.image_list import ImageList, ListInfo, write_list
-from fastmae.images.sources import Source
-from fastmae.offline.fill import Loading, StoreImages, fill, sample_tokens
-from fastmae.runtime.progress import Progress
-from fastmae.teachers import Teacher
-from fastmae.tokens import TokenStore
-from fastmae.tokens.codec import Codec, code_layout, learns, load_codec, parse_codec
-from fastmae.tokens.format import Part, StoreInfo, checksum, list_name
-from fastmae.tokens.quantise import learn_from
-from fastmae.tokens.writer import StoreWriter, begin_folder
+from fastmae.images.entries import entry_of
+from fastmae.images.image_list import ImageList, write_list
+from fastmae.images.sources import Source, labelled_split
 
-SHARD_SIZE = 256
-"""Images a shard, `tokenize`'s default."""
+IMAGENET_IMAGES = 1_281_167
+"""Training images of ImageNet-1k, for the disk space that its store would take."""
 
 
-class Remembered:
-    """A teacher that knows its answer to a batch that it has seen: stores that differ in their codec alone take it once."""
+def list_images(source: Source, folder: Path) -> ImageList:
+    """List all images of a source.
 
-    def __init__(self, teacher: Teacher):
-        self.teacher = teacher
-        self.known: dict[str, torch.Tensor] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.teacher, name)
-
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """As `Teacher.forward`."""
-        key = checksum(pixels.cpu().numpy().tobytes())
-        if key not in self.known:
-            self.known[key] = self.teacher(pixels).cpu()
-        return self.known[key]
-
-
-def listed(source: Source, folder: Path) -> ImageList:
-    """All of a source's images.
+    Args:
+        source: folder, list, tar shards or datasets folder.
+        folder: where the list is written.
 
     Raises:
-        InputError: it has none.
+        InputError: the source has no image.
     """
     file = folder / "all.list"
     if not write_list(source.entries(), file).images:
@@ -54,104 +31,69 @@ def listed(source: Source, folder: Path) -> ImageList:
     return ImageList(file)
 
 
-def evenly(images: ImageList | Sequence[bytes], count: int) -> list[bytes]:
-    """`count` entries from all over a list; all of them where it has fewer."""
+def evenly_spaced(images: ImageList | Sequence[bytes], count: int) -> list[bytes]:
+    """Take `count` entries at equal distances from a list, or all of them if the list is shorter."""
     if count >= len(images):
         return list(images)
-    places = [number * len(images) // count for number in range(count)]
-    return [images.slice(place, place + 1)[0] if isinstance(images, ImageList) else images[place] for place in places]
+    indices = [number * len(images) // count for number in range(count)]
+    return [images.slice(index, index + 1)[0] if isinstance(images, ImageList) else images[index] for index in indices]
 
 
-def store_info(
-    teacher: Teacher,
-    parts: Sequence[Part],
-    middle_size: int,
-    patch_size: int,
-    codec: str,
-    pixels: str,
-    jpeg_quality: int,
-) -> StoreInfo:
-    """The description of a store, in all else as `tokenize` makes it by default."""
-    return StoreInfo(
-        teacher.describe(), teacher.token_dim, middle_size, patch_size, 3, "whole", codec, "approximate",
-        pixels, jpeg_quality if pixels == "jpeg" else 0, SHARD_SIZE, tuple(parts),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Split:
+    """The images of `bench store`.
+
+    Attributes:
+        learning: entries on which codecs learn; with labels, those of train/.
+        held_out: entries on which distortion is measured; with labels, those of val/.
+        why_unlabelled: why the images have no labels; empty if they have.
+    """
+
+    learning: list[bytes]
+    held_out: list[bytes]
+    why_unlabelled: str
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels, so that k-NN accuracy can be measured."""
+        return not self.why_unlabelled
 
 
-def part_of(source: Source, made: ListInfo) -> Part:
-    """A list of images of a source, as a store describes it."""
-    return Part(made.images, made.sha256, str(source.path), source.kind)
+def split_images(source: Source, limit: int, codec_images: int, folder: Path) -> Split:
+    """Divide images into those that codecs learn on and those that are held out.
 
+    With labels these are train/ and val/. Without labels at most every second image is for learning.
 
-def begin_store(folder: Path, source: Source, entries: Iterable[bytes]) -> Part:
-    """A folder for a store of these images."""
-    begin_folder(folder)
-    return part_of(source, write_list(entries, folder / list_name(0)))
-
-
-def finished_store(
-    folder: Path,
-    info: StoreInfo,
-    source: Source,
-    teacher: Teacher | Remembered,
-    loading: Loading,
-    codec_images: int,
-    seed: int,
-) -> TokenStore:
-    """Build a store in a folder that `begin_store` made."""
-    writer = StoreWriter(folder, info)
-    images = StoreImages.of_store(folder, info, {0: source})
-    known = cast(Teacher, teacher)
-    with Progress(f"build {info.codec}, {info.pixels}", "images", total=info.images) as progress:
-        codec = _codec(info, images, known, loading, codec_images, seed)
-        if learns(info.codec):
-            writer.keep_codebooks(codec)
-        fill(writer, codec, range(info.shards), images, known, loading, progress)
-    writer.finish()
-    return TokenStore(folder)
-
-
-def codec_names(given: str) -> list[str]:
-    """`--codecs`: names with commas between them.
+    Args:
+        source: the images.
+        limit: number of images to take, 0 for all.
+        codec_images: number of images that codecs learn on at most, if there are no labels.
+        folder: where the list of all images is written.
 
     Raises:
-        InputError: none, an unknown one, or one twice.
+        InputError: one of the two groups would be empty.
     """
-    names = [name.strip() for name in given.split(",")]
-    for name in names:
-        parse_codec(name)
-    if len(set(names)) < len(names):
-        raise InputError(f"--codecs {given}: names one twice")
-    return names
+    labelled, why_unlabelled = _labelled_entries(source)
+    images: ImageList | list[bytes] = labelled or list_images(source, folder)
+    chosen = evenly_spaced(images, limit or len(images))
+    if labelled:
+        learning = [entry for entry in chosen if entry.startswith(b"train/")]
+        held_out = [entry for entry in chosen if entry.startswith(b"val/")]
+    else:
+        learning = evenly_spaced(chosen, min(codec_images, len(chosen) // 2))
+        taken = set(learning)
+        held_out = [entry for entry in chosen if entry not in taken]
+    if not (learning and held_out):
+        raise InputError(f"{source.path}: {len(chosen)} images are too few to learn on some and measure others; use more")
+    return Split(learning, held_out, why_unlabelled)
 
 
-def check_fit(codecs: Sequence[str], teacher: Teacher) -> None:
-    """Codecs that can hold this teacher's tokens.
-
-    Raises:
-        InputError: one that can't.
-    """
-    for name in codecs:
-        code_layout(name, teacher.token_dim)
-
-
-def check_patches(patch_size: int, **sides: int) -> None:
-    """Sides that are made of whole patches.
-
-    Raises:
-        InputError: one that is not.
-    """
-    for name, side in sides.items():
-        if patch_size < 1 or side < patch_size or side % patch_size:
-            near = max(1, round(side / max(1, patch_size))) * max(1, patch_size)
-            raise InputError(
-                f"--{name.replace('_', '-')} {side}: not a multiple of --patch-size {patch_size}; take {near}"
-            )
-
-
-def _codec(info: StoreInfo, images: StoreImages, teacher: Teacher, loading: Loading, count: int, seed: int) -> Codec:
-    if not learns(info.codec):
-        return load_codec(info.codec, info.token_dim, {})
-    with Progress(f"learn {info.codec}", "images", total=min(count, info.images), quiet=True) as shown:
-        tokens, means = sample_tokens(images, teacher, loading, min(count, info.images), seed, shown)
-    return learn_from(info.codec, tokens, means, seed)
+def _labelled_entries(source: Source) -> tuple[list[bytes], str]:
+    """Entries of train/<class>/* and val/<class>/*. Without labels: no entries, and the reason."""
+    if source.kind != "folder":
+        return [], "only folders train/<class>/ and val/<class>/ have them"
+    try:
+        paths = [path for split in ("train", "val") for path in labelled_split(source.path, split)[0]]
+    except InputError as error:
+        return [], str(error)
+    return [entry_of(source.path, path.relative_to(source.path).as_posix()) for path in paths], ""

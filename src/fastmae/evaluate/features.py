@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastmae import __version__
-from fastmae.config.exporting import FeaturesConfig
+from fastmae.config import FeaturesConfig
 from fastmae.errors import InputError
 from fastmae.evaluate.feature_files import DTYPES, EmbeddingFile, check_file, open_embeddings
 from fastmae.images.entries import key_of
@@ -23,7 +23,7 @@ from fastmae.images.reading import Skipped, read_or_skip
 from fastmae.images.sources import Source
 from fastmae.images.views import normalise
 from fastmae.offline.estimate import nearest_folder
-from fastmae.offline.listing import Listed, listed_images
+from fastmae.offline.listing import ListedImages, listed_images
 from fastmae.probes.embed import check_pool, pooled, tokens_of
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.device import memory_hint
@@ -137,7 +137,7 @@ def _grid(config: FeaturesConfig, opened: OpenedEncoder) -> int | None:
 
 
 def _write_all(
-    config: FeaturesConfig, opened: OpenedEncoder, listed: Listed, batches: Iterable[Loaded], embed: "Embedder"
+    config: FeaturesConfig, opened: OpenedEncoder, listed: ListedImages, batches: Iterable[Loaded], embed: "Embedder"
 ) -> Outcome:
     """The file, whole or not at all."""
     outcome, dim, count = Outcome(), int(opened.network.embed_dim), listed.info.images
@@ -230,7 +230,7 @@ def _make_room(config: FeaturesConfig, opened: OpenedEncoder, images: int) -> No
     remove_parts(config.out.parent)
 
 
-def _made(config: FeaturesConfig, opened: OpenedEncoder, listed: Listed) -> dict[str, Any]:
+def _made(config: FeaturesConfig, opened: OpenedEncoder, listed: ListedImages) -> dict[str, Any]:
     """For the file's metadata: which encoder, read how, of which images."""
     return {
         "version": __version__,

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastmae.errors import InputError
 from fastmae.images.reading import Skipped
-from fastmae.offline.fill import Loading, StoreImages, run_teacher
+from fastmae.offline.fill import LoaderOptions, MiddleImages, run_teacher
 from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher
 from fastmae.tokens.codec import code_layout, keeps_means, learnt_shapes
@@ -31,9 +31,9 @@ class Measured:
     images_per_second: float
 
 
-def measure_sample(images: StoreImages, teacher: Teacher, loading: Loading, count: int) -> Measured:
+def measure_sample(images: MiddleImages, teacher: Teacher, loading: LoaderOptions, count: int) -> Measured:
     """Run a few batches through decoding and teacher; the first one, in which both warm up, is not timed."""
-    batches = images.spread(count, min(loading.batch_size, max(1, count // 4)))
+    batches = images.evenly_spaced(count, min(loading.batch_size, max(1, count // 4)))
     begun, untimed, parts = time.monotonic(), 0, []
     for batch in images.load(batches, min(worker_count(loading.workers), len(batches))):
         parts.append(run_teacher(teacher, batch, images, loading).to_host())
@@ -46,14 +46,14 @@ def measure_sample(images: StoreImages, teacher: Teacher, loading: Loading, coun
     return Measured(sum(pixels) / len(pixels), len(pixels) / seen, (seen - untimed) / (time.monotonic() - begun))
 
 
-def check_disk(folder: Path, images: StoreImages, left: int) -> None:
+def check_disk(folder: Path, images: MiddleImages, left: int) -> None:
     """Enough free disk for what is left to make.
 
     Raises:
         InputError: not enough; says how much there is, how much it takes, and what takes less.
     """
     info = images.info
-    batches = images.spread(min(SAMPLED // 4, info.parts[min(images.sources)].images), SAMPLED)
+    batches = images.evenly_spaced(min(SAMPLED // 4, info.parts[min(images.sources)].images), SAMPLED)
     kept = [image for batch in batches for _, image in images[batch] if not isinstance(image, Skipped)]
     pixels = sum((image.pixels if image.jpeg is None else image.jpeg).numel() for image in kept) / max(1, len(kept))
     needed, free = (

@@ -28,12 +28,12 @@ SAMPLE_TOKENS = 1 << 16
 """From which a codec learns, at most: 256 for each of a table's 256 rows, beyond which k-means gains nothing."""
 
 
-Places = tuple[int, range]
+ImageRange = tuple[int, range]
 """Images to read together: a part of the store, and places in its list."""
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoaderOptions:
     """How images are loaded and fed.
 
     Attributes:
@@ -47,7 +47,7 @@ class Loading:
     strict: bool = False
 
 
-class StoreImages(Dataset[list[tuple[str, "MiddleImage | Skipped"]]]):
+class MiddleImages(Dataset[list[tuple[str, "MiddleImage | Skipped"]]]):
     """The images of a store's lists: places -> (key, middle image or why there is none), read in worker processes.
 
     Args:
@@ -60,11 +60,11 @@ class StoreImages(Dataset[list[tuple[str, "MiddleImage | Skipped"]]]):
         self.info, self.lists, self.sources = info, lists, sources
 
     @classmethod
-    def of_store(cls, folder: Path, info: StoreInfo, sources: Mapping[int, Source]) -> "StoreImages":
+    def of_store(cls, folder: Path, info: StoreInfo, sources: Mapping[int, Source]) -> "MiddleImages":
         """Those of a store that is being built, or repaired: of the parts whose sources are given."""
         return cls(info, {part: ImageList(folder / list_name(part)) for part in sources}, sources)
 
-    def __getitem__(self, places: Places) -> list[tuple[str, "MiddleImage | Skipped"]]:
+    def __getitem__(self, places: ImageRange) -> list[tuple[str, "MiddleImage | Skipped"]]:
         part, chosen = places
         if chosen.step == 1:
             entries = self.lists[part].slice(chosen.start, chosen.stop)
@@ -80,13 +80,13 @@ class StoreImages(Dataset[list[tuple[str, "MiddleImage | Skipped"]]]):
             source, entry, lambda file: make_middle_image(file, name, size, info.resize, quality, info.channels)
         )
 
-    def batches_of(self, shard: int, batch_size: int) -> Iterator[Places]:
+    def batches_of(self, shard: int, batch_size: int) -> Iterator[ImageRange]:
         """A shard's images, `batch_size` at a time. Batches never cross a shard, so its bytes don't depend on where a call began."""
         part, places = self.info.part_of(shard)
         for start in range(0, len(places), batch_size):
             yield part, places[start : start + batch_size]
 
-    def spread(self, count: int, batch_size: int) -> list[Places]:
+    def evenly_spaced(self, count: int, batch_size: int) -> list[ImageRange]:
         """About `count` images from all over the list of the first part that is read, `batch_size` at a time."""
         part = min(self.sources)
         images = self.info.parts[part].images
@@ -98,7 +98,7 @@ class StoreImages(Dataset[list[tuple[str, "MiddleImage | Skipped"]]]):
         """Where the first part that is read comes from, for messages."""
         return self.sources[min(self.sources)].path
 
-    def load(self, batches: Iterable[Places], workers: int) -> Iterator[list[tuple[str, "MiddleImage | Skipped"]]]:
+    def load(self, batches: Iterable[ImageRange], workers: int) -> Iterator[list[tuple[str, "MiddleImage | Skipped"]]]:
         """Batches in their order, decoded ahead in worker processes."""
         loader = DataLoader(
             self, batch_size=None, sampler=batches, num_workers=workers, collate_fn=_as_it_is,
@@ -108,7 +108,7 @@ class StoreImages(Dataset[list[tuple[str, "MiddleImage | Skipped"]]]):
 
 
 @dataclass
-class TaughtBatch:
+class TeacherOutput:
     """A batch after the teacher: tokens float32 [n, grid, grid, C] (and the mirrored images') and stored pixels of the n decoded;
     sums and sums of squares float64 [2, K] of their pixels; records of all."""
 
@@ -118,26 +118,26 @@ class TaughtBatch:
     pixel_sums: torch.Tensor
     records: list[tuple[str, "MiddleImage | Skipped"]]
 
-    def to_host(self) -> "TaughtBatch":
+    def to_host(self) -> "TeacherOutput":
         """Wait for the teacher and bring its tokens over."""
         self.tokens = self.tokens.cpu()
         self.flipped_tokens = None if self.flipped_tokens is None else self.flipped_tokens.cpu()
         return self
 
 
-def fill(
+def build_shards(
     writer: StoreWriter,
     codec: Codec,
     shards: Iterable[int],
-    images: StoreImages,
+    images: MiddleImages,
     teacher: Teacher,
-    loading: Loading,
+    loading: LoaderOptions,
     progress: Progress,
 ) -> None:
     """Make shards."""
     shards = list(shards)
 
-    def batches() -> Iterator[tuple[int, Places]]:
+    def batches() -> Iterator[tuple[int, ImageRange]]:
         return ((shard, places) for shard in shards for places in images.batches_of(shard, loading.batch_size))
 
     loaded = images.load(
@@ -149,7 +149,7 @@ def fill(
     )
     with ThreadPoolExecutor(1) as disk:
         writing: Future[None] | None = None
-        shard_parts: list[TaughtBatch] = []
+        shard_parts: list[TeacherOutput] = []
         for shard, part in _one_behind(started):
             shard_parts.append(part.to_host())
             progress.advance(len(part.records))
@@ -163,8 +163,8 @@ def fill(
 
 
 def run_teacher(
-    teacher: Teacher, batch: list[tuple[str, "MiddleImage | Skipped"]], images: StoreImages, loading: Loading
-) -> TaughtBatch:
+    teacher: Teacher, batch: list[tuple[str, "MiddleImage | Skipped"]], images: MiddleImages, loading: LoaderOptions
+) -> TeacherOutput:
     """Start the teacher on a batch; on a GPU the tokens are still being computed when this returns.
 
     Raises:
@@ -191,11 +191,11 @@ def run_teacher(
         if flipped is not None:
             flipped = teacher(pixels.flip(-1))
     kept = [image.pixels if image.jpeg is None else image.jpeg for image in decoded]
-    return TaughtBatch(tokens, flipped, kept, sums, batch)
+    return TeacherOutput(tokens, flipped, kept, sums, batch)
 
 
 def sample_tokens(
-    images: StoreImages, teacher: Teacher, loading: Loading, count: int, seed: int, progress: Progress
+    images: MiddleImages, teacher: Teacher, loading: LoaderOptions, count: int, seed: int, progress: Progress
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of images from all over the list for a codec to learn from, the same for the same list and seed.
 
@@ -205,7 +205,7 @@ def sample_tokens(
     Raises:
         InputError: none of them could be decoded.
     """
-    batches = images.spread(count, loading.batch_size)
+    batches = images.evenly_spaced(count, loading.batch_size)
     per_image = -(-SAMPLE_TOKENS // sum(len(places) for _, places in batches))
     random = torch.Generator().manual_seed(seed)
     found = []
@@ -221,7 +221,7 @@ def sample_tokens(
     return tokens, means
 
 
-def _write(writer: StoreWriter, codec: Codec, shard: int, parts: list[TaughtBatch]) -> None:
+def _write(writer: StoreWriter, codec: Codec, shard: int, parts: list[TeacherOutput]) -> None:
     records: list[ImageRecord] = []
     row = 0
     for key, image in (record for part in parts for record in part.records):
@@ -242,9 +242,9 @@ def _write(writer: StoreWriter, codec: Codec, shard: int, parts: list[TaughtBatc
     )
 
 
-def _one_behind(parts: Iterator[tuple[int, TaughtBatch]]) -> Iterator[tuple[int, TaughtBatch]]:
+def _one_behind(parts: Iterator[tuple[int, TeacherOutput]]) -> Iterator[tuple[int, TeacherOutput]]:
     """Each item once the next one was started: a GPU has its next batch before the last one's tokens are waited for."""
-    before: tuple[int, TaughtBatch] | None = None
+    before: tuple[int, TeacherOutput] | None = None
     for item in parts:
         if before is not None:
             yield before

@@ -16,7 +16,7 @@ from fastmae.tokens.format import STORE_FILE, Part, StoreInfo, list_name, read_s
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedImages:
     """The images that were asked for: where they come from, and their list, in a file that goes away with the command."""
 
     source: Source
@@ -30,7 +30,7 @@ class Listed:
 
 
 @contextlib.contextmanager
-def listed_images(images: Path, add: bool, folder: Path) -> Iterator[Listed]:
+def listed_images(images: Path, add: bool, folder: Path) -> Iterator[ListedImages]:
     """List the images; with `--add`, those that the finished store does not hold yet.
 
     Raises:
@@ -51,7 +51,7 @@ def listed_images(images: Path, add: bool, folder: Path) -> Iterator[Listed]:
             print(
                 f"{images}: {info.images} new images; {next(seen) - info.images} are in the store already, by their names"
             )
-        yield Listed(source, file, info)
+        yield ListedImages(source, file, info)
 
 
 def _lists_of(folder: Path, source: Source) -> list[ImageList]:
@@ -72,7 +72,7 @@ def _last_part_is_missing_shards(folder: Path, info: StoreInfo) -> bool:
     )
 
 
-def keep_list(listed: Listed, file: Path) -> None:
+def keep_list(listed: ListedImages, file: Path) -> None:
     """Put the list into the store."""
     write_whole(file, lambda aside: shutil.copyfile(listed.file, aside))
 
@@ -89,7 +89,7 @@ def check_lists(folder: Path, info: StoreInfo) -> None:
             raise InputError(f"{file}: damaged; `fastmae verify {folder} --repair` makes it again")
 
 
-def sources_of(listed: Listed, info: StoreInfo, missing: list[int]) -> dict[int, Source]:
+def sources_of(listed: ListedImages, info: StoreInfo, missing: list[int]) -> dict[int, Source]:
     """Of each part with shards to make: the one given, where it is that one, or the only one; else from where the store says."""
     here, found = str(listed.source.path), {}
     for number in sorted({info.part_of(shard)[0] for shard in missing}):

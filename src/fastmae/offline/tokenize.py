@@ -18,10 +18,17 @@ from torch import nn
 from fastmae.config import TokenizeConfig
 from fastmae.errors import InputError, InterruptedRunError
 from fastmae.images.image_list import ImageList
-from fastmae.offline.estimate import SAMPLED, bytes_per_image, check_disk, codebook_bytes, measure_sample, nearest_folder
-from fastmae.offline.fill import Loading, StoreImages, fill, sample_tokens
+from fastmae.offline.estimate import (
+    SAMPLED,
+    bytes_per_image,
+    check_disk,
+    codebook_bytes,
+    measure_sample,
+    nearest_folder,
+)
+from fastmae.offline.fill import LoaderOptions, MiddleImages, build_shards, sample_tokens
 from fastmae.offline.inspect import store_summary, summary_over_scales
-from fastmae.offline.listing import Listed, check_lists, keep_list, listed_images, sources_of
+from fastmae.offline.listing import ListedImages, check_lists, keep_list, listed_images, sources_of
 from fastmae.runtime.device import memory_hint, own_device
 from fastmae.runtime.durable import holds_anything, write_json
 from fastmae.runtime.processes import this_process
@@ -76,7 +83,7 @@ def _tokenize(
     config: TokenizeConfig,
     size: int,
     folder: Path,
-    listed: Listed,
+    listed: ListedImages,
     network: tuple[nn.Module, str | None],
     rank: int,
     world_size: int,
@@ -86,12 +93,12 @@ def _tokenize(
     teacher = _teacher(config, size, network)
     if not (folder / STORE_FILE).exists():  # all that can be refused is refused before anything is written
         info = _store_info(config, size, teacher, (listed.part,))
-        check_disk(folder, StoreImages(info, {0: ImageList(listed.file)}, {0: listed.source}), info.images)
+        check_disk(folder, MiddleImages(info, {0: ImageList(listed.file)}, {0: listed.source}), info.images)
     writer = _open_writer(config, size, folder, listed, teacher)
-    loading = Loading(config.batch_size, config.workers, config.strict)
+    loading = LoaderOptions(config.batch_size, config.workers, config.strict)
     share = range(rank, writer.info.shards, world_size)
     missing = [shard for shard in writer.missing_shards() if shard in share]
-    images = StoreImages.of_store(folder, writer.info, sources_of(listed, writer.info, missing))
+    images = MiddleImages.of_store(folder, writer.info, sources_of(listed, writer.info, missing))
     wanted, left = (sum(len(writer.info.part_of(shard)[1]) for shard in shards) for shards in (share, missing))
     _announce(config, teacher, writer.info.images, share, world_size)
     if left and left < writer.info.images:
@@ -106,7 +113,7 @@ def _tokenize(
             else:
                 with Progress("tokenize", "images", total=wanted, done=wanted - left) as progress:
                     begun = time.monotonic()
-                    fill(writer, codec, missing, images, teacher, loading, progress)
+                    build_shards(writer, codec, missing, images, teacher, loading, progress)
     except KeyboardInterrupt as stop:
         raise InterruptedRunError("interrupted; finished shards are kept, and the same call continues") from stop
     rate = round(left / (time.monotonic() - begun), 2) if left else None
@@ -124,7 +131,7 @@ def _tokenize(
     return summary
 
 
-def _open_writer(config: TokenizeConfig, size: int, folder: Path, listed: Listed, teacher: Teacher) -> StoreWriter:
+def _open_writer(config: TokenizeConfig, size: int, folder: Path, listed: ListedImages, teacher: Teacher) -> StoreWriter:
     """The store's writer, with the images asked for in its lists.
 
     Raises:
@@ -151,7 +158,7 @@ def _open_writer(config: TokenizeConfig, size: int, folder: Path, listed: Listed
 
 
 def _open_to_add(
-    config: TokenizeConfig, size: int, folder: Path, listed: Listed, teacher: Teacher, begun: tuple[Part, ...]
+    config: TokenizeConfig, size: int, folder: Path, listed: ListedImages, teacher: Teacher, begun: tuple[Part, ...]
 ) -> StoreWriter:
     writer, asked = StoreWriter(folder, _store_info(config, size, teacher, begun)), listed.part
     check_lists(folder, writer.info)
@@ -167,7 +174,7 @@ def _open_to_add(
 
 
 def _codec(
-    config: TokenizeConfig, writer: StoreWriter, images: StoreImages, teacher: Teacher, loading: Loading, like: Path
+    config: TokenizeConfig, writer: StoreWriter, images: MiddleImages, teacher: Teacher, loading: LoaderOptions, like: Path
 ) -> Codec:
     """The store's codec: learnt from a sample where it has to be, once, and then read back by every process."""
     info, file = writer.info, writer.folder / CODEBOOKS_FILE
@@ -182,7 +189,7 @@ def _codec(
                 f"{file}: is gone, and the shards that are there can't be read without; bring it back, or take another folder"
             )
         count = min(config.codec_images, info.parts[min(images.sources)].images)
-        total = sum(len(places) for _, places in images.spread(count, loading.batch_size))
+        total = sum(len(places) for _, places in images.evenly_spaced(count, loading.batch_size))
         with Progress(f"learn {info.codec}", "images", total=total) as shown:
             tokens, means = sample_tokens(images, teacher, loading, count, config.seed, shown)
         writer.keep_codebooks(learn_from(info.codec, tokens, means, config.seed))
@@ -190,7 +197,7 @@ def _codec(
 
 
 def _dry_run(
-    config: TokenizeConfig, sizes: list[int], listed: Listed, network: tuple[nn.Module, str | None]
+    config: TokenizeConfig, sizes: list[int], listed: ListedImages, network: tuple[nn.Module, str | None]
 ) -> dict[str, Any]:
     """Measure on a sample how big the store will be and how long it will take; nothing is written."""
     images, total, seconds, per_image, books = listed.info.images, 0.0, 0.0, 0.0, 0
@@ -199,8 +206,8 @@ def _dry_run(
     for size in sizes:
         teacher = _teacher(config, size, deepcopy(network))
         info = _store_info(config, size, teacher, (listed.part,))
-        sample = StoreImages(info, {0: ImageList(listed.file)}, {0: listed.source})
-        loading = Loading(config.batch_size, config.workers, config.strict)
+        sample = MiddleImages(info, {0: ImageList(listed.file)}, {0: listed.source})
+        loading = LoaderOptions(config.batch_size, config.workers, config.strict)
         measured = measure_sample(sample, teacher, loading, min(SAMPLED, images))
         size_each = bytes_per_image(info, measured.pixel_bytes)
         per_image += size_each

@@ -16,7 +16,7 @@ from fastmae.images.image_list import ImageList, new_entries, write_list
 from fastmae.images.middle import MiddleImage
 from fastmae.images.reading import Skipped
 from fastmae.images.sources import Source, open_source
-from fastmae.offline.fill import Loading, StoreImages, fill
+from fastmae.offline.fill import LoaderOptions, MiddleImages, build_shards
 from fastmae.runtime.device import own_device
 from fastmae.runtime.durable import write_whole
 from fastmae.runtime.progress import Progress
@@ -160,11 +160,11 @@ def _rebuild(config: VerifyConfig, writer: StoreWriter, shards: list[int], sourc
     info, folder = writer.info, writer.folder
     teacher = teacher_of_store(info.teacher, info.middle_size, info.grid).to(own_device(config.device))
     codec = load_codec(info.codec, info.token_dim, load_tensors(folder / CODEBOOKS_FILE) if learns(info.codec) else {})
-    images = StoreImages.of_store(folder, info, sources)
+    images = MiddleImages.of_store(folder, info, sources)
     _check_unchanged(images, folder, shards, config)
     count = sum(len(info.part_of(shard)[1]) for shard in shards)
     with Progress("repair", "images", total=count) as progress:
-        fill(writer, codec, shards, images, teacher, Loading(config.batch_size, config.workers), progress)
+        build_shards(writer, codec, shards, images, teacher, LoaderOptions(config.batch_size, config.workers), progress)
     try:
         listed = Manifest.read(folder / MANIFEST_FILE).shards
     except InputError as error:
@@ -175,7 +175,7 @@ def _rebuild(config: VerifyConfig, writer: StoreWriter, shards: list[int], sourc
     print(f"{folder}: {len(shards)} shards made again, {same} of them to the same bytes")
 
 
-def _check_unchanged(images: StoreImages, folder: Path, shards: list[int], config: VerifyConfig) -> None:
+def _check_unchanged(images: MiddleImages, folder: Path, shards: list[int], config: VerifyConfig) -> None:
     """The images of the shards that are made again are those that were there: a shard keeps a checksum of each one's pixels.
 
     Raises:
