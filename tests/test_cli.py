@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastmae.cli import COMMANDS, parse, run
+from fastmae.cli import parse, run
+from fastmae.config.commands import COMMANDS
 from fastmae.config.recipes import load_recipe, recipe_names
 
 # (arguments, what the one line must name)
@@ -18,7 +19,7 @@ BAD_USAGE = [
     (["pretrain", "a.tokens", "run", "--epohcs", "3"], "did you mean --epochs"),
     (["pretrain", "a.tokens"], "RUN"),
     (["inspect", "a.tokens", "extra"], "extra"),
-    (["pretrain", "run"], "give a token store and a folder for the run"),
+    (["pretrain", "run"], "RUN"),
     (["pretrain", "a.tokens", "run", "--epochs", "many"], "--epochs"),
     (["pretrain", "a.tokens", "run", "--norm", "patc"], "'patch'"),
     (["pretrain", "a.tokens", "run", "--recipe", "vit_tiny_cpuu"], "did you mean 'vit_tiny_cpu'"),

@@ -3,18 +3,71 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["TokenStore", "View", "load_encoder"]
+from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
 
 if TYPE_CHECKING:
+    from fastmae.api import (
+        ablate,
+        bench_accuracy,
+        bench_loader,
+        bench_step,
+        bench_store,
+        demo,
+        detect,
+        export,
+        features,
+        finetune,
+        inspect,
+        knn,
+        linear,
+        pretrain,
+        recipes,
+        report,
+        segment,
+        tokenize,
+        verify,
+    )
     from fastmae.runs.encoder import load_encoder
     from fastmae.tokens import TokenStore, View
 
+__version__ = "0.1.0"
+__all__ = [
+    "FailedCheckError",
+    "InputError",
+    "InterruptedRunError",
+    "TokenStore",
+    "View",
+    "ablate",
+    "bench_accuracy",
+    "bench_loader",
+    "bench_step",
+    "bench_store",
+    "demo",
+    "detect",
+    "export",
+    "features",
+    "finetune",
+    "inspect",
+    "knn",
+    "linear",
+    "load_encoder",
+    "pretrain",
+    "recipes",
+    "report",
+    "segment",
+    "tokenize",
+    "verify",
+]
 _HOMES = {"TokenStore": "fastmae.tokens", "View": "fastmae.tokens", "load_encoder": "fastmae.runs.encoder"}
+"""Where a name lives, if not in `fastmae.api`."""
 
 
 def __getattr__(name: str) -> Any:
-    # Imported at first use: torch and timm take seconds, and `fastmae --help` needs neither.
-    if name not in _HOMES:
+    # Imported at first use: torch and timm take seconds.
+    if name not in __all__:
         raise AttributeError(f"module 'fastmae' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "fastmae.api")), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early, and the exit code of each.
+"""The ways in which a command ends early, and the exit code of each.
 
 A message is one line: it names the file or the option, the cause, and the way out.
 """
@@ -12,23 +12,23 @@ def first_line(error: BaseException) -> str:
 
 
 class InputError(ValueError):
-    """What the user gave can't be used as it is: exit code 2."""
+    """The input can't be used as it is. Exit code 2."""
 
 
 class OneProcessError(InputError):
-    """Met by one of several processes alone, which therefore says so itself; of what all of them meet, the first one speaks."""
+    """An error that only one of several processes meets, so that process must report it itself."""
 
 
 class InterruptedRunError(Exception):
-    """The user or the scheduler stopped the command; its work is saved: exit code 130."""
+    """The user or the scheduler stopped the command, and its work is saved. Exit code 130."""
 
 
 class FailedCheckError(Exception):
-    """The input was fine, but what came of it is not (a loss that is not a number, a damaged store): exit code 1.
+    """The input was fine, but a check failed: the loss is not a number, say, or a store is damaged. Exit code 1.
 
     Args:
-        message: in one line.
-        result: the command's JSON all the same.
+        message: one line.
+        result: the command's JSON, which is printed all the same.
     """
 
     def __init__(self, message: str, result: dict[str, Any] | None = None):

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmae.cli import COMMANDS, run
+from fastmae.cli import run
+from fastmae.config.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

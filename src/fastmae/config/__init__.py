@@ -1,33 +1,35 @@
-"""What can be set, one typed dataclass a command; the fields' docstrings are the command line's help.
+"""What can be set: one typed class of options per command. The text below each field is its help on the command line.
 
-A value comes from, each over the one before: the default here, the recipe (recipes/*.yaml) on top of what its target implies
-(`TARGET_DEFAULTS`), what another target implies that is asked for instead, `--config FILE`, the flag. Constants of the paper
-stand here with their section, and nowhere else.
+The constants of the paper stand here, each with its section. `resolve` says where a value comes from.
 """
 
-from fastmae.config.benches import BenchStepConfig
+from fastmae.config.ablate import AblateConfig
+from fastmae.config.bench_accuracy import BenchAccuracyConfig
+from fastmae.config.bench_loader import BenchLoaderConfig
+from fastmae.config.bench_step import BenchStepConfig
+from fastmae.config.bench_store import BenchStoreConfig
 from fastmae.config.common import DEFAULT_TEACHER, OFFLINE_TEACHER, Common, Precision
-from fastmae.config.detection import DetectConfig
-from fastmae.config.downstream import FinetuneConfig, LinearConfig, SupervisedConfig
-from fastmae.config.evaluation import KnnConfig
-from fastmae.config.exporting import ExportConfig, FeaturesConfig
-from fastmae.config.pretraining import TARGET_DEFAULTS, PretrainConfig, implied_values
-from fastmae.config.reporting import ReportConfig
-from fastmae.config.segmentation import SegmentConfig
-from fastmae.config.stores import InspectConfig, TokenizeConfig, VerifyConfig
-from fastmae.config.studies import (
-    AblateConfig,
-    BenchAccuracyConfig,
-    BenchLoaderConfig,
-    BenchStoreConfig,
-    DemoConfig,
-    RecipesConfig,
-)
+from fastmae.config.demo import DemoConfig
+from fastmae.config.detect import DetectConfig
+from fastmae.config.export import ExportConfig
+from fastmae.config.features import FeaturesConfig
+from fastmae.config.finetune import FinetuneConfig
+from fastmae.config.inspect import InspectConfig
+from fastmae.config.knn import KnnConfig
+from fastmae.config.linear import LinearConfig
+from fastmae.config.pretrain import PretrainConfig
+from fastmae.config.recipes import RecipesConfig
+from fastmae.config.report import ReportConfig
+from fastmae.config.segment import SegmentConfig
+from fastmae.config.study import StudyConfig
+from fastmae.config.supervised import SupervisedConfig
+from fastmae.config.tokenize import TokenizeConfig
+from fastmae.config.training import TrainingConfig
+from fastmae.config.verify import VerifyConfig
 
 __all__ = [
     "DEFAULT_TEACHER",
     "OFFLINE_TEACHER",
-    "TARGET_DEFAULTS",
     "AblateConfig",
     "BenchAccuracyConfig",
     "BenchLoaderConfig",
@@ -47,8 +49,9 @@ __all__ = [
     "RecipesConfig",
     "ReportConfig",
     "SegmentConfig",
+    "StudyConfig",
     "SupervisedConfig",
     "TokenizeConfig",
+    "TrainingConfig",
     "VerifyConfig",
-    "implied_values",
 ]

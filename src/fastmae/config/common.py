@@ -1,25 +1,32 @@
-"""What every command's options share."""
+"""The options that every command has."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from fastmae.config.options import Options, options
+from fastmae.config.ranges import SEED, Range
 
 DEFAULT_TEACHER = "timm/vit_base_patch16_224.dino"
 OFFLINE_TEACHER = "efficientnet-lite0"
+"""A teacher whose weights come with a package."""
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+PIXELS = Range(least=1, most=16384)
+"""A side in pixels."""
+BLOCK = Range(least=-1024, most=1023)
+"""The number of a block: from 0, or from -1 backwards. Which ones exist depends on the network."""
 
 
-@dataclass(kw_only=True)
-class Common:
+@options
+class Common(Options):
     """Flags that every command takes."""
 
-    seed: int = 0
-    """Seed of everything that is drawn."""
+    seed: Annotated[int, SEED] = 0
+    """Seed of everything random."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     json: bool = False
-    """Print one JSON object as the last line of standard output; all else goes to standard error."""
+    """Print one JSON object as the last line of standard output; everything else goes to standard error."""
     config: Path | None = None
-    """YAML file of options; flags go over it."""
+    """YAML file of options. Flags override it."""
     print_config: bool = False
-    """Print the resolved options as YAML, and stop."""
+    """Print the resolved options as YAML and exit."""

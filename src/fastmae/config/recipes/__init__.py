@@ -1,17 +1,25 @@
-"""Recipes: named sets of pre-training values, a YAML file each in this folder; the comment on top says whose."""
+"""Recipes: named sets of pre-training values, one YAML file each in this folder. Its first line says whose they are."""
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fastmae.config import RecipesConfig
+from fastmae.config.common import Common
+from fastmae.config.options import options
 from fastmae.errors import InputError
 
+log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
-ALIKE = ("encoder", "encoder_width", "encoder_depth", "encoder_heads", "image_size", "batch_size")
-"""What a recipe and its baseline share."""
+SHARED_WITH_BASELINE = ("encoder", "encoder_width", "encoder_depth", "encoder_heads", "image_size", "batch_size")
+"""Options that must be equal in a recipe and its baseline, so that the two can be compared."""
+
+
+@options
+class RecipesConfig(Common):
+    """List the recipes."""
 
 
 def recipe_names() -> list[str]:
@@ -32,23 +40,19 @@ def load_recipe(name: str) -> dict[str, Any]:
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def baseline_recipe(name: str, mine: str) -> dict[str, Any]:
-    """The values of MAE's recipe beside one of FastMAE's: another target and learning rate, but the same encoder on the same views.
-
-    Args:
-        name: of MAE's recipe.
-        mine: of FastMAE's.
+def check_baseline(mae_recipe: str, recipe: str) -> None:
+    """Check that a recipe of MAE trains the same encoder on the same views as one of FastMAE.
 
     Raises:
-        InputError: no such recipe, or one that can't be compared.
+        InputError: no such recipe, or two that can't be compared.
     """
-    values, beside = load_recipe(name), load_recipe(mine)
-    for option in ALIKE:
-        if values.get(option) != beside.get(option):
+    baseline, ours = load_recipe(mae_recipe), load_recipe(recipe)
+    for option in SHARED_WITH_BASELINE:
+        if baseline.get(option) != ours.get(option):
             raise InputError(
-                f"--mae-recipe {name}: its {option} is {values.get(option)}, that of {mine} {beside.get(option)}; both must be alike"
+                f"--mae-recipe {mae_recipe}: its {option} is {baseline.get(option)}, that of {recipe} is "
+                f"{ours.get(option)}; they must be equal for a comparison"
             )
-    return values
 
 
 def list_recipes(config: RecipesConfig) -> dict[str, Any]:
@@ -57,5 +61,5 @@ def list_recipes(config: RecipesConfig) -> dict[str, Any]:
         name: (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0] for name in recipe_names()
     }
     for name, line in first_lines.items():
-        print(f"{name:16} {line.lstrip('# ')}")
+        log.info(f"{name:16} {line.lstrip('# ')}")
     return {"recipes": list(first_lines)}

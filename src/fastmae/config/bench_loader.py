@@ -1,0 +1,40 @@
+"""Options of `fastmae bench loader`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common
+from fastmae.config.options import options
+from fastmae.config.ranges import AT_LEAST_1, WORKERS, Range
+
+
+@options
+class BenchLoaderConfig(Common):
+    """Measure on one core how fast a store delivers views with their tokens, against MAE's loading from image files."""
+
+    images: Path
+    """As in tokenize: photos, as large as those that will be trained on."""
+    sample: Annotated[int, AT_LEAST_1] = 256
+    """Number of images, spread over IMAGES, that are loaded in every round."""
+    rounds: Annotated[int, AT_LEAST_1] = 7
+    """Timed rounds; in each, every row has its turn. Medians are reported."""
+    batch_size: Annotated[int, AT_LEAST_1] = 64
+    """Views per batch."""
+    image_size: Annotated[int, PIXELS] = 224
+    """Side of a view in pixels."""
+    middle_size: Annotated[int, PIXELS] = 352
+    """Side of the stored middle images in pixels."""
+    patch_size: Annotated[int, Range(least=1, most=1024)] = 16
+    """Side of a patch in pixels."""
+    codecs: str = "fp16,pq48"
+    """Codecs of the tokens, as in tokenize; several separated by commas."""
+    teacher: str = OFFLINE_TEACHER
+    """As in tokenize: only the width of its tokens matters here."""
+    teacher_weights: Path | None = None
+    """As in tokenize."""
+    teacher_block: Annotated[int | None, BLOCK] = None
+    """As in tokenize."""
+    workers: Annotated[int, WORKERS] = -1
+    """Decoding processes while the stores are built (which is not timed); -1: one less than the cores, at most 8."""
+    out: Path | None = None
+    """Markdown file for the table."""

@@ -1,0 +1,46 @@
+"""Options of `fastmae bench step`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastmae.config.common import PIXELS, Common, Precision
+from fastmae.config.options import options
+from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, Range
+
+
+@options
+class BenchStepConfig(Common):
+    """Time a pre-training step of FastMAE against MAE's, with stored tokens and with online teachers (Table 2)."""
+
+    encoder: str = "vit_base_patch16_224"
+    """As in pretrain. (Table 2: ViT-B)"""
+    encoder_width: Annotated[int | None, Range(least=1, most=65536)] = None
+    """As in pretrain."""
+    encoder_depth: Annotated[int | None, Range(least=1, most=1024)] = None
+    """As in pretrain."""
+    encoder_heads: Annotated[int | None, Range(least=1, most=1024)] = None
+    """As in pretrain."""
+    teachers: str = "vit_base_patch16_224,vit_large_patch16_224"
+    """ViTs of timm, separated by commas, with random weights: only their size matters. (Table 2: ViT-B and ViT-L)"""
+    online: Literal["view", "middle"] = "view"
+    """Input of an online teacher: the view alone, which is the least work; or the whole middle image, which gives
+    exactly the tokens that a store holds (`pretrain --target teacher`)."""
+    image_size: Annotated[int, PIXELS] = 224
+    """Side of a view in pixels. (Sec. 4.1.1)"""
+    middle_size: Annotated[int, PIXELS] = 352
+    """Side of the stored middle images in pixels, for the disk space of their tokens. (Sec. 3.2.3)"""
+    patch_size: Annotated[int, Range(least=1, most=1024)] = 16
+    """Side of a patch in pixels."""
+    batch_size: Annotated[int, AT_LEAST_0] = 0
+    """Views per step; 0: 256 on a GPU, 32 elsewhere."""
+    precision: Precision = "auto"
+    """As in pretrain."""
+    rounds: Annotated[int, AT_LEAST_1] = 7
+    """Timed rounds; in each, every row makes one step in turn. Medians are reported."""
+    warmup: Annotated[int, AT_LEAST_1] = 2
+    """Steps of each row before the timed rounds."""
+    threads: Annotated[int, AT_LEAST_0] = 0
+    """Threads of torch on a CPU; 0: one per core. With 1, seconds are CPU time of this process, so that other work on
+    the machine does not count."""
+    out: Path | None = None
+    """Markdown file for the table."""

@@ -1,0 +1,44 @@
+"""Options of `fastmae bench store`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common
+from fastmae.config.options import options
+from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, WORKERS, Range
+
+
+@options
+class BenchStoreConfig(Common):
+    """Measure the disk space and the error of each codec, and how fast a store is built against the bare teacher."""
+
+    images: Path
+    """As in tokenize. If it has train/<class>/* and val/<class>/*, codecs learn on train/, errors are measured on val/,
+    and k-NN accuracy is given."""
+    codecs: str = "fp32,fp16,int8,pq32,pq48,pq64"
+    """Codecs, as in tokenize; several separated by commas."""
+    limit: Annotated[int, AT_LEAST_0] = 0
+    """Number of images, spread over IMAGES, to measure on; 0: all."""
+    middle_size: Annotated[int, PIXELS] = 352
+    """Side of the middle images in pixels."""
+    patch_size: Annotated[int, Range(least=1, most=1024)] = 16
+    """Side of a patch in pixels."""
+    teacher: str = OFFLINE_TEACHER
+    """As in tokenize."""
+    teacher_weights: Path | None = None
+    """As in tokenize."""
+    teacher_block: Annotated[int | None, BLOCK] = None
+    """As in tokenize."""
+    jpeg_qualities: str = "90"
+    """JPEG quality of the stored pixels. Several, separated by commas, give the bytes of each; the teacher sees the
+    first."""
+    codec_images: Annotated[int, AT_LEAST_1] = 512
+    """Number of images from which int8 and pq<M> learn."""
+    batch_size: Annotated[int, AT_LEAST_1] = 32
+    """Images per forward pass of the teacher."""
+    workers: Annotated[int, WORKERS] = -1
+    """Decoding processes; -1: one less than the cores, at most 8."""
+    rounds: Annotated[int, AT_LEAST_1] = 3
+    """Timed rounds; in each, every row has its turn. Medians are reported."""
+    out: Path | None = None
+    """Markdown file for the table."""

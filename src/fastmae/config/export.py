@@ -1,0 +1,32 @@
+"""Options of `fastmae export`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastmae.config.common import PIXELS, Common
+from fastmae.config.options import options
+from fastmae.config.ranges import Range
+
+
+@options
+class ExportConfig(Common):
+    """Write an encoder with a model card, so that timm, transformers or ONNX load it without fastmae."""
+
+    run: str
+    """A run's folder or checkpoint (of pretrain, or fine-tuned), an exported model, timm/NAME, or file/PATH."""
+    out: Path
+    """Folder to write: new, empty, or an earlier export of the same RUN in the same format, which is replaced."""
+    format: Literal["timm", "transformers", "onnx"] = "timm"
+    """timm: for `timm.create_model`, in the hub's layout; transformers: for `ViTModel.from_pretrained`; onnx: one graph
+    for any runtime."""
+    image_size: Annotated[int | None, PIXELS] = None
+    """Side of the images in pixels; position embeddings are resampled. Default: the encoder's own."""
+    classifier: bool = False
+    """For a run of finetune: the whole classifier, with the names of its classes (timm and onnx). Default: its
+    encoder."""
+    opset: Annotated[int, Range(least=1, most=100)] = 18
+    """Version of the ONNX operators."""
+    weights: Path | None = None
+    """Weights file for a timm/NAME, instead of the hub's."""
+    pretrained: bool = True
+    """--no-pretrained writes the same architecture with random weights."""

@@ -1,0 +1,146 @@
+"""Options of `fastmae pretrain`, and what a target implies for them."""
+
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastmae.config.common import PIXELS
+from fastmae.config.options import options
+from fastmae.config.ranges import AT_LEAST_0, FRACTION, POSITIVE, Range
+from fastmae.config.recipes import load_recipe
+from fastmae.config.resolve import Layer
+from fastmae.config.training import TrainingConfig
+from fastmae.errors import InputError
+
+
+@options
+class PretrainConfig(TrainingConfig):
+    """Pre-train a ViT: mask 75 % of the patches of an aligned view, predict the stored features (Sec. 3.2.4)."""
+
+    stores: tuple[str, ...] = field(metadata={"metavar": "STORE..."})
+    """The token store: a folder or a URL (s3://, https://, any of fsspec's). Or several stores of the same images by
+    different teachers: each gets a head and a loss of its own."""
+    run: Path
+    """Folder of the run. The same call again continues an interrupted one."""
+    recipe: str | None = None
+    """Named set of values: see `fastmae recipes`."""
+
+    encoder: str = "vit_base_patch16_224"
+    """Any vit_* name of timm; the store's patch size and --image-size replace its own. (Sec. 4.1.1)"""
+    encoder_width: Annotated[int | None, Range(least=1, most=65536)] = None
+    """Embedding width, instead of the encoder's own."""
+    encoder_depth: Annotated[int | None, Range(least=1, most=1024)] = None
+    """Number of blocks, instead of the encoder's own."""
+    encoder_heads: Annotated[int | None, Range(least=1, most=1024)] = None
+    """Number of attention heads, instead of the encoder's own."""
+    init: str = ""
+    """Start from these weights instead of random ones: a run (with its decoder and heads, where they fit), timm/NAME, a
+    checkpoint of MAE, DINO or iBOT, or an exported model."""
+    image_size: Annotated[int, PIXELS] = 224
+    """Side of a view in pixels. (Sec. 4.1.1)"""
+    mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.75
+    """Fraction of the patches that the encoder does not see. (Sec. 4.1.1)"""
+    mask: Literal["random", "block"] = "random"
+    """Mask scattered patches, or rectangles as BEiT does."""
+    target: Literal["tokens", "teacher", "pixels", "hog"] = "tokens"
+    """What is predicted (g of Eq. 1). tokens: the stored tokens. teacher: the same features, but by running the store's
+    teacher at every step (Table 2, online). pixels: MAE's normalised pixels (implies MAE's decoder and loss). hog:
+    MaskFeat's HOG (implies its loss)."""
+    store_weights: str = ""
+    """Weights of the losses of several stores, as `1,0.5`. Default: 1 each."""
+    norm: Literal["auto", "patch", "channel", "store", "none"] = "auto"
+    """Guidance normalisation (Sec. 4.2.2). auto: patch for a ViT teacher, store for a CNN, none for HOG."""
+    loss: Literal["smooth-l1", "mse", "cosine"] = "smooth-l1"
+    """Loss between prediction and target."""
+    loss_on: Literal["masked", "all"] = "masked"
+    """Patches that the decoder predicts."""
+    all_layers: bool = True
+    """All layers matter (Sec. 4.2.1): every encoder layer predicts the tokens of the visible patches."""
+    all_layers_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the mean of the layers' losses."""
+    fusion: bool = False
+    """The decoder reads the sum of all layers' projected outputs instead of the last layer alone."""
+    decoder_depth: Annotated[int, Range(least=1, most=1024)] = 1
+    """Transformer blocks of the decoder. (Sec. 4.3.3)"""
+    decoder_width: Annotated[int, Range(least=1, most=65536)] = 512
+    """Width of the decoder."""
+    decoder_heads: Annotated[int, Range(least=1, most=1024)] = 16
+    """Attention heads of the decoder."""
+    decoder_class_token: bool = False
+    """The decoder also sees the encoder's class token, as in MAE."""
+    flip: bool = True
+    """Flip half of the views, pixels and token grid together."""
+
+    epochs: Annotated[int, Range(least=1, most=1_000_000)] = 60
+    """Passes over the store. (Sec. 4.1.1: 60 or 300)"""
+    warmup_epochs: Annotated[float, AT_LEAST_0] = 10.0
+    """Epochs of linear warm-up, at most half of the run; then a cosine down to --min-lr."""
+    batch_size: Annotated[int, Range(least=1, most=1 << 24)] = 4096
+    """Views per step, over all devices. (Sec. 4.1.1)"""
+    base_lr: Annotated[float, POSITIVE] = 1.5e-4
+    """Learning rate for 256 views; the learning rate of a step is this times batch size / 256. (Sec. 4.1.1)"""
+    betas: Annotated[tuple[float, float], FRACTION] = (0.9, 0.95)
+    """Betas of AdamW."""
+
+    compile: bool = False
+    """Compile the student with torch.compile: minutes at the start, faster steps on a GPU."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: each holds the whole student (ddp), or a part of its weights and optimizer state
+    (fsdp)."""
+    shuffle_window: Annotated[int | None, AT_LEAST_0] = None
+    """Number of shards within which an epoch shuffles its images; 0: all. Default: all, if the store fits into memory
+    (a remote store: into the cache), else as many shards as take a quarter of that."""
+    cache: Path = Path("~/.cache/fastmae")
+    """Folder for the files of remote stores."""
+    cache_size: Annotated[float, POSITIVE] = 50.0
+    """Size limit of that folder in gigabytes."""
+    on_damage: Literal["stop", "skip"] = "stop"
+    """What to do at an image whose stored bytes are damaged."""
+    profile: bool = False
+    """Show where the time of a step goes, after 50 steps, and what to change. Nothing is trained or written."""
+    knn_every: Annotated[float, AT_LEAST_0] = 0.0
+    """Epochs between measurements of the encoder's k-NN accuracy; 0: none. They don't count as training time."""
+    knn_data: Path | None = None
+    """Labelled images for --knn-every, train/<class>/* and val/<class>/*. Default: the store's own images, labelled by
+    their folders, every fifth one held out."""
+
+    @classmethod
+    def layers(cls, asked: Mapping[str, Any]) -> list[Layer]:
+        """The values of the recipe, on top of what its target implies; and what another target implies, on top of it.
+
+        A recipe's values fit its own target. Under another target, everything that either of the two targets implies is
+        set anew.
+        """
+        recipe = {} if asked.get("recipe") is None else load_recipe(str(asked["recipe"]))
+        own = recipe.get("target", "tokens")
+        target = asked.get("target") or own
+        layers: list[Layer] = [(f"target {own}", TARGET_DEFAULTS[own]), (f"recipe {asked.get('recipe')}", recipe)]
+        if target in TARGET_DEFAULTS and TARGET_DEFAULTS[target] != TARGET_DEFAULTS[own]:
+            plain = {name: getattr(cls, name) for name in TARGET_DEFAULTS[own]}
+            layers.append((f"target {target}", plain | TARGET_DEFAULTS[target]))
+        return layers
+
+    def check(self) -> None:
+        """Refuse options that contradict each other."""
+        if self.store_weights and self.target in ("pixels", "hog"):
+            raise InputError(f"--store-weights: --target {self.target} reads no stored tokens; leave it out")
+        if self.strategy == "fsdp" and self.ema:
+            raise InputError("--ema: no process holds a whole sharded student; use --strategy ddp")
+        if self.decoder_width % self.decoder_heads:
+            raise InputError(
+                f"--decoder-width {self.decoder_width}: not a multiple of --decoder-heads {self.decoder_heads}"
+            )
+        if self.target == "pixels" and (self.all_layers or self.norm not in ("none", "auto")):
+            raise InputError("--target pixels is MAE's norm-pix loss: it needs --no-all-layers and --norm none")
+
+
+TARGET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "tokens": {},
+    "teacher": {},
+    # MAE: mean squared error on norm-pix patches; eight decoder blocks that see the class token; one supervised layer.
+    "pixels": {"loss": "mse", "norm": "none", "all_layers": False, "decoder_depth": 8, "decoder_class_token": True},
+    # MaskFeat: mean squared error on histograms that are already L2-normalised.
+    "hog": {"loss": "mse"},
+}
+"""What asking for a target sets, unless the option itself is given."""

@@ -1,0 +1,31 @@
+"""Options of `fastmae report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from fastmae.config.common import Common
+from fastmae.config.options import options
+from fastmae.config.ranges import AT_LEAST_1, POSITIVE
+
+
+@options
+class ReportConfig(Common):
+    """Draw one HTML page of a run: its settings, its curves, what it learnt. The page needs no network."""
+
+    run: Path
+    """A pre-training run's folder."""
+    out: Path | None = None
+    """The page. Default: RUN/report.html."""
+    store: str = ""
+    """Current place of the run's token store, a folder or a URL. Default: where it was when the run trained."""
+    cache: Path = Path("~/.cache/fastmae")
+    """As in pretrain, for a remote store."""
+    cache_size: Annotated[float, POSITIVE] = 50.0
+    """As in pretrain."""
+    also: str = ""
+    """More to show, separated by commas: folders of finetune, linear, segment, detect and bench accuracy; tables of
+    bench (.md), each with the figure of the same name beside it."""
+    images: Annotated[int, AT_LEAST_1] = 6
+    """Pictures of each kind."""
+    gallery: Annotated[int, AT_LEAST_1] = 2000
+    """Number of the store's images among which nearest neighbours are searched."""

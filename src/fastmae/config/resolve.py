@@ -1,0 +1,171 @@
+"""Where an option's value comes from: one set of rules for the command line, YAML, Python, studies and benches.
+
+Each source goes over the one before: defaults < what the target implies < recipe < `--config FILE` < the caller's own
+values (flags or keyword arguments). Values are converted to their fields' types here, and ranges are checked once.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fastmae.config.ranges import Range
+from fastmae.errors import InputError
+
+Layer = tuple[str, Mapping[str, Any]]
+"""A source of values: its name for messages ('' for the caller), and option -> value."""
+CALLER_ONLY = ("json", "config", "print_config")
+"""Options that a file can't set."""
+
+
+def resolved(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of every option.
+
+    Args:
+        kind: the options' class.
+        given: what the caller asks for: flags or keyword arguments.
+
+    Raises:
+        InputError: an unknown option, one that is missing, or a value of the wrong type.
+    """
+    values = {option.name: option.default for option in fields(kind) if option.default is not MISSING}
+    above = [("", given)]
+    if given.get("config") is not None:
+        above.insert(0, (str(given["config"]), read_yaml(Path(given["config"]))))
+    above = [(source, _by_name(kind, source, layer)) for source, layer in above]
+    asked = {name: value for _, layer in above for name, value in layer.items()}
+    hints = get_type_hints(kind, include_extras=True)
+    for source, layer in [*kind.layers(asked), *above]:
+        prefix = f"{source}: " if source else ""
+        for name, value in layer.items():
+            values[name] = converted(hints[name], value, f"{prefix}{label(kind, name)}")
+    missing = [option.name for option in fields(kind) if option.name not in values]
+    if missing:
+        raise InputError(f"give {' and '.join(label(kind, name) for name in missing)}")
+    return values
+
+
+def converted(hint: Any, value: Any, name: str) -> Any:
+    """A value as its field's type: text is parsed, lists become tuples; nothing is rounded or guessed.
+
+    Args:
+        hint: the type, with its range where it has one.
+        value: text from the command line or a file, or a Python value.
+        name: the option's name, for messages.
+
+    Raises:
+        InputError: a value that is not of the type.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return converted(arguments[0], value, name)
+    if origin in (Union, UnionType):
+        if value is None or value == "None":
+            return None
+        return converted(next(kind for kind in arguments if kind is not NoneType), value, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise InputError(f"{name} {value}: give one of {', '.join(map(repr, arguments))}{_near(value, arguments)}")
+        return value
+    if origin is tuple:
+        return _converted_tuple(arguments, value, name)
+    return _converted_number(hint, value, name) if hint in (int, float) else _converted_simple(hint, value, name)
+
+
+def _converted_simple(kind: type, value: Any, name: str) -> Any:
+    """A bool, a str or a Path."""
+    accepted: dict[type, Any] = {bool: bool, Path: str | Path, str: str | int | float | Path}  # YAML: `middle_size: 96`
+    if not isinstance(value, accepted[kind]) or (isinstance(value, bool) and kind is not bool):
+        wanted = {bool: "true or false", Path: "a path", str: "text"}
+        raise InputError(f"{name} {value}: give {wanted[kind]}")
+    return kind(value)
+
+
+def _converted_tuple(arguments: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
+    """A tuple of any length (`tuple[str, ...]`, where one value stands for itself) or of a fixed one."""
+    parts = list(value) if isinstance(value, list | tuple) else [value]
+    if arguments[-1] is Ellipsis:
+        return tuple(converted(arguments[0], part, name) for part in parts)
+    if len(parts) != len(arguments):
+        raise InputError(f"{name} {' '.join(map(str, parts))}: give {len(arguments)} values")
+    return tuple(converted(hint, part, name) for hint, part in zip(arguments, parts, strict=True))
+
+
+def _converted_number(kind: type, value: Any, name: str) -> int | float:
+    try:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError
+        if kind is float:
+            return float(value)
+        if isinstance(value, float):  # 3.0 may be meant as 3, but 3.5 can't be
+            raise ValueError
+        return int(value)
+    except ValueError:
+        raise InputError(f"{name} {value}: give a {'whole number' if kind is int else 'number'}") from None
+
+
+def check_ranges(config: Any) -> None:
+    """Check every number against the range in its field's annotation.
+
+    Raises:
+        InputError: names the option, its value and its range.
+    """
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if (span := range_of(hint)) is None or value is None:
+            continue
+        if not all(span.holds(number) for number in (value if isinstance(value, tuple) else [value])):
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise InputError(f"{label(type(config), name)} {shown}: give {span}")
+
+
+def range_of(hint: Any) -> Range | None:
+    """The range in an annotation."""
+    return next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Range)), None)
+
+
+def label(kind: Any, name: str) -> str:
+    """How messages name an option: `--batch-size`, or STORE for a positional argument."""
+    option = next(option for option in fields(kind) if option.name == name)
+    return option.metadata.get("metavar", name.upper()) if option.default is MISSING else flag(name)
+
+
+def flag(name: str) -> str:
+    """The flag of an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """The options in a file.
+
+    Raises:
+        InputError: a file that can't be read, or holds something else.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: can't be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"{path}: not a list of `option: value` lines; see --print-config")
+    return values
+
+
+def _by_name(kind: Any, source: str, layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The layer with its keys as field names (`batch-size` -> `batch_size`)."""
+    known = [option.name for option in fields(kind)]
+    if source:
+        known = [name for name in known if name not in CALLER_ONLY]
+    for key in layer:
+        if key.replace("-", "_") not in known:
+            prefix = f"{source}: " if source else ""
+            raise InputError(f"{prefix}no option '{key}'{_near(key.replace('-', '_'), known)}")
+    return {key.replace("-", "_"): value for key, value in layer.items()}
+
+
+def _near(name: Any, known: Sequence[Any]) -> str:
+    close = difflib.get_close_matches(str(name), [str(one) for one in known], 1)
+    return f"; did you mean {close[0]!r}?" if close else ""

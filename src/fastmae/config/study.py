@@ -1,0 +1,34 @@
+"""The options of commands that tokenise images and train small students on them."""
+
+from pathlib import Path
+from typing import Annotated
+
+from fastmae.config.common import BLOCK, OFFLINE_TEACHER, Common
+from fastmae.config.options import options
+from fastmae.config.ranges import AT_LEAST_1, WORKERS, Range
+
+
+@options
+class StudyConfig(Common):
+    """What ablate and bench accuracy share."""
+
+    seeds: Annotated[int, AT_LEAST_1] = 1
+    """Runs of every row or method, from --seed on. With more than one, mean and standard deviation are given."""
+    recipe: str = "vit_tiny_cpu"
+    """Recipe of FastMAE."""
+    mae_recipe: str = "mae_tiny_cpu"
+    """Recipe of MAE: the same encoder, image size and batch size, with a learning rate of its own."""
+    teacher: str = OFFLINE_TEACHER
+    """As in tokenize. The table teachers of ablate takes several, separated by commas."""
+    teacher_weights: Path | None = None
+    """As in tokenize, for one teacher."""
+    teacher_block: Annotated[int | None, BLOCK] = None
+    """As in tokenize, for one teacher."""
+    middle_size: str = "96"
+    """As in tokenize."""
+    patch_size: Annotated[int, Range(least=1, most=1024)] = 8
+    """As in tokenize."""
+    flip: bool = True
+    """As in pretrain."""
+    workers: Annotated[int, WORKERS] = -1
+    """Loading processes; -1: one less than the cores, at most 8."""

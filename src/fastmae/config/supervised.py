@@ -1,0 +1,41 @@
+"""The options that the commands share that train on labels."""
+
+from pathlib import Path
+from typing import Annotated
+
+from fastmae.config.options import options
+from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Range
+from fastmae.config.training import TrainingConfig
+
+
+@options
+class SupervisedConfig(TrainingConfig):
+    """What finetune, linear, segment and detect share. None: chosen by the recipe and the size of the data."""
+
+    run: str
+    """A run's folder or checkpoint, an exported model, timm/NAME, or a checkpoint of MAE, DINO or iBOT."""
+    data: Path
+    """The labelled data."""
+    out: Path | None = None
+    """Folder for the trained model. The same call again continues an interrupted one."""
+    pretrained: bool = True
+    """--no-pretrained starts from the same encoder with random weights: the lower bound."""
+    weights: Path | None = None
+    """Weights file for a timm/NAME, instead of the hub's."""
+
+    epochs: Annotated[int | None, Range(least=1, most=1_000_000)] = None
+    """Passes over the training images."""
+    warmup_epochs: Annotated[float | None, AT_LEAST_0] = None
+    """Epochs of linear warm-up."""
+    batch_size: Annotated[int | None, AT_LEAST_1] = None
+    """Images per step, over all devices."""
+    lr: Annotated[float | None, POSITIVE] = None
+    """Peak learning rate of a step (not per 256 images)."""
+    betas: Annotated[tuple[float, float], FRACTION] = (0.9, 0.999)
+    """Betas of AdamW."""
+    layer_decay: Annotated[float, Range(above=0, most=1)] = 1.0
+    """Each block's learning rate, as a fraction of that of the block above it."""
+    drop_path: Annotated[float, FRACTION] = 0.0
+    """Rate of stochastic depth at the last block, growing linearly from 0 at the first."""
+    eval_every: Annotated[float | None, POSITIVE] = None
+    """Epochs between evaluations on val/. Default: a tenth of the run, at least one."""

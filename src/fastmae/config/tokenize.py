@@ -1,0 +1,74 @@
+"""Options of `fastmae tokenize`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastmae.config.common import BLOCK, DEFAULT_TEACHER, PIXELS, Common
+from fastmae.config.options import options
+from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, WORKERS, Range
+
+
+@options
+class TokenizeConfig(Common):
+    """Run a teacher once over every image and keep its patch features in a token store (Sec. 3.2)."""
+
+    images: Path
+    """Folder of images, nested or flat; a list of paths (.txt, .csv, .parquet); a folder of webdataset tar shards; or a
+    folder that Hugging Face datasets saved."""
+    store: Path
+    """Folder to write. The same call again continues an interrupted one."""
+    teacher: str = DEFAULT_TEACHER
+    """timm/NAME (any timm model), hf/NAME (a vision model of transformers, by hub name or folder), clip/NAME (ViT-B-16,
+    ...), file/PATH (a checkpoint of MAE, DINO or iBOT as its authors publish it), efficientnet-lite0 or
+    efficientnet-lite2 (these two need no network)."""
+    teacher_weights: Path | None = None
+    """Weights file for a timm/NAME teacher instead of the hub's: safetensors, or a PyTorch file without code in it."""
+    teacher_block: Annotated[int | None, BLOCK] = None
+    """The block whose output is kept, counted from 0, or from -1 backwards; for a CNN, the stage. Default: the last."""
+    teacher_last: Annotated[int, AT_LEAST_1] = 1
+    """Average the outputs of this many blocks of a ViT, up to the chosen block."""
+    teacher_norm: Literal["auto", "final", "layer", "none"] = "auto"
+    """Norm over the features: the teacher's own final norm, a LayerNorm without parameters, or none. auto: final for
+    the last block of a ViT, layer for its other blocks, none for a CNN."""
+    teacher_size: Annotated[int | None, PIXELS] = None
+    """Side of the teacher's input in pixels. Default: the size that gives the teacher the store's grid."""
+    middle_size: str = "352"
+    """Side of the middle image in pixels (Sec. 3.2.3). Several sizes (256,352,448) keep each picture at each size, and
+    a view draws its scale."""
+    patch_size: Annotated[int, Range(least=1, most=1024)] = 16
+    """Side of a patch in pixels (Sec. 4.1.1)."""
+    channels: Annotated[int, Range(least=1, most=1024)] = 3
+    """Image channels as the student will see them: 3 for RGB, 1 for grey; any other number is read from .npy files
+    [H, W, channels] or from images with as many bands."""
+    teacher_channels: str = ""
+    """The channels that the teacher takes as red, green and blue. Default: 0,1,2 for RGB, 0,0,0 for grey."""
+    resize: Literal["whole", "center-crop"] = "whole"
+    """Squeeze the whole picture into the square, or crop its centre."""
+    codec: str = "fp16"
+    """Storage of a token: fp32, fp16, int8, or pq<M> for product quantisation to M bytes (pq48, say)."""
+    codec_images: Annotated[int, AT_LEAST_1] = 512
+    """Number of images from which int8 and pq<M> learn."""
+    flips: Literal["approximate", "stored"] = "approximate"
+    """Tokens of a flipped view: the mirrored grid, or the teacher's features of the mirrored image (twice the time and
+    the disk)."""
+    pixels: Literal["jpeg", "raw"] = "jpeg"
+    """Storage of the middle images."""
+    jpeg_quality: Annotated[int, Range(least=1, most=100)] = 90
+    """JPEG quality of the middle images."""
+    shard_size: Annotated[int, Range(least=1, most=1 << 20)] = 256
+    """Images per shard: what a kill loses at most, and what is held in memory."""
+    batch_size: Annotated[int, AT_LEAST_1] = 32
+    """Images per forward pass of the teacher."""
+    workers: Annotated[int, WORKERS] = -1
+    """Decoding processes; -1: one less than the cores, at most 8."""
+    rank: Annotated[int | None, AT_LEAST_0] = None
+    """Number of this process, from 0, among several that fill one store. Default: from torchrun or srun, or 0."""
+    world_size: Annotated[int | None, AT_LEAST_1] = None
+    """Number of processes or machines that fill the store together; they share only its folder. Default: from torchrun
+    or srun, or 1."""
+    strict: bool = False
+    """Stop at the first file that can't be decoded instead of skipping it."""
+    add: bool = False
+    """Extend a finished store by the images of IMAGES that it does not hold yet."""
+    dry_run: bool = False
+    """Measure on a few images how large the store will be and how long it will take. Nothing is written."""

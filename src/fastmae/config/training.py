@@ -1,0 +1,39 @@
+"""The options that every command that trains has."""
+
+from typing import Annotated
+
+from fastmae.config.common import Common, Precision
+from fastmae.config.options import options
+from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, WORKERS
+
+
+@options
+class TrainingConfig(Common):
+    """What pretrain, finetune, linear, segment and detect share."""
+
+    min_lr: Annotated[float, AT_LEAST_0] = 0.0
+    """Learning rate at the end."""
+    weight_decay: Annotated[float, AT_LEAST_0] = 0.05
+    """Weight decay of AdamW, on weights with two or more dimensions."""
+    clip_grad: Annotated[float, AT_LEAST_0] = 0.0
+    """Largest norm of the gradient; 0: no clipping."""
+    ema: Annotated[float, FRACTION] = 0.0
+    """Decay of a moving average of the weights, 0.9999 say; the average is then what is evaluated and exported.
+    0: none."""
+    micro_batch: Annotated[int, AT_LEAST_0] = 0
+    """Most images that a device takes at once; a larger share of the batch is accumulated over several passes.
+    0: no limit."""
+    precision: Precision = "auto"
+    """auto: bf16-mixed on a GPU that supports it, 16-mixed on other GPUs, 32-true elsewhere."""
+    checkpoint_activations: bool = False
+    """Recompute the activations of the encoder blocks in the backward pass: less memory, about a third more time."""
+    devices: Annotated[int, AT_LEAST_1] = 1
+    """Processes on this machine, one device each; or start them with torchrun or srun."""
+    workers: Annotated[int, WORKERS] = -1
+    """Loading processes per device; -1: one less than the cores, at most 8."""
+    save_every: Annotated[float, AT_LEAST_0] = 10.0
+    """Minutes between checkpoints."""
+    log_every: Annotated[int, AT_LEAST_1] = 10
+    """Steps between log entries."""
+    resume: bool = True
+    """Continue from the checkpoint; --no-resume sets it aside and starts over."""

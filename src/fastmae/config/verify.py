@@ -1,0 +1,22 @@
+"""Options of `fastmae verify`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from fastmae.config.common import Common
+from fastmae.config.options import options
+from fastmae.config.ranges import AT_LEAST_1, WORKERS
+
+
+@options
+class VerifyConfig(Common):
+    """Check every byte of a token store and name what is damaged; with --repair, rebuild it from the images."""
+
+    store: Path
+    """The token store."""
+    repair: bool = False
+    """Rebuild only the damaged parts, from the images and the teacher that the store names."""
+    batch_size: Annotated[int, AT_LEAST_1] = 32
+    """Images per forward pass of the teacher during a repair. The same bytes need the same size as in tokenize."""
+    workers: Annotated[int, WORKERS] = -1
+    """Decoding processes; -1: one less than the cores, at most 8."""
