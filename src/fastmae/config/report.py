@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastmae.config.common import Common
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_1, POSITIVE
+from fastmae.config.ranges import AT_LEAST_1, POSITIVE, Range
 
 
 @options
@@ -27,5 +27,5 @@ class ReportConfig(Common):
     bench (.md), each with the figure of the same name beside it."""
     images: Annotated[int, AT_LEAST_1] = 6
     """Pictures of each kind."""
-    gallery: Annotated[int, AT_LEAST_1] = 2000
+    gallery: Annotated[int, Range(least=2)] = 2000
     """Number of the store's images among which nearest neighbours are searched."""

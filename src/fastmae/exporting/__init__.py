@@ -1,1 +1,1 @@
-"""An encoder out of fastmae: for timm, for transformers, for ONNX runtimes, each with a model card."""
+"""Writes a trained encoder, with a model card, in the layout that timm, transformers or an ONNX runtime loads."""

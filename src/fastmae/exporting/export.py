@@ -1,129 +1,101 @@
-"""`fastmae export`: an encoder written for another library, read back by it, compared, described, and only then put in its place."""
+"""`fastmae export`: writes a model for another library, with a model card.
 
+Before the export appears, the other library reads it back, and its outputs are compared with the original model's.
+"""
+
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from fastmae import __version__
-from fastmae.config.exporting import ExportConfig
-from fastmae.errors import FailedCheckError, InputError
-from fastmae.evaluate.transforms import CROP_SHARE
-from fastmae.exporting.folder import EXPORT_FILE, check_place, put_whole, read_export
-from fastmae.exporting.format import Exported, Format, outputs_of
-from fastmae.exporting.model_card import write_card
+from fastmae.config import ExportConfig
+from fastmae.errors import FailedCheckError
+from fastmae.exporting.export_format import ExportFormat
+from fastmae.exporting.exported_model import ExportedModel, classifier_to_export, encoder_to_export, model_outputs
+from fastmae.exporting.model_card import write_model_card
 from fastmae.exporting.onnx_format import ONNX
-from fastmae.exporting.provenance import Provenance, provenance_of
+from fastmae.exporting.output_folder import EXPORT_FILE, check_output_folder, complete_folder, read_export
+from fastmae.exporting.provenance import RANDOM_WEIGHTS, Provenance, provenance_of
 from fastmae.exporting.timm_format import TIMM
 from fastmae.exporting.transformers_format import TRANSFORMERS
-from fastmae.runs.encoder import OpenedEncoder, open_encoder
-from fastmae.runs.folder import RUN_FILE
-from fastmae.runs.load import load_run
-from fastmae.student.encoder import Encoder
+from fastmae.runs.encoder import open_encoder
+
+log = logging.getLogger(__name__)
 
 FORMATS = {"timm": TIMM, "transformers": TRANSFORMERS, "onnx": ONNX}
 TOLERANCE = 1e-4
-"""Largest difference of a feature that passes, as a share of the largest feature where that is over 1."""
+"""Largest difference between two outputs that passes; relative to the output's largest value where that is over 1."""
 CHECKED_BATCHES = (1, 3)
-"""Images a batch, in the check: no batch size may be built in."""
+"""Batch sizes of the check. There are two, so that a batch size built into a file is noticed."""
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Write an encoder; the command's JSON.
+    """Export a model; returns the command's JSON.
 
     Raises:
-        InputError: nothing that can be opened, or not in this format, or a place that is taken.
-        FailedCheckError: the other library does not give the encoder's features.
+        InputError: the model can't be opened or does not fit the format, or the output folder holds something else.
+        FailedCheckError: the other library computes other features from the files.
     """
-    how = FORMATS[config.format]
+    export_format = FORMATS[config.format]
     identity = {"format": config.format, "source": str(Path(config.run))}
-    check_place(config.out, identity)
+    check_output_folder(config.out, identity)
     torch.manual_seed(config.seed)
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=config.pretrained)
-    model = as_classifier(opened) if config.classifier else as_encoder(opened)
-    how.check(model)
-    made = (
-        provenance_of(model)
-        if config.pretrained
-        else Provenance("other", "Its weights are random: nothing was trained.", {})
-    )
-    description = {"fastmae export": 1, **identity, **_describe(config, model, made)}
-    with put_whole(config.out, description) as folder:
-        how.write(model, folder, config)
-        difference = largest_difference(model, folder, how)
-        write_card(folder, model, config.format, how, made, difference)
+    model = classifier_to_export(opened) if config.classifier else encoder_to_export(opened)
+    export_format.check(model)
+    provenance = provenance_of(model) if config.pretrained else RANDOM_WEIGHTS
+    description = {"fastmae export": 1, **identity, **_describe(config, model, provenance)}
+    with complete_folder(config.out, description) as folder:
+        export_format.write(model, folder, config)
+        difference = largest_difference(model, folder, export_format)
+        write_model_card(folder, model, config.format, export_format, provenance, difference)
     files = [*read_export(config.out)["files"], EXPORT_FILE]
-    print(
-        f"{config.out}: {', '.join(files)}; what {how.library} gives differs from the encoder's by {difference:.1e} at most"
+    log.info(
+        f"{config.out}: {', '.join(files)}; read back by {export_format.library}, the outputs differ by "
+        f"{difference:.1e} at most\n\n{export_format.usage(model, str(config.out)).rstrip()}"
     )
-    print(f"\n{how.usage(model, str(config.out))}", end="")
     return {
-        "files": [str(config.out / name) for name in files], "format": config.format, "max_difference": difference,
-        "architecture": model.architecture, "image_size": model.image_size, "patch_size": model.patch_size, "dim": model.dim,
+        "files": [str(config.out / name) for name in files],
+        "format": config.format,
+        "max_difference": difference,
+        "architecture": model.architecture,
+        "image_size": model.image_size,
+        "patch_size": model.patch_size,
+        "dim": model.dim,
         "classes": len(model.classes),
-    }  # fmt: skip
+    }
 
 
-def as_encoder(opened: OpenedEncoder) -> Exported:
-    """An encoder as it goes out."""
-    opened.network.reset_classifier(0)
-    fields = {**vars(opened), "arguments": {**opened.arguments, "num_classes": 0, "img_size": opened.image_size}}
-    return Exported(**fields, crop="whole" if opened.resize == "whole" else "center")
-
-
-def as_classifier(opened: OpenedEncoder) -> Exported:
-    """The classifier that fine-tuning made around an encoder.
+def largest_difference(model: ExportedModel, folder: Path, export_format: ExportFormat) -> float:
+    """The largest difference between the network's outputs and the other library's, on batches of noise.
 
     Raises:
-        InputError: what was opened is no fine-tuned run.
+        FailedCheckError: the difference is larger than rounding explains, or a shape differs.
     """
-    path = Path(opened.source)
-    description, weights = (
-        load_run(path) if path.exists() and (path.is_file() or (path / RUN_FILE).is_file()) else ({}, {})
-    )
-    arguments = description.get("encoder", {}).get("arguments", {})
-    if description.get("task") != "finetune" or not arguments.get("num_classes"):
-        raise InputError(
-            f"--classifier: {opened.source} is no run of `fastmae finetune`; leave it out to export the encoder"
-        )
-    network: Encoder = timm.create_model(opened.architecture, **arguments)
-    network.load_state_dict(weights)
-    size = opened.image_size
-    if network.patch_embed.img_size != (size, size):
-        network.set_input_size(img_size=(size, size))
-    fields = {**vars(opened), "network": network.eval(), "arguments": {**arguments, "img_size": size}}
-    return Exported(
-        **fields, classes=tuple(description["data"]["classes"]), crop="center", crop_share=CROP_SHARE
-    )  # as it was measured
-
-
-def largest_difference(model: Exported, folder: Path, how: Format) -> float:
-    """Between what a network gives and what the other library gives of its files, over batches of noise of several sizes.
-
-    Raises:
-        FailedCheckError: it is larger than rounding explains.
-    """
-    noise = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for batch in CHECKED_BATCHES:
-        images = torch.randn(batch, model.channels, model.image_size, model.image_size, generator=noise)
+        images = torch.randn(batch, model.channels, model.image_size, model.image_size, generator=generator)
         with torch.inference_mode():
-            ours = outputs_of(model.network, images)
-        for name, theirs in how.read(folder, images).items():
-            mine = ours[name]
-            difference = (mine - theirs).abs().max().item() if mine.shape == theirs.shape else float("inf")
-            if not difference <= TOLERANCE * max(1.0, mine.abs().max().item()):  # nor where it is not a number
-                what = (
-                    f"{how.library} gives another {name} than the encoder, by {difference:.1e}, on a batch of {batch}"
+            expected_outputs = model_outputs(model.network, images)
+        for name, output in export_format.read(folder, images).items():
+            expected = expected_outputs[name]
+            same_shape = output.shape == expected.shape
+            difference = (output - expected).abs().max().item() if same_shape else float("inf")
+            allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+            if not difference <= allowed:  # written this way round, NaN fails too
+                raise FailedCheckError(
+                    f"{model.source}: {name} from {export_format.library} differs by {difference:.1e} "
+                    f"on a batch of {batch}; nothing was written; try another --format"
                 )
-                raise FailedCheckError(f"{model.source}: {what}; nothing was written; try another --format")
             largest = max(largest, difference)
     return largest
 
 
-def _describe(config: ExportConfig, model: Exported, made: Provenance) -> dict[str, Any]:
+def _describe(config: ExportConfig, model: ExportedModel, provenance: Provenance) -> dict[str, Any]:
     return {
         "fastmae": __version__,
         "architecture": model.architecture,
@@ -138,5 +110,5 @@ def _describe(config: ExportConfig, model: Exported, made: Provenance) -> dict[s
         "crop_share": model.crop_share,
         "classes": list(model.classes),
         **({"opset": config.opset} if config.format == "onnx" else {}),
-        "made": asdict(made),
+        "made": asdict(provenance),
     }

@@ -1,4 +1,4 @@
-"""One ONNX graph: normalised images in; a vector an image, its patch tokens and its class token out. Any batch size."""
+"""One ONNX graph: normalised images in, embedding, patch tokens and class token out, for any batch size."""
 
 import contextlib
 import json
@@ -12,20 +12,19 @@ import torch
 from torch import nn
 
 from fastmae import __version__
-from fastmae.config.exporting import ExportConfig
+from fastmae.config import ExportConfig
 from fastmae.errors import InputError, first_line
-from fastmae.exporting.format import CLASS, EMBEDDING, LOGITS, PATCHES, Exported, Format, outputs_of, package
+from fastmae.exporting.export_format import ExportFormat, import_extra
+from fastmae.exporting.exported_model import CLASS, EMBEDDING, LOGITS, PATCHES, ExportedModel, model_outputs
 
 GRAPH_FILE = "model.onnx"
 INPUT = "images"
-LOWEST_OPSET, HIGHEST_OPSET = 18, 23
-"""Between which torch's exporter writes, and onnxruntime reads."""
-LARGEST_FILE = 1 << 30
-"""Bytes of weights beyond which they lie in a file beside the graph: a graph of 2 GB can't be read."""
+MAX_EMBEDDED_BYTES = 1 << 30
+"""Larger weights go into a file beside the graph, since a graph of 2 GB or more can't be read."""
 
 
 class Graph(nn.Module):
-    """A network that gives `outputs_of` it, in that order.
+    """A network that returns its `model_outputs` as a tuple, in their order.
 
     Args:
         network: in evaluation mode.
@@ -36,58 +35,62 @@ class Graph(nn.Module):
         self.network: Any = network
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[B, K, S, S] -> the outputs."""
-        return tuple(outputs_of(self.network, images).values())
+        """Images [B, K, S, S] -> the outputs."""
+        return tuple(model_outputs(self.network, images).values())
 
 
-def check(_: Exported) -> None:
-    """Whether the packages are there.
+def check(_: ExportedModel) -> None:
+    """Check that the packages are installed.
 
     Raises:
-        InputError: one is not installed.
+        InputError: one is missing.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
-        package(name)
+        import_extra(name)
 
 
-def write(model: Exported, folder: Path, config: ExportConfig) -> None:
-    """Write the graph; mean, deviation and the like are in its metadata.
+def write(model: ExportedModel, folder: Path, config: ExportConfig) -> None:
+    """Write the graph, with mean, std, sizes and class names in its metadata.
 
     Raises:
-        InputError: an opset that is not to be had, or a network that torch can't export.
+        InputError: torch can't export the network.
     """
-    if not LOWEST_OPSET <= config.opset <= HIGHEST_OPSET:
-        raise InputError(f"--opset {config.opset}: give {LOWEST_OPSET} to {HIGHEST_OPSET}")
-    two = torch.zeros(2, model.channels, model.image_size, model.image_size)
+    example = torch.zeros(2, model.channels, model.image_size, model.image_size)
     with torch.inference_mode():
-        names = list(outputs_of(model.network, two))
+        output_names = list(model_outputs(model.network, example))
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet_exporter(), torch.no_grad():
             program: Any = torch.onnx.export(
-                Graph(model.network).eval(), (two,), dynamo=True, opset_version=config.opset, verbose=False,
-                input_names=[INPUT], output_names=names, dynamic_shapes=({0: torch.export.Dim("batch")},),
-            )  # fmt: skip
+                Graph(model.network).eval(),
+                (example,),
+                dynamo=True,
+                opset_version=config.opset,
+                verbose=False,
+                input_names=[INPUT],
+                output_names=output_names,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
     except torch.onnx.errors.OnnxExporterError as error:
         raise InputError(
-            f"--format onnx: torch can't export {model.source} ({first_line(error)}); take --format timm"
+            f"--format onnx: torch can't export {model.source} ({first_line(error)}); use --format timm"
         ) from error
     program.model.metadata_props.update(metadata(model))
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.network.state_dict().values())
-    program.save(str(folder / GRAPH_FILE), external_data=weights > LARGEST_FILE)
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.network.state_dict().values())
+    program.save(str(folder / GRAPH_FILE), external_data=weight_bytes > MAX_EMBEDDED_BYTES)
 
 
-def metadata(model: Exported) -> dict[str, str]:
-    """What a graph says of its input."""
-    facts: dict[str, Any] = {
+def metadata(model: ExportedModel) -> dict[str, str]:
+    """How to prepare the graph's input; the classes of its logits."""
+    numbers: dict[str, Any] = {
         "mean": model.mean,
         "std": model.std,
         "image_size": model.image_size,
         "patch_size": model.patch_size,
     }
-    facts |= {"classes": model.classes} if model.classes else {}
-    values = {name: json.dumps(value) for name, value in facts.items()}
+    if model.classes:
+        numbers["classes"] = model.classes
     return {
-        **values,
+        **{name: json.dumps(value) for name, value in numbers.items()},
         "crop": model.crop,
         "crop_share": str(model.crop_share),
         "architecture": model.architecture,
@@ -97,35 +100,36 @@ def metadata(model: Exported) -> dict[str, str]:
 
 def read(folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """All outputs, from onnxruntime on the CPU."""
-    session = package("onnxruntime").InferenceSession(str(folder / GRAPH_FILE), providers=["CPUExecutionProvider"])
+    onnxruntime = import_extra("onnxruntime")
+    session = onnxruntime.InferenceSession(str(folder / GRAPH_FILE), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return {
-        name: torch.from_numpy(value)
-        for name, value in zip(names, session.run(None, {INPUT: images.numpy()}), strict=True)
-    }
+    outputs = session.run(None, {INPUT: images.numpy()})
+    return {name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)}
 
 
-def usage(model: Exported, folder: str) -> str:
-    """How onnxruntime loads it."""
+def usage(model: ExportedModel, folder: str) -> str:
+    """Python code that loads the graph with onnxruntime."""
     shapes = {EMBEDDING: f"[B, {model.dim}]", PATCHES: f"[B, {model.network.patch_embed.num_patches}, {model.dim}]"}
-    shapes |= {CLASS: f"[B, {model.dim}]"} if model.network.cls_token is not None else {}
-    shapes |= {LOGITS: f"[B, {len(model.classes)}]"} if model.classes else {}
-    lines = [
+    if model.network.cls_token is not None:
+        shapes[CLASS] = f"[B, {model.dim}]"
+    if model.classes:
+        shapes[LOGITS] = f"[B, {len(model.classes)}]"
+    outputs = "\n".join(
         f'{name} = session.run(["{name}"], {{"{INPUT}": images}})[0]  # float32 {shape}'
         for name, shape in shapes.items()
-    ]
+    )
     return f"""\
 import onnxruntime
 
 session = onnxruntime.InferenceSession("{folder}/{GRAPH_FILE}")
-# images: a numpy array, float32 [B, {model.shape}], normalised
-{chr(10).join(lines)}
+# images: a numpy array, float32 [B, {model.image_shape}], normalised
+{outputs}
 """
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on its own use."""
+def _quiet_exporter() -> Iterator[None]:
+    """Silence the exporter's messages and warnings, which are about its own internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -137,4 +141,4 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-ONNX = Format("onnx", check, write, read, usage)
+ONNX = ExportFormat("onnx", check, write, read, usage)

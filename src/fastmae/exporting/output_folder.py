@@ -1,4 +1,4 @@
-"""The folder of an export: built aside, put in its place when it is complete and checked; an earlier export of the same is replaced."""
+"""The folder of an export: built aside, put in place when complete, in place of an earlier export of the same model."""
 
 import contextlib
 import json
@@ -12,84 +12,87 @@ from fastmae.errors import InputError
 from fastmae.runtime.durable import write_json
 
 EXPORT_FILE = "fastmae.json"
-"""Says what a folder is an export of. The last file to appear in it."""
+"""Describes the export. It is the last file to appear in the folder."""
 
 
-def check_place(out: Path, identity: dict[str, Any]) -> None:
-    """Whether an export may go to a folder.
+def check_output_folder(out: Path, identity: dict[str, Any]) -> None:
+    """Check that an export may be written to a folder: new, empty, or an earlier export of the same model.
 
     Args:
         out: the folder.
-        identity: what makes two exports the same one, out of what `EXPORT_FILE` says.
+        identity: the entries of `EXPORT_FILE` that must match for an earlier export to be replaced.
 
     Raises:
-        InputError: something else is there.
+        InputError: the folder holds something else.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     earlier = read_export(out) if out.is_dir() else {}
     if not earlier:
         raise InputError(f"{out}: exists and is not an export; give a folder that is new or empty")
-    differing = [
+    differences = [
         f"{name}: {earlier.get(name)}, not {value}" for name, value in identity.items() if earlier.get(name) != value
     ]
-    if differing:
+    if differences:
         raise InputError(
-            f"{out}: holds another export ({'; '.join(differing)}); give another folder, or delete this one"
+            f"{out}: holds another export ({'; '.join(differences)}); give another folder, or delete this one"
         )
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """What an exported folder says of itself; {} where it is none, or unreadable."""
+    """The description in an exported folder; {} if the folder is not an export or can't be read."""
     try:
-        value = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
+        description = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return description if isinstance(description, dict) else {}
 
 
 @contextlib.contextmanager
-def put_whole(out: Path, description: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `out` where all goes well; else `out` stays as it was.
+def complete_folder(out: Path, description: dict[str, Any]) -> Iterator[Path]:
+    """Yield a temporary folder to write to. It replaces `out` on success; on any error `out` stays as it was.
 
-    Of an earlier export only its own files are replaced or removed: what else lies there (the hub's .git, say) stays.
+    Only the files of an earlier export are replaced or removed. Other files in `out` stay (the hub's .git, say).
 
     Args:
-        out: the folder to appear.
-        description: goes into `EXPORT_FILE`, with the list of files.
+        out: the folder to create or replace.
+        description: the content of `EXPORT_FILE`; the list of files is added.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(
-        f".{out.name}.exporting"
-    )  # of one name, so that what a kill leaves of it goes with the next call
-    shutil.rmtree(aside, ignore_errors=True)
+    # The name is fixed, so that the next call removes what a killed call left behind.
+    temporary = out.with_name(f".{out.name}.exporting")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        aside.mkdir()
-        yield aside
-        _flush(aside)
-        files = sorted(path.name for path in aside.iterdir())
-        write_json(aside / EXPORT_FILE, {**description, "files": files})
+        temporary.mkdir()
+        yield temporary
+        _flush(temporary)
+        files = sorted(path.name for path in temporary.iterdir())
+        write_json(temporary / EXPORT_FILE, {**description, "files": files})
         if out.exists() and any(out.iterdir()):
-            _replace(out, aside, files)
+            _replace_files(out, temporary, files)
         else:
-            aside.rename(out)
+            temporary.rename(out)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _replace(out: Path, aside: Path, files: list[str]) -> None:
-    earlier = read_export(out).get("files", [])
+def _replace_files(out: Path, temporary: Path, files: list[str]) -> None:
+    earlier_files = read_export(out).get("files", [])
     for name in files:
-        (aside / name).replace(out / name)
-    for name in set(earlier) - set(files):
-        if Path(name).name == name:
+        (temporary / name).replace(out / name)
+    for name in set(earlier_files) - set(files):
+        if Path(name).name == name:  # an edited list must not reach files outside the folder
             (out / name).unlink(missing_ok=True)
-    (aside / EXPORT_FILE).replace(out / EXPORT_FILE)
+    (temporary / EXPORT_FILE).replace(out / EXPORT_FILE)
 
 
 def _flush(folder: Path) -> None:
+    """Flush the files to the disk, and let everybody read them who may read the folder.
+
+    Some libraries write files that only their owner may read.
+    """
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        path.chmod(folder.stat().st_mode & 0o666)  # some writers make files that only their owner may read
+        path.chmod(folder.stat().st_mode & 0o666)

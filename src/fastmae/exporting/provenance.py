@@ -1,33 +1,33 @@
-"""Where an encoder comes from, for its model card: its data, its teacher, its settings, its figures. No paths of this machine."""
+"""Where a model's weights come from, for its card: images, teacher, settings, metrics. Paths are left out."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmae.exporting.folder import read_export
+from fastmae.exporting.output_folder import read_export
 from fastmae.runs.checkpoint import is_checkpoint, load_checkpoint
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runs.folder import CHECKPOINT_FILE, RUN_FILE, read_evaluations, read_metrics, read_run
 
 Facts = dict[str, dict[str, str]]
-"""Heading -> name -> value."""
-PREDICTED = {
-    "tokens": "the features that a frozen teacher, which ran once and before the training, gave of all of them: FastMAE's way",
-    "teacher": "the features that a frozen teacher gives of all of them: FastMAE's way, with the teacher run at every step",
-    "pixels": "the pixels of the others: MAE's way",
-    "hog": "histograms of oriented gradients of the others: MaskFeat's way",
+"""The card's tables: heading -> name -> value."""
+TARGETS = {
+    "tokens": "the features of all patches, which a frozen teacher computed once, before training (FastMAE)",
+    "teacher": "the features of all patches, which a frozen teacher computed at every step (FastMAE, online teacher)",
+    "pixels": "the pixels of the other patches (MAE)",
+    "hog": "the histograms of oriented gradients of the other patches (MaskFeat)",
 }
 """`--target` -> what the encoder learnt to predict from the visible patches."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a card tells.
+    """How a model's weights were made.
 
     Attributes:
-        kind: 'pretraining', 'supervised', or 'other' for weights that are not fastmae's.
-        story: a sentence or two.
-        facts: tables.
+        kind: 'pretraining', 'supervised', or 'other' for weights that fastmae did not train.
+        story: the same in a few sentences.
+        facts: tables for the card.
     """
 
     kind: str
@@ -35,100 +35,117 @@ class Provenance:
     facts: Facts
 
 
+RANDOM_WEIGHTS = Provenance("other", "The weights are random: nothing was trained.", {})
+
+
 def provenance_of(opened: OpenedEncoder) -> Provenance:
-    """All that is known of how an encoder was made; of an earlier export, what that knew; of a bare name, its name."""
+    """All that is known about an encoder's weights.
+
+    A run knows its whole history. An earlier export repeats what its card says. Other weights have only a name.
+    """
     path = Path(opened.source)
     earlier = read_export(path).get("made")
     if earlier:
         return Provenance(**earlier)
     if not path.exists() or not ((path / CHECKPOINT_FILE).is_file() or is_checkpoint(path)):
-        weights = {"from": _without_path(opened.source), "SHA-256": opened.describe()["weights_sha256"]}
-        return Provenance(
-            "other", "Its weights are not fastmae's: they were taken over as they are.", {"Weights": weights}
-        )
-    saved = load_checkpoint(path / CHECKPOINT_FILE if path.is_dir() else path)
-    described = _of_pretraining(saved["run"]) if "store" in saved["run"] else _of_supervised(saved["run"])
-    figures = {"steps": str(saved["step"]), **_logged(path if path.is_dir() else path.parent, saved["step"])}
-    planned = (saved["run"].get("settings") or saved["run"]["options"])["epochs"]
-    if "epoch" in figures:
-        figures["epoch"] += f" of {planned}"
-    return Provenance(described.kind, described.story, {**described.facts, "Figures": figures})
+        weights = {"source": _without_path(opened.source), "SHA-256": opened.describe()["weights_sha256"]}
+        story = "The weights were not trained with fastmae and are unchanged."
+        return Provenance("other", story, {"Weights": weights})
+    checkpoint = load_checkpoint(path / CHECKPOINT_FILE if path.is_dir() else path)
+    description, step = checkpoint["run"], checkpoint["step"]
+    trained = _pretraining(description) if "store" in description else _supervised_training(description)
+    metrics = {"steps": str(step), **_last_metrics(path if path.is_dir() else path.parent, step)}
+    if "epoch" in metrics:
+        planned_epochs = (description.get("settings") or description["options"])["epochs"]
+        metrics["epoch"] += f" of {planned_epochs}"
+    return Provenance(trained.kind, trained.story, {**trained.facts, "Metrics": metrics})
 
 
-def _of_pretraining(description: dict[str, Any]) -> Provenance:
+def _pretraining(description: dict[str, Any]) -> Provenance:
     store, options = description["store"], description["options"]
-    images = {
-        "images": f"{store['images']:,}",
-        "SHA-256 of their list": store["images_sha256"],
-        "channels": str(store["channels"]),
-        "middle images": f"{', '.join(map(str, store['middle_sizes']))} px, {store['resize']}, {store['pixels']}",
-        "tokens": f"{store['codec']}, flips {store['flips']}",
-    }
     visible = round(100 * (1 - options["mask_ratio"]))
     story = (
-        f"Pre-trained without labels: from {visible} % of an image's patches it learnt to predict {PREDICTED[options['target']]}. "
-        "The patch tokens are what was trained; no loss reaches the class token, so it is the weaker description of an image."
+        f"It was pre-trained without labels: from {visible} % of an image's patches it learnt to predict "
+        f"{TARGETS[options['target']]}. No loss reached the class token, so the patch tokens describe an image better."
     )
-    teachers = {} if options["target"] in ("pixels", "hog") else {"Teacher": _teachers(store["teachers"])}
-    return Provenance(
-        "pretraining", story, {"Images": images, **teachers, "Settings of the pre-training": _settings(options)}
-    )
-
-
-def _of_supervised(description: dict[str, Any]) -> Provenance:
-    encoder, source = description["encoder"], Path(description["encoder"]["source"])
     facts = {
-        "Started from": {"architecture": encoder["architecture"], "SHA-256 of its weights": encoder["weights_sha256"]}
+        "Images": {
+            "images": f"{store['images']:,}",
+            "SHA-256 of the image list": store["images_sha256"],
+            "channels": str(store["channels"]),
+            "middle images": (
+                f"{', '.join(map(str, store['middle_sizes']))} px, resize {store['resize']}, pixels {store['pixels']}"
+            ),
+            "tokens": f"codec {store['codec']}, flips {store['flips']}",
+        }
     }
-    folder = source if source.is_dir() else source.parent
-    if (folder / RUN_FILE).is_file() and "store" in (pretraining := read_run(folder)):
-        facts |= _of_pretraining(pretraining).facts
-    held = description.get("data", description.get("photos", {}))
-    labels = {split: _counts(held[split]) for split in ("train", "val") if split in held}
-    settings = _settings({**description["options"], **description["settings"]})
-    facts |= {"Labelled images": labels, "Settings of the training on labels": settings}
-    return Provenance("supervised", f"Trained on labels, by `fastmae {description['task']}`.", facts)
+    if options["target"] not in ("pixels", "hog"):
+        facts["Teacher"] = _teachers(store["teachers"])
+    facts["Pre-training settings"] = _settings(options)
+    return Provenance("pretraining", story, facts)
 
 
-def _counts(held: Any) -> str:
-    """Of a split: a number, or several by name."""
-    return ", ".join(f"{count:,} {what}" for what, count in held.items()) if isinstance(held, dict) else f"{held:,}"
+def _supervised_training(description: dict[str, Any]) -> Provenance:
+    """Training on labels, with the history of the pre-trained run that it started from if that is still there."""
+    encoder = description["encoder"]
+    facts = {
+        "Initial weights": {"architecture": encoder["architecture"], "SHA-256": encoder["weights_sha256"]},
+    }
+    source = Path(encoder["source"])
+    source_folder = source if source.is_dir() else source.parent
+    if (source_folder / RUN_FILE).is_file() and "store" in (source_run := read_run(source_folder)):
+        facts |= _pretraining(source_run).facts
+    data = description.get("data", description.get("photos", {}))
+    facts["Labelled images"] = {split: _image_count(data[split]) for split in ("train", "val") if split in data}
+    facts["Supervised training settings"] = _settings({**description["options"], **description["settings"]})
+    return Provenance("supervised", f"It was trained on labels with `fastmae {description['task']}`.", facts)
+
+
+def _image_count(split: Any) -> str:
+    """A split's size: one number, or several numbers by name."""
+    return ", ".join(f"{n:,} {name}" for name, n in split.items()) if isinstance(split, dict) else f"{split:,}"
 
 
 def _teachers(teachers: list[dict[str, Any]]) -> dict[str, str]:
-    shown = {}
+    facts = {}
     for number, teacher in enumerate(teachers, 1):
-        name, spec = f"teacher {number}" if len(teachers) > 1 else "teacher", teacher["spec"]
-        local = spec.startswith("hf/") and teacher["weights_file"]
-        shown[name] = f"hf/{Path(spec).name}" if local else _without_path(spec)
-        if teacher["weights_file"] and spec.startswith(("timm/", "clip/")):
-            shown[name] += f", weights of {Path(teacher['weights_file']).name}"
-        shown[f"{name}, its features"] = (
-            f"block {teacher['block']}, norm {teacher['norm']}, seen at {teacher['input_size']} px"
+        label = f"teacher {number}" if len(teachers) > 1 else "teacher"
+        spec, weights_file = teacher["spec"], teacher["weights_file"]
+        is_local_folder = spec.startswith("hf/") and weights_file
+        name = f"hf/{Path(spec).name}" if is_local_folder else _without_path(spec)
+        if weights_file and spec.startswith(("timm/", "clip/")):
+            name += f", weights from {Path(weights_file).name}"
+        facts[label] = name
+        facts[f"{label}: features"] = (
+            f"block {teacher['block']}, norm {teacher['norm']}, input of {teacher['input_size']} px"
         )
-        shown[f"{name}, SHA-256 of its weights"] = teacher["weights_sha256"]
-    return shown
+        facts[f"{label}: SHA-256 of the weights"] = teacher["weights_sha256"]
+    return facts
 
 
 def _settings(options: dict[str, Any]) -> dict[str, str]:
-    """The options that were set."""
-    shown = {name.replace("_", " "): str(value) for name, value in options.items() if value is not None and value != ""}
-    return {name: _without_path(value) for name, value in shown.items()}
+    """The options that have a value."""
+    return {
+        name.replace("_", " "): _without_path(str(value))
+        for name, value in options.items()
+        if value is not None and value != ""
+    }
 
 
 def _without_path(value: str) -> str:
-    """A name of a hub as it is; of a file or a folder its own name alone."""
+    """The last part of a path; a hub's model name stays whole."""
     if "/" not in value or value.startswith(("timm/", "hf/", "clip/")):
         return value
     return f"{'file/' if value.startswith('file/') else ''}{Path(value).name}"
 
 
-def _logged(run: Path, step: int) -> dict[str, str]:
-    """The last value of everything that was logged up to a step."""
+def _last_metrics(run: Path, step: int) -> dict[str, str]:
+    """The last value of every metric that the run logged up to a step."""
     last: dict[str, Any] = {}
     for entry in [*read_metrics(run), *read_evaluations(run)]:
         if entry["step"] <= step:
-            last |= {
-                name.replace("_", " "): value for name, value in entry.items() if name != "step" and value is not None
-            }
-    return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in last.items()}
+            last |= {name: value for name, value in entry.items() if name != "step" and value is not None}
+    return {
+        name.replace("_", " "): f"{value:.4g}" if isinstance(value, float) else str(value)
+        for name, value in last.items()
+    }

@@ -1,4 +1,4 @@
-"""The layout in which timm keeps models on the hub: config.json says how to build the network, model.safetensors holds its weights."""
+"""The layout of timm models on the hub: config.json describes the network, model.safetensors holds its weights."""
 
 import json
 from pathlib import Path
@@ -9,24 +9,28 @@ import timm
 import torch
 
 from fastmae import __version__
-from fastmae.config.exporting import ExportConfig
-from fastmae.exporting.format import Exported, Format, outputs_of
+from fastmae.config import ExportConfig
+from fastmae.exporting.export_format import ExportFormat
+from fastmae.exporting.exported_model import ExportedModel, model_outputs
 from fastmae.runs.encoder import EXPORT_CONFIG, EXPORT_WEIGHTS
 from fastmae.runtime.durable import write_json
 
 CROP_MODES = {"whole": "squash", "center": "center"}
-"""`Exported.crop` -> what timm's transforms call it."""
+"""`ExportedModel.crop` -> the name in timm's transforms."""
 
 
-def write(model: Exported, folder: Path, _: ExportConfig) -> None:
+def write(model: ExportedModel, folder: Path, _: ExportConfig) -> None:
     """Write both files."""
     weights = {name: tensor.detach().contiguous() for name, tensor in model.network.state_dict().items()}
     safetensors.torch.save_file(weights, folder / EXPORT_WEIGHTS, metadata={"format": "pt"})
     write_json(folder / EXPORT_CONFIG, config(model))
 
 
-def config(model: Exported) -> dict[str, Any]:
-    """The content of config.json; nothing of what timm knows of its own weights for this architecture (source, tag, licence) is in it."""
+def config(model: ExportedModel) -> dict[str, Any]:
+    """The content of config.json.
+
+    The source, tag and licence of timm's own weights for this architecture are left out: they don't apply here.
+    """
     classes = len(model.classes)
     return {
         "architecture": model.architecture,
@@ -55,50 +59,49 @@ def config(model: Exported) -> dict[str, Any]:
 
 @torch.inference_mode()
 def read(folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """All that the network gives which timm makes of a folder."""
+    """All outputs, from the network that timm builds from the folder."""
     network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    return outputs_of(network.eval(), images)
+    return model_outputs(network.eval(), images)
 
 
-def usage(model: Exported, folder: str) -> str:
-    """How timm loads it."""
+def usage(model: ExportedModel, folder: str) -> str:
+    """Python code that loads the folder with timm."""
     prefix, patches = model.network.num_prefix_tokens, model.network.patch_embed.num_patches
-    what = (
-        f"logits = model(images)  # [B, {len(model.classes)}]"
-        if model.classes
-        else f"features = model(images)  # [B, {model.dim}]"
-    )
+    result, width = ("logits", len(model.classes)) if model.classes else ("features", model.dim)
     return f"""\
 import timm
 from timm.data import create_transform, resolve_model_data_config
 
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
-# from the hub, once this folder lies there: timm.create_model("hf-hub:USER/NAME", pretrained=True)
-# or built by name, its weights from the file:
-model = timm.create_model({_by_name(model, folder)}).eval()
+# From the hub, once the folder is uploaded: timm.create_model("hf-hub:USER/NAME", pretrained=True)
+# Or build the architecture by its name and load the weights file:
+model = timm.create_model({_arguments_by_name(model, folder)}).eval()
 
-transform = create_transform(**resolve_model_data_config(model))  # a PIL image -> a tensor [{model.shape}]
-{what}, of images [B, {model.shape}]
-tokens = model.forward_features(images)  # [B, {prefix} + {patches}, {model.dim}]: {prefix} before the patches' own
+transform = create_transform(**resolve_model_data_config(model))  # PIL image -> tensor [{model.image_shape}]
+{result} = model(images)  # images [B, {model.image_shape}] -> [B, {width}]
+tokens = model.forward_features(images)  # [B, {prefix} + {patches}, {model.dim}]: prefix tokens, patch tokens
 """
 
 
-def _by_name(model: Exported, folder: str) -> str:
-    """The arguments of `timm.create_model` that build it by its architecture's name and load the file."""
-    source: dict[str, Any] = {
+def _arguments_by_name(model: ExportedModel, folder: str) -> str:
+    """The arguments with which `timm.create_model` builds the architecture by name and loads the weights file."""
+    overlay: dict[str, Any] = {
         "file": f"{folder}/{EXPORT_WEIGHTS}",
         "custom_load": False,
         "num_classes": len(model.classes),
     }
     if model.channels != 3:
-        source["input_size"] = (model.channels, model.image_size, model.image_size)
-    arguments = f"pretrained=True, pretrained_cfg_overlay=dict({_keywords(source)}),\n    {_keywords(model.arguments)},"
-    return f'\n    "{model.architecture}", {arguments}\n'
+        overlay["input_size"] = (model.channels, model.image_size, model.image_size)
+    return f"""
+    "{model.architecture}", pretrained=True, pretrained_cfg_overlay=dict({_as_keywords(overlay)}),
+    {_as_keywords(model.arguments)},
+"""
 
 
-def _keywords(values: dict[str, Any]) -> str:
-    written = {name: json.dumps(value) if isinstance(value, str) else repr(value) for name, value in values.items()}
-    return ", ".join(f"{name}={value}" for name, value in written.items())
+def _as_keywords(values: dict[str, Any]) -> str:
+    """Keyword arguments as Python code."""
+    literals = {name: json.dumps(value) if isinstance(value, str) else repr(value) for name, value in values.items()}
+    return ", ".join(f"{name}={literal}" for name, literal in literals.items())
 
 
-TIMM = Format("timm", lambda _: None, write, read, usage)
+TIMM = ExportFormat("timm", lambda _: None, write, read, usage)

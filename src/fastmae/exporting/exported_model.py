@@ -1,0 +1,99 @@
+"""The exported model, an encoder or a fine-tuned classifier, and the outputs that every format must reproduce."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from fastmae.errors import InputError
+from fastmae.evaluate.transforms import CROP_SHARE
+from fastmae.runs.encoder import OpenedEncoder
+from fastmae.runs.folder import RUN_FILE
+from fastmae.runs.load import load_run
+from fastmae.student.encoder import Encoder
+
+EMBEDDING, PATCHES, CLASS, LOGITS = "embedding", "patch_tokens", "class_token", "logits"
+"""Names of the outputs."""
+
+
+@dataclass(frozen=True)
+class ExportedModel(OpenedEncoder):
+    """An encoder or a classifier, and how its images are prepared.
+
+    Attributes:
+        classes: the classifier's class names, in the order of the logits; empty for an encoder.
+        crop: which part of a picture the model sees: 'whole' (squeezed into a square) or 'center'.
+        crop_share: side of the middle crop, as a share of the picture's shorter side.
+    """
+
+    classes: tuple[str, ...] = ()
+    crop: str = "whole"
+    crop_share: float = 1.0
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return int(self.network.embed_dim)
+
+    @property
+    def image_shape(self) -> str:
+        """Channels, height and width of an image, as text for shape comments."""
+        return f"{self.channels}, {self.image_size}, {self.image_size}"
+
+
+def encoder_to_export(opened: OpenedEncoder) -> ExportedModel:
+    """The encoder without a classifier. Its pictures are resized as in pre-training."""
+    opened.network.reset_classifier(0)
+    fields = {**vars(opened), "arguments": {**opened.arguments, "num_classes": 0, "img_size": opened.image_size}}
+    return ExportedModel(**fields, crop="whole" if opened.resize == "whole" else "center")
+
+
+def classifier_to_export(opened: OpenedEncoder) -> ExportedModel:
+    """A fine-tuned run's encoder with its classifier. Its pictures are cropped as when its accuracy was measured.
+
+    Raises:
+        InputError: the encoder does not come from a fine-tuned run.
+    """
+    path = Path(opened.source)
+    is_run = path.is_file() or (path / RUN_FILE).is_file()
+    description, weights = load_run(path) if is_run else ({}, {})
+    arguments = description.get("encoder", {}).get("arguments", {})
+    if description.get("task") != "finetune" or not arguments.get("num_classes"):
+        raise InputError(
+            f"--classifier: {opened.source} is not a run of `fastmae finetune`; leave it out to export the encoder"
+        )
+    network: Encoder = timm.create_model(opened.architecture, **arguments)
+    network.load_state_dict(weights)
+    size = opened.image_size
+    if network.patch_embed.img_size != (size, size):
+        network.set_input_size(img_size=(size, size))
+    fields = {**vars(opened), "network": network.eval(), "arguments": {**arguments, "img_size": size}}
+    classes = tuple(description["data"]["classes"])
+    return ExportedModel(**fields, classes=classes, crop="center", crop_share=CROP_SHARE)
+
+
+def model_outputs(network: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The outputs of a timm ViT.
+
+    Args:
+        network: in evaluation mode.
+        images: float32 [B, K, S, S], normalised.
+
+    Returns:
+        `EMBEDDING` [B, D]: the network's own pooling, which for encoders trained here is the mean of the patch tokens.
+        `PATCHES` [B, N, D]: the patch tokens after the last norm before pooling.
+        `CLASS` [B, D]: the class token, if the network has one.
+        `LOGITS` [B, classes]: only for a classifier.
+    """
+    tokens = network.forward_features(images)
+    outputs = {
+        EMBEDDING: network.forward_head(tokens, pre_logits=True),
+        PATCHES: tokens[:, network.num_prefix_tokens :],
+    }
+    if network.cls_token is not None:
+        outputs[CLASS] = tokens[:, 0]
+    if network.num_classes > 0:
+        outputs[LOGITS] = network.head(outputs[EMBEDDING])
+    return outputs
