@@ -1,4 +1,4 @@
-"""`bench store`: sums against their formulas written out, figures that agree with each other, and the recommendation's rule."""
+"""`bench store`: sums equal their formulas, figures are consistent, and the recommendation follows its rule."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmae.bench.bench_store import recommended
-from fastmae.bench.codecs import Loss
+from fastmae.bench.codecs import Distortion
 from fastmae.cli import run
 
 CHANNELS, GRID = 192, 6
@@ -28,30 +28,25 @@ def bench(options, capsys):
     return call
 
 
-def test_labelled_images_give_sizes_losses_and_knn_that_agree(photos, bench, tmp_path):
+def test_sizes_distortion_and_knn_of_labelled_images_are_consistent(photos, bench, tmp_path):
     file = tmp_path / "store.md"
     result, err = bench(photos, "--codecs", "fp32,fp16,pq16", "--jpeg-qualities", "90,60", "--out", str(file))
     rows = {row["codec"]: row for row in result["rows"]}
     assert list(rows) == ["fp32", "fp16", "pq16"]
     assert result["images"] == 10  # val/
-    pixels = result["pixel_bytes_per_image"]
-    assert 0 < pixels["60"] < pixels["90"]
-    for codec, bytes_a_token, mean in (
-        ("fp32", 4 * CHANNELS, 0),
-        ("fp16", 2 * CHANNELS, 0),
-        ("pq16", 16, 2 * CHANNELS),
-    ):
+    pixel_bytes = result["pixel_bytes_per_image"]
+    assert 0 < pixel_bytes["60"] < pixel_bytes["90"]
+    sizes = [("fp32", 4 * CHANNELS, 0), ("fp16", 2 * CHANNELS, 0), ("pq16", 16, 2 * CHANNELS)]
+    for codec, token_bytes, mean_bytes in sizes:
         row = rows[codec]
-        assert row["token_bytes_per_image"] == GRID**2 * bytes_a_token + mean
-        assert row["pixel_bytes_per_image"] == pixels["90"]
-        assert row["bytes_per_image"] == pytest.approx(row["token_bytes_per_image"] + pixels["90"] + 200, abs=1)
+        assert row["token_bytes_per_image"] == GRID**2 * token_bytes + mean_bytes
+        assert row["pixel_bytes_per_image"] == pixel_bytes["90"]
+        image_bytes = row["token_bytes_per_image"] + pixel_bytes["90"] + 200
+        assert row["bytes_per_image"] == pytest.approx(image_bytes, abs=1)
         assert row["imagenet_gb"] == pytest.approx(1281167 * row["bytes_per_image"] / 1e9, rel=0.01)
         assert row["encode_tokens_per_second"] == pytest.approx(GRID**2 * row["encode_images_per_second"], rel=0.01)
-        assert (
-            row["decode_tokens_per_second_min"]
-            <= row["decode_tokens_per_second"]
-            <= row["decode_tokens_per_second_max"]
-        )
+        decode, slowest, fastest = (row[f"decode_tokens_per_second{suffix}"] for suffix in ("", "_min", "_max"))
+        assert slowest <= decode <= fastest
         assert 0 <= row["knn"] <= 100
     assert (rows["fp32"]["cosine"], rows["fp32"]["relative_error"], rows["fp32"]["cosine_patch_norm"]) == (1, 0, 1)
     assert rows["fp16"]["cosine"] == pytest.approx(1, abs=1e-5)
@@ -59,11 +54,10 @@ def test_labelled_images_give_sizes_losses_and_knn_that_agree(photos, bench, tmp
     assert rows["fp16"]["relative_error"] < rows["pq16"]["relative_error"]
     assert rows["fp16"]["cosine_patch_norm"] > rows["pq16"]["cosine_patch_norm"]
     assert result["recommended"] == recommended(result["rows"])
-    built = result["building"]
-    assert built["ratio"] == pytest.approx(
-        built["tokenize_images_per_second"] / built["teacher_images_per_second"], rel=0.02
-    )
-    assert built["images"] == 10
+    building = result["building"]
+    rate, teacher_rate = (building[f"{name}_images_per_second"] for name in ("tokenize", "teacher"))
+    assert building["ratio"] == pytest.approx(rate / teacher_rate, rel=0.02)
+    assert building["images"] == 10
     text = file.read_text()
     assert all(f"| {codec} |" in text for codec in rows)
     assert all(f"- {name}: {value}" in text for name, value in result["settings"].items())
@@ -71,7 +65,7 @@ def test_labelled_images_give_sizes_losses_and_knn_that_agree(photos, bench, tmp
     assert "Recommended" in err
 
 
-def test_without_labels_there_is_no_knn_and_loss_is_measured_on_images_that_no_codec_saw(photos, bench):
+def test_without_labels_there_is_no_knn_and_no_codec_learns_on_a_measured_image(photos, bench):
     result, _ = bench(photos / "train", "--codecs", "fp16,pq16")  # 30 images
     assert [row["knn"] for row in result["rows"]] == [None, None]
     assert result["images"] == 15
@@ -81,16 +75,16 @@ def test_without_labels_there_is_no_knn_and_loss_is_measured_on_images_that_no_c
     assert few["recommended"] == "fp16"
 
 
-def test_losses_are_their_formulas_whatever_the_batches():
+def test_distortion_equals_its_formulas_in_whatever_batches_tokens_come():
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(5, 3, 4, generator=generator)
     decoded = tokens + 0.3 * torch.randn(5, 3, 4, generator=generator)
-    loss = Loss()
-    loss.add(tokens[:2], decoded[:2])
-    loss.add(tokens[2:], decoded[2:])
+    distortion = Distortion()
+    distortion.add(tokens[:2], decoded[:2])
+    distortion.add(tokens[2:], decoded[2:])
     pairs = list(zip(tokens.flatten(0, 1), decoded.flatten(0, 1), strict=True))
-    assert loss.cosine == pytest.approx(sum(float(x @ y / (x.norm() * y.norm())) for x, y in pairs) / 15)
-    assert loss.relative_error == pytest.approx(float((tokens - decoded).norm() / tokens.norm()))
+    assert distortion.cosine == pytest.approx(sum(float(x @ y / (x.norm() * y.norm())) for x, y in pairs) / 15)
+    assert distortion.relative_error == pytest.approx(float((tokens - decoded).norm() / tokens.norm()))
 
 
 def row(codec, size, cosine, knn):
@@ -107,28 +101,26 @@ def test_the_smallest_codec_that_keeps_cosine_and_knn_is_recommended():
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "name"),
     [
         (["--jpeg-qualities", "90,0"], "--jpeg-qualities 90,0"),
         (["--jpeg-qualities", "high"], "--jpeg-qualities high"),
-        (["--limit", "-1"], "--limit -1"),
-        (["--limit", "1"], "--limit 1"),
+        (["--limit", "1"], "1 images"),
         (["--codecs", "fp16,"], "int8"),
-        (["--codecs", "fp16,pq200"], "more bytes than"),
+        (["--codecs", "fp16,pq200"], "pq200"),
         (["--middle-size", "100"], "--middle-size 100"),
-        (["--out", "."], "is a folder"),
-        (["--batch-size", "0"], "--batch-size 0"),
+        (["--out", "."], "--out ."),
     ],
 )
-def test_what_it_can_not_take_is_one_line(args, says, photos, options, capsys):
+def test_an_option_that_cannot_be_used_is_named_in_one_line(args, name, photos, options, capsys):
     assert run(["bench", "store", str(photos), *options, *args]) == 2
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1)
     assert err.startswith("fastmae bench store: ")
-    assert says in err
+    assert name in err
 
 
-def test_one_image_is_too_few(photos, options, tmp_path, capsys):
+def test_a_single_image_is_too_few(photos, options, tmp_path, capsys):
     (tmp_path / "one.jpg").symlink_to(photos / "train" / "china" / "00.jpg")
     assert run(["bench", "store", str(tmp_path), *options]) == 2
-    assert "1 images are too few" in capsys.readouterr().err
+    assert f"{tmp_path}: 1 images" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""Benchmarks: what is compared runs side by side in one process, and every figure comes with its spread and its machine."""
+"""Benchmarks. Contenders run side by side in one process; every figure comes with its spread and its machine."""

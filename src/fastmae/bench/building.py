@@ -21,7 +21,7 @@ from fastmae.tokens.format import StoreInfo
 from fastmae.tokens.writer import StoreWriter
 
 ROUND_SECONDS = 10.0
-"""About how long the bare teacher works in a round: long enough that the start of the decoding processes hardly counts."""
+"""How long the bare teacher works in a round, about. The start of the decoding processes hardly counts beside it."""
 MAX_IMAGES = 2048
 """The bare teacher's images lie in memory."""
 
@@ -51,8 +51,8 @@ def building_rate(
         rounds: number of rounds that count.
 
     Returns:
-        `teacher_images_per_second` and `tokenize_images_per_second`, each with `_min` and `_max`, and their `ratio`; the number
-        of `images` in a round; the `codec`; and the number of decoding `workers`.
+        `teacher_images_per_second` and `tokenize_images_per_second`, each with `_min` and `_max`, and their `ratio`;
+        the number of `images` in a round; the `codec`; and the number of decoding `workers`.
     """
     count = _images_per_round(teacher, info.middle_size, info.channels, loading.batch_size)
     chosen = evenly_spaced(entries, count)

@@ -1,4 +1,4 @@
-"""What a work takes of the memory at most, measured in a process of its own, so that nothing that ran before it counts."""
+"""The peak memory of a piece of work, measured in a process of its own so that nothing that ran before it counts."""
 
 import multiprocessing
 import resource
@@ -14,15 +14,17 @@ import torch
 from fastmae.errors import InputError
 
 STATUS = Path("/proc/self/status")
+MEGABYTE = 2**20
+"""As in the paper's Table 2."""
 
 Result = TypeVar("Result")
 
 
 class FreshProcesses:
-    """Runs functions each in a new process that has imported a module and computed nothing yet.
+    """Runs each function in a new process that has imported a module and computed nothing yet.
 
     Args:
-        module: imported once, in the process from which the others are forked.
+        module: name of the module, imported once in the server process from which the others are forked.
     """
 
     def __init__(self, module: str):
@@ -30,10 +32,10 @@ class FreshProcesses:
         self.context.set_forkserver_preload([module])
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """What the function gives.
+        """Call a function in a new process and return its result.
 
         Raises:
-            InputError: the system ended the process, most likely for the memory that it took.
+            InputError: the system killed the process, most likely because it took too much memory.
         """
         with ProcessPoolExecutor(1, mp_context=self.context) as pool:
             try:
@@ -42,24 +44,24 @@ class FreshProcesses:
                 raise InputError("a step needs more memory than there is; give a smaller --batch-size") from error
 
 
-def peak_of(work: Callable[[], object], device: torch.device) -> float:
-    """Megabytes (of 2^20 bytes, as the paper's) that a work takes at most.
+def peak_memory_of(work: Callable[[], object], device: torch.device) -> float:
+    """The peak memory of a piece of work, in MB of 2^20 bytes.
 
-    On a GPU: of what torch allocated there. Else of resident memory, beyond what the process had before.
+    On a GPU this is what torch allocated there. Elsewhere it is how much the process's peak resident memory grew.
 
     Args:
-        work: with all that it builds.
+        work: the work, including everything that it builds.
         device: where it computes.
     """
-    before = _peak_resident()
+    before = _peak_resident_bytes()
     work()
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return (_peak_resident() - before) / 2**20
+        return torch.cuda.max_memory_allocated(device) / MEGABYTE
+    return (_peak_resident_bytes() - before) / MEGABYTE
 
 
-def _peak_resident() -> int:
-    """Bytes. Linux hands the figure that `getrusage` gives down from a parent to its children, so there the status file is read."""
+def _peak_resident_bytes() -> int:
+    # On Linux the peak that `getrusage` gives is inherited from the parent process, so the status file is read instead.
     if STATUS.exists():
         kilobytes = next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(kilobytes) * 1024

@@ -84,7 +84,9 @@ def split_images(source: Source, limit: int, codec_images: int, folder: Path) ->
         taken = set(learning)
         held_out = [entry for entry in chosen if entry not in taken]
     if not (learning and held_out):
-        raise InputError(f"{source.path}: {len(chosen)} images are too few to learn on some and measure others; use more")
+        raise InputError(
+            f"{source.path}: {len(chosen)} images are too few to learn on some and measure others; use more"
+        )
     return Split(learning, held_out, why_unlabelled)
 
 

@@ -1,87 +1,102 @@
-"""Measuring side by side: every work in turn, round after round, so that a slow spell of the machine falls on all of them."""
+"""Side-by-side timing: in each round every contender has a turn, so a slow spell of the machine hits them all alike."""
 
 import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from fastmae.errors import InputError
-
 Name = TypeVar("Name")
+CPU = torch.device("cpu")
+
+Turn = Callable[[int], float]
+"""What a contender does in one round: takes the round's number, does its work and returns the seconds it took."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Units a second: the median over the rounds, and the slowest and the fastest of them."""
+    """Units per second over the rounds of a benchmark.
+
+    Attributes:
+        median: rate of the median round.
+        slowest: rate of the slowest round.
+        fastest: rate of the fastest round.
+    """
 
     median: float
-    least: float
-    most: float
+    slowest: float
+    fastest: float
 
     @classmethod
     def of(cls, units: int, seconds: Sequence[float]) -> "Rate":
-        """Of the seconds that so many units took in each round."""
+        """The rate of doing `units` units in each round, given the seconds of each round."""
         return cls(units / statistics.median(seconds), units / max(seconds), units / min(seconds))
 
-    @property
-    def shown(self) -> str:
-        """Slowest to fastest."""
-        return f"{figure(self.least)}-{figure(self.most)}"
-
     def to_json(self, name: str) -> dict[str, float]:
-        """As `name`, `name_min` and `name_max`."""
-        return {name: round(self.median, 2), f"{name}_min": round(self.least, 2), f"{name}_max": round(self.most, 2)}
+        """The rate under the keys `name`, `name_min` and `name_max`."""
+        return {
+            name: round(self.median, 2),
+            f"{name}_min": round(self.slowest, 2),
+            f"{name}_max": round(self.fastest, 2),
+        }
 
 
-def figure(value: float) -> str:
-    """A rate, short enough for a table: one decimal below 100."""
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+def format_rate(rate: float) -> str:
+    """A rate for a table: one decimal below 100, none above."""
+    return f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """How long a work takes."""
-    begun = time.perf_counter()
+def format_spread(row: Mapping[str, Any], name: str) -> str:
+    """The slowest and the fastest round of a row that holds `Rate.to_json(name)`, for a table."""
+    return f"{format_rate(row[f'{name}_min'])}-{format_rate(row[f'{name}_max'])}"
+
+
+def seconds_of(
+    work: Callable[[], object], device: torch.device = CPU, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """The seconds that a piece of work takes, including what it queues on a GPU."""
+    start = clock()
     work()
-    return time.perf_counter() - begun
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - start
 
 
-def interleave(works: Mapping[Name, Callable[[int], float]], rounds: int) -> dict[Name, list[float]]:
-    """Seconds of each work in each round; a first round, number 0, warms up and does not count.
+def same_every_round(
+    work: Callable[[], object], device: torch.device = CPU, clock: Callable[[], float] = time.perf_counter
+) -> Turn:
+    """A turn for `interleave` that does the same work in every round, timed by `seconds_of`."""
+    return lambda _: seconds_of(work, device, clock)
+
+
+def interleave(turns: Mapping[Name, Turn], rounds: int) -> dict[Name, list[float]]:
+    """Time the contenders in turn, round after round. Round 0 warms up and is not counted.
 
     Args:
-        works: name -> what does the work of a round, given its number, and returns its seconds.
-        rounds: that count.
+        turns: each contender's turn, by its name.
+        rounds: number of rounds that count.
+
+    Returns:
+        The seconds of each contender, one per round that counts.
     """
-    names = list(works)
-    found: dict[Name, list[float]] = {name: [] for name in names}
+    names = list(turns)
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         first = number % len(names)
-        for name in names[first:] + names[:first]:  # each round begins with another one
-            found[name].append(works[name](number))
-    return {name: seconds[1:] for name, seconds in found.items()}
+        for name in names[first:] + names[:first]:  # another contender begins each round, so none always runs first
+            seconds[name].append(turns[name](number))
+    return {name: counted for name, (_, *counted) in seconds.items()}
 
 
 @contextlib.contextmanager
-def one_core() -> Iterator[None]:
-    """Let torch compute on one thread."""
+def one_thread() -> Iterator[None]:
+    """Let torch compute on a single thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def check_positive(**options: int) -> None:
-    """Counts that must be there.
-
-    Raises:
-        InputError: one that is less than 1.
-    """
-    for name, value in options.items():
-        if value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: give 1 or more")
