@@ -5,4 +5,4 @@ from importlib.util import find_spec
 from fastmae.errors import InputError
 
 if find_spec("pycocotools") is None:
-    raise InputError("detect measures with pycocotools; pip install 'fastmae[detect]'")
+    raise InputError("detect needs pycocotools; pip install 'fastmae[detect]'")

@@ -1,7 +1,8 @@
-"""Annotated photos in COCO's format: where they lie, what their file says, and whether that can be true.
+"""Reads annotated photos in COCO's format, and checks them against the image files and themselves before training.
 
-All is checked before training starts, and kept in arrays: full COCO's objects as Python's would take gigabytes in every loading
-process. Masks stay run lengths until a picture is loaded.
+pycocotools' reader trusts its file and keeps every annotation as Python objects, which for all of COCO take gigabytes
+in each loading process. So this reader is ours: it checks each annotation and keeps arrays; pycocotools encodes the
+masks (`masks`) and evaluates (`average_precision`).
 """
 
 import itertools
@@ -25,15 +26,24 @@ LAYOUTS = (
     "or two folders whose names end in train and val, each with images/ and annotations.json"
 )
 TOLERANCE = 2.0
-"""Pixels by which a box may reach over its image's edge (rounding, and images that were made smaller); it is cut there."""
-AT_A_TIME = 1000
-"""Annotations read between two looks at the progress; COCO's 860,000 take a minute or two."""
+"""Pixels by which a box may reach beyond the image (rounding, resized images); it is clipped there."""
+CHUNK = 1000
+"""Annotations between two updates of the progress; COCO's 860,000 take a minute or two."""
 LISTS = ("images", "annotations", "categories")
+MAX_SIDE = 1 << 16
+"""Of an image, in pixels."""
+SHOWN_CHARACTERS = 80
+"""Of a malformed value, in an error message."""
 
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """Where a split lies: its annotations, and the folder to which they name images relatively."""
+    """The files of a split.
+
+    Attributes:
+        annotations: the JSON file.
+        images: the folder that the annotations' file names are relative to.
+    """
 
     annotations: Path
     images: Path
@@ -41,43 +51,43 @@ class SplitFiles:
 
 @dataclass(frozen=True)
 class Split:
-    """A split's images, and all objects in them, image by image.
+    """The images of a split and their objects, as arrays. Objects are sorted by image.
 
     Attributes:
-        files: where it lies.
-        classes: category id -> name, by rising ids, which may have holes; an object's label is its class's place here, from 1 (0 is
-            background).
-        names: of the image files.
+        files: the split's files.
+        classes: category id -> name, by rising ids. An object's label is its class's position here, counted from 1;
+            0 is background.
+        file_names: of the images.
         sizes: int32 [images, 2], width and height in pixels.
-        starts: int64 [images + 1]; image i has the objects starts[i] to starts[i + 1].
+        object_starts: int64 [images + 1]; image i has the objects object_starts[i] to object_starts[i + 1].
         boxes: float32 [objects, 4], left, top, right, bottom in pixels.
         labels: int64 [objects].
-        crowd: bool [objects]: a region with many objects of a class, rather than one.
-        areas: float32 [objects], in square pixels, by which COCO tells small from large.
-        runs: uint8, the masks' run lengths, one behind the other.
-        run_starts: int64 [objects + 1], where each begins.
-        dropped: objects left out for having no width, no height, or no polygon of three points.
+        is_crowd: bool [objects], True for a region with many objects of a class.
+        areas: float32 [objects], in square pixels; COCO tells small from large objects by them.
+        rle: uint8, the compressed run lengths of all masks, one after the other.
+        rle_starts: int64 [objects + 1], where each mask begins in `rle`.
+        dropped: number of annotations left out for having no width, no height, or no polygon of three points.
     """
 
     files: SplitFiles
     classes: dict[int, str]
-    names: tuple[str, ...]
+    file_names: tuple[str, ...]
     sizes: np.ndarray
-    starts: np.ndarray
+    object_starts: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
-    crowd: np.ndarray
+    is_crowd: np.ndarray
     areas: np.ndarray
-    runs: np.ndarray
-    run_starts: np.ndarray
+    rle: np.ndarray
+    rle_starts: np.ndarray
     dropped: int
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.file_names)
 
     def path(self, image: int) -> Path:
-        """Of an image file."""
-        return self.files.images / self.names[image]
+        """The file of an image."""
+        return self.files.images / self.file_names[image]
 
     def size(self, image: int) -> Size:
         """(width, height) of an image, in pixels."""
@@ -85,25 +95,30 @@ class Split:
         return width, height
 
     def objects(self, image: int) -> range:
-        """Places of an image's objects in the arrays."""
-        return range(int(self.starts[image]), int(self.starts[image + 1]))
+        """Indices of an image's objects in the arrays."""
+        return range(int(self.object_starts[image]), int(self.object_starts[image + 1]))
 
-    def counts(self, place: int) -> bytes:
-        """An object's mask as run lengths."""
-        return self.runs[self.run_starts[place] : self.run_starts[place + 1]].tobytes()
+    def objects_without_crowds(self, image: int) -> list[int]:
+        """Indices of the single objects in an image."""
+        return [index for index in self.objects(image) if not self.is_crowd[index]]
 
-    def trainable(self) -> list[int]:
-        """Images to train on: all but those in which crowds alone are annotated, which would pass for background."""
-        in_each = np.diff(self.starts)
-        usable = np.bincount(np.repeat(np.arange(len(self)), in_each)[~self.crowd], minlength=len(self))
-        return np.flatnonzero((usable > 0) | (in_each == 0)).tolist()
+    def mask(self, index: int) -> bytes:
+        """An object's mask as compressed run lengths."""
+        return self.rle[self.rle_starts[index] : self.rle_starts[index + 1]].tobytes()
+
+    def trainable_images(self) -> list[int]:
+        """All images but those annotated with crowds alone, whose objects would pass for background."""
+        num_objects = np.diff(self.object_starts)
+        image_of_object = np.repeat(np.arange(len(self)), num_objects)
+        num_single_objects = np.bincount(image_of_object[~self.is_crowd], minlength=len(self))
+        return np.flatnonzero((num_single_objects > 0) | (num_objects == 0)).tolist()
 
 
 def find_splits(data: Path) -> tuple[SplitFiles, SplitFiles]:
-    """Recognise the layout of DATA.
+    """Recognise the layout of a data folder.
 
     Returns:
-        Files of the training and of the validation split.
+        The files of the training and of the validation split.
 
     Raises:
         InputError: neither layout, or a part of it is missing.
@@ -111,30 +126,28 @@ def find_splits(data: Path) -> tuple[SplitFiles, SplitFiles]:
     if not data.is_dir():
         raise InputError(f"{data}: {'is a file' if data.exists() else 'does not exist'}; {LAYOUTS}")
     if (data / "annotations").is_dir():
-        found = [
+        splits = [
             SplitFiles(data / "annotations" / f"instances_{split}2017.json", data / f"{split}2017")
             for split in ("train", "val")
         ]
     else:
         folders = [_folder_ending_in(data, split) for split in ("train", "val")]
-        found = [SplitFiles(folder / "annotations.json", folder / "images") for folder in folders]
-    for files in found:
+        splits = [SplitFiles(folder / "annotations.json", folder / "images") for folder in folders]
+    for files in splits:
         if not files.annotations.is_file():
             raise InputError(f"{files.annotations}: missing; {LAYOUTS}")
         if not files.images.is_dir():
             raise InputError(f"{files.images}: no such folder, where {files.annotations} has its images; {LAYOUTS}")
-    return found[0], found[1]
+    return splits[0], splits[1]
 
 
 def _folder_ending_in(data: Path, split: str) -> Path:
     folders = sorted(entry for entry in data.iterdir() if entry.is_dir() and entry.name.endswith(split))
-    if len(folders) != 1:
-        what = (
-            f"has {len(folders)} folders whose names end in '{split}' ({folders[0].name}, {folders[1].name})"
-            if folders
-            else ""
-        )
-        raise InputError(f"{data}: {what or f'no folder whose name ends in {split!r}'}; {LAYOUTS}")
+    if not folders:
+        raise InputError(f"{data}: no folder whose name ends in {split!r}; {LAYOUTS}")
+    if len(folders) > 1:
+        first_two = f"{folders[0].name}, {folders[1].name}"
+        raise InputError(f"{data}: has {len(folders)} folders whose names end in {split!r} ({first_two}); {LAYOUTS}")
     return folders[0]
 
 
@@ -142,35 +155,48 @@ def read_split(files: SplitFiles, classes: dict[int, str] | None = None, progres
     """Read a split's annotations, and check them against the image files and themselves.
 
     Args:
-        files: where it lies.
-        classes: those of the training split, which this one must keep to; None: its own categories.
-        progress: first word of the progress line; empty: none is shown.
+        files: the split's files.
+        classes: the training split's, which a validation split must keep to; None takes the split's own categories.
+        progress: first word of the progress lines; empty for none.
 
     Raises:
-        InputError: not COCO's format; an image that is missing or of another size; an annotation that can't be true. Names it.
+        InputError: not COCO's format, an image that is missing or of another size, or an impossible annotation.
     """
     content = _read_json(files.annotations)
-    categories = _by_id(files.annotations, "category", content["categories"], "name")
-    own = {identity: categories[identity]["name"] for identity in sorted(categories)}
-    classes = own if classes is None else _checked_classes(files.annotations, own, classes)
-    images = _by_id(files.annotations, "image", content["images"], "file_name")
+    categories = _entries_by_id(files.annotations, "category", content["categories"], "name")
+    own_classes = {category_id: categories[category_id]["name"] for category_id in sorted(categories)}
+    if classes is None:
+        classes = own_classes
+    else:
+        _check_same_classes(files.annotations, own_classes, classes)
+    images = _entries_by_id(files.annotations, "image", content["images"], "file_name")
     if not images:
         raise InputError(f"{files.annotations}: names no image; give annotated images")
-    sizes = {identity: _size_of(files.annotations, image) for identity, image in images.items()}
-    names = tuple(image["file_name"] for image in images.values())
-    check_images(files.annotations, [files.images / name for name in names], list(sizes.values()), progress)
-    labels = {identity: label for label, identity in enumerate(classes, 1)}
-    objects = _read_objects(files.annotations, content["annotations"], sizes, labels, progress)
-    return _packed(files, classes, names, list(sizes.values()), objects, len(content["annotations"]))
+    sizes = {image_id: _annotated_size(files.annotations, image) for image_id, image in images.items()}
+    file_names = tuple(image["file_name"] for image in images.values())
+    check_images(files.annotations, [files.images / name for name in file_names], list(sizes.values()), progress)
+    labels = {category_id: label for label, category_id in enumerate(classes, 1)}
+    objects_by_image = _read_objects(files.annotations, content["annotations"], sizes, labels, progress)
+    objects = list(itertools.chain(*objects_by_image))
+    return Split(
+        files=files,
+        classes=classes,
+        file_names=file_names,
+        sizes=np.array(list(sizes.values()), dtype=np.int32),
+        object_starts=_starts(len(image_objects) for image_objects in objects_by_image),
+        boxes=np.array([annotated.box for annotated in objects], dtype=np.float32),
+        labels=np.array([annotated.label for annotated in objects], dtype=np.int64),
+        is_crowd=np.array([annotated.is_crowd for annotated in objects], dtype=bool),
+        areas=np.array([annotated.area for annotated in objects], dtype=np.float32),
+        rle=np.frombuffer(b"".join(annotated.mask for annotated in objects), dtype=np.uint8),
+        rle_starts=_starts(len(annotated.mask) for annotated in objects),
+        dropped=len(content["annotations"]) - len(objects),
+    )
 
 
-@dataclass(frozen=True)
-class _Object:
-    box: tuple[float, float, float, float]
-    label: int
-    crowd: bool
-    area: float
-    counts: bytes
+def _starts(lengths: Iterable[int]) -> np.ndarray:
+    """Where parts of these lengths begin when they are joined, and where the last one ends; int64."""
+    return np.concatenate([[0], np.cumsum(list(lengths), dtype=np.int64)])
 
 
 def _read_json(file: Path) -> dict[str, list[Any]]:
@@ -183,131 +209,125 @@ def _read_json(file: Path) -> dict[str, list[Any]]:
     return content
 
 
-def _checked_classes(file: Path, own: dict[int, str], known: dict[int, str]) -> dict[int, str]:
-    for identity, name in own.items():
-        if known.get(identity) != name:
-            there = f"where the id {identity} is {known[identity]!r}" if identity in known else "which lacks it"
-            raise InputError(
-                f"{file}: its category {identity}, {name!r}, is not one of train's, {there}; give both splits the same categories"
+def _entries_by_id(file: Path, kind: str, entries: Sequence[Any], name_key: str) -> dict[int, dict[str, Any]]:
+    """Images or categories by their ids; each has a whole number `id` and a text `name_key`."""
+    by_id: dict[int, dict[str, Any]] = {}
+    for index, entry in enumerate(entries):
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("id"), int)
+            or not isinstance(entry.get(name_key), str)
+        ):
+            raise InputError(f"{file}: {kind} {index} of its list has no whole number 'id' or no text {name_key!r}")
+        if entry["id"] in by_id:
+            raise InputError(f"{file}: two of its {kind} entries have the id {entry['id']}; give each its own")
+        by_id[entry["id"]] = entry
+    return by_id
+
+
+def _check_same_classes(file: Path, own_classes: dict[int, str], train_classes: dict[int, str]) -> None:
+    for category_id, name in own_classes.items():
+        if train_classes.get(category_id) != name:
+            in_train = (
+                f"where the id {category_id} is {train_classes[category_id]!r}"
+                if category_id in train_classes
+                else "which lacks it"
             )
-    return known
-
-
-def _by_id(file: Path, what: str, entries: Sequence[Any], name: str) -> dict[int, dict[str, Any]]:
-    found: dict[int, dict[str, Any]] = {}
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int) or not isinstance(entry.get(name), str):
             raise InputError(
-                f"{file}: {what} {number} of its list has no whole number 'id' or no text {name!r}; COCO's have both"
+                f"{file}: its category {category_id}, {name!r}, is not one of train's, {in_train}; "
+                "give both splits the same categories"
             )
-        if entry["id"] in found:
-            raise InputError(f"{file}: two of its {what} entries have the id {entry['id']}; number them anew")
-        found[entry["id"]] = entry
-    return found
 
 
-def _size_of(file: Path, image: Mapping[str, Any]) -> Size:
+def _annotated_size(file: Path, image: Mapping[str, Any]) -> Size:
     size: tuple[Any, Any] = image.get("width"), image.get("height")
-    if not all(isinstance(side, int) and 0 < side < 1 << 16 for side in size):
+    if not all(isinstance(side, int) and 0 < side < MAX_SIDE for side in size):
         raise InputError(
             f"{file}: image {image['file_name']!r} has width {size[0]} and height {size[1]}; give them in pixels"
         )
     return size
 
 
+@dataclass(frozen=True)
+class _Object:
+    box: tuple[float, float, float, float]
+    label: int
+    is_crowd: bool
+    area: float
+    mask: bytes
+
+
 def _read_objects(
     file: Path, annotations: Sequence[Any], sizes: Mapping[int, Size], labels: Mapping[int, int], progress: str
 ) -> list[list[_Object]]:
     """The objects of each image."""
-    objects: dict[int, list[_Object]] = {identity: [] for identity in sizes}
-    with Progress(progress, "annotations", len(annotations), quiet=not progress) as shown:
-        for first in range(0, len(annotations), AT_A_TIME):
-            part = annotations[first : first + AT_A_TIME]
-            for annotation in part:
-                read = _read_object(file, annotation, sizes, labels)
-                if read is not None:
-                    objects[annotation["image_id"]].append(read)
-            shown.advance(len(part))
-    if all(read.crowd for in_image in objects.values() for read in in_image):
-        what = f"none of its {len(annotations)} annotations is an object with width and height (crowds don't count)"
-        raise InputError(f"{file}: {what if annotations else 'holds no annotation'}; annotate some objects")
-    return list(objects.values())
+    by_image: dict[int, list[_Object]] = {image_id: [] for image_id in sizes}
+    with Progress(progress, "annotations", len(annotations), quiet=not progress) as bar:
+        for start in range(0, len(annotations), CHUNK):
+            chunk = annotations[start : start + CHUNK]
+            for annotation in chunk:
+                annotated = _read_object(file, annotation, sizes, labels)
+                if annotated is not None:
+                    by_image[annotation["image_id"]].append(annotated)
+            bar.advance(len(chunk))
+    if not annotations:
+        raise InputError(f"{file}: holds no annotation; annotate some objects")
+    if all(annotated.is_crowd for objects in by_image.values() for annotated in objects):
+        raise InputError(
+            f"{file}: none of its {len(annotations)} annotations is an object with width and height "
+            "(crowds don't count); annotate some objects"
+        )
+    return list(by_image.values())
 
 
 def _read_object(file: Path, annotation: Any, sizes: Mapping[int, Size], labels: Mapping[int, int]) -> _Object | None:
-    """An annotation, or None for a degenerate one."""
+    """A checked annotation; None if it has no width, no height or no polygon of three points."""
     if not isinstance(annotation, dict):
-        raise InputError(f"{file}: an annotation is not an object but {str(annotation)[:60]!r}")
-    name = f"{file}: annotation {annotation.get('id')}"
-    for key, known in (("image_id", sizes), ("category_id", labels)):
+        raise InputError(f"{file}: an annotation is not an object but {str(annotation)[:SHOWN_CHARACTERS]!r}")
+    where = f"{file}: annotation {annotation.get('id')}"
+    for key, known_ids in (("image_id", sizes), ("category_id", labels)):
         value = annotation.get(key)
-        if not isinstance(value, int) or value not in known:
+        if not isinstance(value, int) or value not in known_ids:
             raise InputError(
-                f"{name}: there is no {key.removesuffix('_id')} {value!r}, its {key}; remove it, or add what it speaks of"
+                f"{where}: there is no {key.removesuffix('_id')} {value!r}, its {key}; "
+                "remove the annotation, or add that entry"
             )
     size = sizes[annotation["image_id"]]
-    box = _checked_box(name, annotation.get("bbox"), size)
+    box = _clipped_box(where, annotation.get("bbox"), size)
     if not annotation.get("segmentation"):
         raise InputError(
-            f"{name}: has no segmentation; Mask R-CNN learns from a mask (polygons or RLE) of every object"
+            f"{where}: has no segmentation; Mask R-CNN learns from a mask (polygons or RLE) of every object"
         )
     try:
-        counts = masks.encode(annotation["segmentation"], size)
+        mask = masks.encode(annotation["segmentation"], size)
     except ValueError as error:
-        raise InputError(f"{name}: {error}; correct it, or remove the annotation") from error
-    if box is None or counts is None:
+        raise InputError(f"{where}: {error}; correct it, or remove the annotation") from error
+    if box is None or mask is None:
         return None
     area = annotation.get("area")
     if not isinstance(area, int | float) or not 0 <= area < math.inf:
-        area = masks.area(counts, size)
-    return _Object(box, labels[annotation["category_id"]], bool(annotation.get("iscrowd")), float(area), counts)
+        area = masks.area(mask, size)
+    return _Object(box, labels[annotation["category_id"]], bool(annotation.get("iscrowd")), float(area), mask)
 
 
-def _checked_box(name: str, bbox: Any, size: Size) -> tuple[float, float, float, float] | None:
-    """(left, top, right, bottom), cut at the image's edges; None for a box without width or height."""
-    numbers = (
-        isinstance(bbox, list)
-        and len(bbox) == 4
-        and all(isinstance(value, int | float) and math.isfinite(value) for value in bbox)
-    )
-    if not numbers:
-        raise InputError(f"{name}: its bbox is {str(bbox)[:80]}; COCO's is [left, top, width, height] in pixels")
+def _clipped_box(where: str, bbox: Any, size: Size) -> tuple[float, float, float, float] | None:
+    """(left, top, right, bottom), clipped to the image; None for a box without width or height."""
+    if (
+        not isinstance(bbox, list)
+        or len(bbox) != 4
+        or not all(isinstance(value, int | float) and math.isfinite(value) for value in bbox)
+    ):
+        shown = str(bbox)[:SHOWN_CHARACTERS]
+        raise InputError(f"{where}: its bbox is {shown}; COCO's is [left, top, width, height] in pixels")
     left, top, width, height = (float(value) for value in bbox)
     if width < 0 or height < 0:
-        raise InputError(f"{name}: its bbox {bbox} has a negative size; COCO's is [left, top, width, height] in pixels")
-    outside = min(left, top) < -TOLERANCE or left + width > size[0] + TOLERANCE or top + height > size[1] + TOLERANCE
-    if outside:
         raise InputError(
-            f"{name}: its bbox {bbox} lies outside its image of {size[0]} x {size[1]} pixels; correct or remove it"
+            f"{where}: its bbox {bbox} has a negative size; COCO's is [left, top, width, height] in pixels"
         )
-    box = max(0.0, left), max(0.0, top), min(float(size[0]), left + width), min(float(size[1]), top + height)
-    return box if width and height and box[2] > box[0] and box[3] > box[1] else None
-
-
-def _packed(
-    files: SplitFiles,
-    classes: dict[int, str],
-    names: tuple[str, ...],
-    sizes: list[Size],
-    in_images: list[list[_Object]],
-    annotations: int,
-) -> Split:
-    objects = list(itertools.chain(*in_images))
-    return Split(
-        files=files,
-        classes=classes,
-        names=names,
-        sizes=np.array(sizes, dtype=np.int32),
-        starts=_starts(len(in_image) for in_image in in_images),
-        boxes=np.array([read.box for read in objects], dtype=np.float32),
-        labels=np.array([read.label for read in objects], dtype=np.int64),
-        crowd=np.array([read.crowd for read in objects], dtype=bool),
-        areas=np.array([read.area for read in objects], dtype=np.float32),
-        runs=np.frombuffer(b"".join(read.counts for read in objects), dtype=np.uint8),
-        run_starts=_starts(len(read.counts) for read in objects),
-        dropped=annotations - len(objects),
-    )
-
-
-def _starts(lengths: Iterable[int]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(list(lengths), dtype=np.int64)])
+    right, bottom = left + width, top + height
+    if min(left, top) < -TOLERANCE or right > size[0] + TOLERANCE or bottom > size[1] + TOLERANCE:
+        raise InputError(
+            f"{where}: its bbox {bbox} lies outside its image of {size[0]} x {size[1]} pixels; correct or remove it"
+        )
+    left, top, right, bottom = max(0.0, left), max(0.0, top), min(float(size[0]), right), min(float(size[1]), bottom)
+    return (left, top, right, bottom) if width and height and right > left and bottom > top else None

@@ -1,12 +1,11 @@
-"""Photos and their objects as Mask R-CNN takes them: decoded, made smaller where they are larger than needed, flipped.
+"""Datasets of photos and their objects, as Mask R-CNN takes them.
 
-Sizes only ever shrink here, so that a batch of large photos with all their masks fits into memory; what is smaller than the network's
-image size is enlarged on the device, by torchvision's transform.
+Large photos are shrunk here, so that a batch of them with all their masks fits into memory. Small ones are enlarged on
+the device, by the network's transform.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,20 +19,26 @@ from fastmae.evaluate.detection.masks import Size
 from fastmae.images.decode import UndecodableError, decode_bands
 
 Objects = dict[str, torch.Tensor]
-"""boxes float32 [N, 4] (left, top, right, bottom in pixels of the photo as it is given), labels int64 [N] from 1, masks uint8 [N, H, W]."""
+"""`boxes` float32 [N, 4] (left, top, right, bottom in pixels of the photo), `labels` int64 [N] from 1, `masks` uint8
+[N, H, W]."""
 Sample = tuple[torch.Tensor, Objects]
 """A photo, uint8 [K, H, W], and its objects."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How large photos are given to the network: the short side at `short` pixels, unless the long one would exceed `long`."""
+class SizeLimits:
+    """Size of the photos for the network.
+
+    Attributes:
+        short: length of the short side in pixels, unless the long side would exceed `long`.
+        long: upper limit of the long side, in pixels.
+    """
 
     short: int
     long: int
 
-    def cut(self, size: Size) -> Size:
-        """(width, height) of a photo made smaller to within both limits, or its own."""
+    def shrink(self, size: Size) -> Size:
+        """The (width, height) of a photo at this size if that is smaller; else the photo's own."""
         scale = min(self.short / min(size), self.long / max(size))
         if scale >= 1:
             return size
@@ -42,46 +47,43 @@ class Limits:
 
 
 class TrainingPhotos(Dataset[Sample]):
-    """Photos to train on, half of them mirrored. A sample follows from (seed, epoch, index) alone.
+    """Photos and their objects, half of them mirrored, indexed by (epoch, index).
+
+    A sample's draws follow from (seed, epoch, index) alone.
 
     Args:
         split: the training split.
         limits: of the photos' size.
-        channels: to which they are decoded, 1 or 3.
-        seed: of what is drawn.
+        channels: number of channels that photos are decoded to, 1 or 3.
+        seed: the run's seed.
     """
 
-    def __init__(self, split: Split, limits: Limits, channels: int, seed: int):
+    def __init__(self, split: Split, limits: SizeLimits, channels: int, seed: int):
         self.split, self.limits, self.channels, self.seed = split, limits, channels, seed
-        self.usable = split.trainable()
+        self.images = split.trainable_images()
 
     def __len__(self) -> int:
-        return len(self.usable)
+        return len(self.images)
 
     def __getitem__(self, visit: tuple[int, int]) -> Sample:
         epoch, index = visit
-        image = self.usable[index]
-        photo, objects = (
-            load_photo(self.split, image, self.limits, self.channels),
-            load_objects(self.split, image, self.limits),
-        )
-        return (
-            mirrored(photo, objects)
-            if np.random.default_rng((self.seed, epoch, index)).random() < 0.5
-            else (photo, objects)
-        )
+        image = self.images[index]
+        photo = load_photo(self.split, image, self.limits, self.channels)
+        objects = load_objects(self.split, image, self.limits)
+        flip = np.random.default_rng((self.seed, epoch, index)).random() < 0.5
+        return mirror(photo, objects) if flip else (photo, objects)
 
 
 class ValidationPhotos(Dataset[tuple[int, torch.Tensor]]):
-    """Photos to evaluate on, with their places in the split.
+    """(image, photo): the image's index in the split, and the photo uint8 [K, H, W].
 
     Args:
         split: the validation split.
-        limits: as `TrainingPhotos`.
-        channels: the same.
+        limits: of the photos' size.
+        channels: number of channels that photos are decoded to, 1 or 3.
     """
 
-    def __init__(self, split: Split, limits: Limits, channels: int):
+    def __init__(self, split: Split, limits: SizeLimits, channels: int):
         self.split, self.limits, self.channels = split, limits, channels
 
     def __len__(self) -> int:
@@ -92,79 +94,72 @@ class ValidationPhotos(Dataset[tuple[int, torch.Tensor]]):
 
 
 class Targets:
-    """What a batch's photos show, on its way to the network.
+    """The objects of a batch's photos, on their way to the network.
 
-    Fabric rounds every float tensor that it finds among a model's inputs to the run's precision. Boxes are no activations: in here
-    they stay float32.
+    Fabric casts every float tensor among a model's inputs to the run's precision, which would round boxes. It does not
+    look into this class.
 
     Args:
-        objects: of each photo.
+        objects: one entry for each photo.
     """
 
     def __init__(self, objects: Sequence[Objects]):
         self.objects = list(objects)
 
     def to(self, device: torch.device) -> "Targets":
-        """The same on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+        """The targets on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pin_memory(self) -> "Targets":
-        """The same in memory that a GPU copies from while it computes."""
-        return self._each(torch.Tensor.pin_memory)
+        """The targets in pinned memory, which a GPU copies from while it computes."""
+        return self._map(torch.Tensor.pin_memory)
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Targets":
-        return Targets([{name: change(tensor) for name, tensor in objects.items()} for objects in self.objects])
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Targets":
+        return Targets([{name: function(tensor) for name, tensor in objects.items()} for objects in self.objects])
 
 
-def as_batch(samples: Sequence[Sample]) -> tuple[list[torch.Tensor], Targets]:
-    """Samples -> photos, which differ in size, and what is in them."""
+def collate_photos(samples: Sequence[Sample]) -> tuple[list[torch.Tensor], Targets]:
+    """A list of photos, since they differ in size, and their objects."""
     photos, objects = zip(*samples, strict=True)
     return list(photos), Targets(objects)
 
 
-def as_lists(samples: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Samples of two parts -> two lists: photos differ in size."""
-    first, second = zip(*samples, strict=True)
-    return list(first), list(second)
-
-
-def load_photo(split: Split, image: int, limits: Limits, channels: int) -> torch.Tensor:
+def load_photo(split: Split, image: int, limits: SizeLimits, channels: int) -> torch.Tensor:
     """A photo within the limits, uint8 [K, H, W].
 
     Raises:
         InputError: it can't be decoded.
     """
-    size, path = limits.cut(split.size(image)), split.path(image)
-    reduced = min(size) if size != split.size(image) else None  # a JPEG is then decoded no larger than needed
+    own_size, path = split.size(image), split.path(image)
+    size = limits.shrink(own_size)
+    at_least = min(size) if size != own_size else None  # lets a JPEG be decoded no larger than needed
     try:
         with path.open("rb") as file:
-            bands, _ = decode_bands(file, path.name, channels, reduced)
+            bands, _ = decode_bands(file, path.name, channels, at_least)
     except UndecodableError as error:
         raise InputError(f"{path}: {error}; replace it, or remove it from {split.files.annotations}") from error
-    resized = [
-        np.asarray(band if band.size == size else band.resize(size, Image.Resampling.BILINEAR)) for band in bands
-    ]
-    return torch.from_numpy(
-        np.stack(resized) if len(resized) > 1 or channels == 1 else resized[0].transpose(2, 0, 1).copy()
-    )
+    (band,) = bands  # one RGB or one grey image
+    pixels = np.asarray(band if band.size == size else band.resize(size, Image.Resampling.BILINEAR))
+    return torch.from_numpy(np.atleast_3d(pixels).transpose(2, 0, 1).copy())
 
 
-def load_objects(split: Split, image: int, limits: Limits) -> Objects:
-    """A photo's objects, without crowds, at the size of `load_photo`."""
-    own = split.size(image)
-    size = limits.cut(own)
-    places = [place for place in split.objects(image) if not split.crowd[place]]
-    scale = torch.tensor([size[0] / own[0], size[1] / own[1]] * 2)
-    pixels = [masks.decode(split.counts(place), own, size) for place in places]
+def load_objects(split: Split, image: int, limits: SizeLimits) -> Objects:
+    """A photo's objects at the size of `load_photo`, without crowds."""
+    own_size = split.size(image)
+    width, height = limits.shrink(own_size)
+    indices = split.objects_without_crowds(image)
+    scale = torch.tensor([width / own_size[0], height / own_size[1]] * 2)
+    object_masks = [masks.decode(split.mask(index), own_size, (width, height)) for index in indices]
+    stacked = np.stack(object_masks) if object_masks else np.zeros((0, height, width), dtype=np.uint8)
     return {
-        "boxes": torch.from_numpy(split.boxes[places].reshape(-1, 4)) * scale,
-        "labels": torch.from_numpy(split.labels[places]),
-        "masks": torch.from_numpy(np.stack(pixels) if pixels else np.zeros((0, size[1], size[0]), dtype=np.uint8)),
+        "boxes": torch.from_numpy(split.boxes[indices].reshape(-1, 4)) * scale,
+        "labels": torch.from_numpy(split.labels[indices]),
+        "masks": torch.from_numpy(stacked),
     }
 
 
-def mirrored(photo: torch.Tensor, objects: Objects) -> Sample:
-    """Left and right exchanged, in the photo, the boxes and the masks."""
+def mirror(photo: torch.Tensor, objects: Objects) -> Sample:
+    """Photo, boxes and masks flipped left to right."""
     left, top, right, bottom = objects["boxes"].unbind(1)
     width = photo.shape[-1]
     boxes = torch.stack([width - right, top, width - left, bottom], dim=1)

@@ -1,9 +1,10 @@
-"""From a plain ViT's last map to a pyramid of maps (the simple feature pyramid of Li et al. 2022, ViTDet).
+"""A pyramid of maps from a plain ViT's last map alone (the simple feature pyramid of Li et al. 2022, ViTDet).
 
-Strides of patch/4, patch/2, patch, 2 patch, and of 4 patch for proposals of large objects: with patches of 16 those of the usual FPN.
+Its strides are 1/4, 1/2, 1 and 2 patches, and 4 patches for proposals of large objects. With patches of 16 pixels these
+are the usual FPN's.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,19 +16,18 @@ from torch import nn
 from fastmae.student.encoder import Encoder
 
 ROI_LEVELS = ("0", "1", "2", "3")
-"""Names of the maps that objects are cut out of, the finest first."""
+"""Names of the maps that RoIAlign reads, the finest first."""
 PROPOSAL_LEVEL = "pool"
 """Name of the coarsest map, for proposals only."""
-PATCHES_A_STRIDE = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Stride of each map, in patches."""
+STRIDES_IN_PATCHES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 class SimplePyramid(nn.Module):
-    """The encoder, and its last map at four scales more than its own.
+    """The encoder, and maps of five strides from its last block.
 
     Args:
         encoder: a timm ViT that takes images of any size.
-        out_channels: of every map.
+        out_channels: width of every map.
     """
 
     def __init__(self, encoder: Encoder, out_channels: int):
@@ -37,52 +37,51 @@ class SimplePyramid(nn.Module):
         width = encoder.embed_dim
         half, quarter = max(1, width // 2), max(1, width // 4)
         scales: list[tuple[nn.Module, int]] = [
-            (nn.Sequential(_doubled(width, half), LayerNorm2d(half), nn.GELU(), _doubled(half, quarter)), quarter),
-            (_doubled(width, half), half),
+            (nn.Sequential(_upsample(width, half), LayerNorm2d(half), nn.GELU(), _upsample(half, quarter)), quarter),
+            (_upsample(width, half), half),
             (nn.Identity(), width),
             (nn.MaxPool2d(2), width),
         ]
         self.levels = nn.ModuleList(
-            nn.Sequential(scale, *_projected(channels, out_channels)) for scale, channels in scales
+            nn.Sequential(scale, *_projection(channels, out_channels)) for scale, channels in scales
         )
-        train_what_is_read(encoder)
+        train_all_that_is_read(encoder)
 
     def forward(self, images: Sequence[torch.Tensor]) -> "OrderedDict[str, torch.Tensor]":
-        """Images, float32 [K, H, W], sides multiples of two patches -> a map for each name, float32 [B, C, rows, columns].
+        """Images float32 [K, H, W], sides multiples of two patches -> five named maps float32 [B, C, rows, cols].
 
-        Each image goes through on its own, or with those of its size: with margins to make all equally large, positions would be
-        stretched over the margins too, and an image would look different in a batch than alone. Maps get margins of 0.
+        Only images of one size share a forward pass. Padded to the largest, an image's positions would be stretched
+        over the padding too, and its maps would depend on the rest of the batch. Instead the maps are padded, with 0.
 
-        float32 under mixed precision too: torchvision takes the type of its boxes from there, and bf16 has no numbers between 512
-        and 516.
+        The maps are float32 under mixed precision too: torchvision's boxes take their dtype, and bf16 has no numbers
+        between 512 and 516.
         """
-        of_size: dict[torch.Size, list[int]] = {}
-        for place, image in enumerate(images):
-            of_size.setdefault(image.shape, []).append(place)
-        found: list[list[torch.Tensor]] = [[] for _ in images]
-        for places in of_size.values():
-            for place, maps in zip(
-                places, zip(*self._maps(torch.stack([images[p] for p in places])), strict=True), strict=True
-            ):
-                found[place] = list(maps)
+        indices_by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for index, image in enumerate(images):
+            indices_by_shape[image.shape].append(index)
+        maps_by_image: dict[int, Sequence[torch.Tensor]] = {}
+        for indices in indices_by_shape.values():
+            batch = torch.stack([images[index] for index in indices])
+            maps_by_image.update(zip(indices, zip(*self._maps(batch), strict=True), strict=True))
+        images_by_map = zip(*(maps_by_image[index] for index in range(len(images))), strict=True)
         names = (*ROI_LEVELS, PROPOSAL_LEVEL)
-        return OrderedDict((name, _stacked(maps)) for name, maps in zip(names, zip(*found, strict=True), strict=True))
+        return OrderedDict((name, _pad_and_stack(maps)) for name, maps in zip(names, images_by_map, strict=True))
 
     def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """[B, K, H, W] -> the maps, [B, C, H / stride, W / stride], the coarsest rounded up."""
+        """[B, K, H, W] -> the five maps, [B, C, H / stride, W / stride], the coarsest rounded up."""
         encoder: Any = self.encoder
         last = len(encoder.blocks) - 1
-        grid = encoder.forward_intermediates(
+        (grid,) = encoder.forward_intermediates(
             images, indices=[last], norm=False, output_fmt="NCHW", intermediates_only=True
-        )[0]
+        )
         maps = [level(grid).float() for level in self.levels]
         return [*maps, F.max_pool2d(maps[-1], kernel_size=1, stride=2)]
 
 
-def train_what_is_read(encoder: Encoder) -> None:
-    """All of it, positions too, which stand still in pre-training; but not what follows the last block, a norm as a rule.
+def train_all_that_is_read(encoder: Encoder) -> None:
+    """Train the whole encoder, with its positions, which pre-training fixes; but not what follows its last block.
 
-    That is not read here and stays as it was. With a gradient to come, several processes would wait for it.
+    The pyramid doesn't read that (the final norm as a rule). Were it to require gradients, DDP would wait for them.
     """
     encoder.requires_grad_(True)
     for name in ("norm", "fc_norm", "attn_pool"):
@@ -91,17 +90,19 @@ def train_what_is_read(encoder: Encoder) -> None:
             unread.requires_grad_(False)
 
 
-def _stacked(maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[C, rows, columns] of several sizes -> [B, C, most rows, most columns], with margins of 0 to the right and below."""
-    rows, columns = (max(found.shape[side] for found in maps) for side in (1, 2))
-    return torch.stack([F.pad(found, (0, columns - found.shape[2], 0, rows - found.shape[1])) for found in maps])
+def _pad_and_stack(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Maps [C, rows, cols] of several sizes -> [B, C, most rows, most cols], padded with 0 on the right and below."""
+    rows, cols = (max(image_map.shape[axis] for image_map in maps) for axis in (1, 2))
+    return torch.stack(
+        [F.pad(image_map, (0, cols - image_map.shape[2], 0, rows - image_map.shape[1])) for image_map in maps]
+    )
 
 
-def _doubled(channels: int, out_channels: int) -> nn.Module:
+def _upsample(channels: int, out_channels: int) -> nn.Module:
     return nn.ConvTranspose2d(channels, out_channels, kernel_size=2, stride=2)
 
 
-def _projected(channels: int, out_channels: int) -> list[nn.Module]:
+def _projection(channels: int, out_channels: int) -> list[nn.Module]:
     return [
         nn.Conv2d(channels, out_channels, kernel_size=1, bias=False),
         LayerNorm2d(out_channels),

@@ -1,7 +1,9 @@
-"""Photos through a trained detector: what is found in each, at the photo's own size, gathered from all processes."""
+"""Measures a detector on the validation photos: COCO's average precision, and a picture of some detections."""
 
 import itertools
-from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,40 +11,91 @@ import torch
 from torch import nn
 
 from fastmae.evaluate.detection import masks
-from fastmae.evaluate.detection.average_precision import Detections
+from fastmae.evaluate.detection.average_precision import Detections, average_precision
 from fastmae.evaluate.detection.coco import Split
+from fastmae.evaluate.detection.datasets import SizeLimits, ValidationPhotos
+from fastmae.evaluate.detection.pictures import choose_images, draw_detections
+from fastmae.evaluate.supervised import evaluation_batches
+from fastmae.runtime.durable import write_whole
 from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import on_first_process
+from fastmae.runtime.progress import Progress
 
 
-def detections(
-    network: nn.Module, split: Split, batches: Iterable[tuple[list[int], list[torch.Tensor]]]
-) -> Iterable[Detections]:
-    """What is found in each photo.
+@dataclass(frozen=True)
+class Validation:
+    """Measures a network; called with the network and Fabric.
+
+    Attributes:
+        split: the validation split.
+        limits: of the photos' size for the network.
+        channels: number of channels that photos are decoded to, 1 or 3.
+        workers: number of loading processes; -1 for automatic.
+        num_pictures: number of photos that are drawn; 0 for none.
+        pictures_file: where they are drawn.
+    """
+
+    split: Split
+    limits: SizeLimits
+    channels: int
+    workers: int
+    num_pictures: int
+    pictures_file: Path
+
+    def __call__(self, network: nn.Module, fabric: Fabric) -> dict[str, float]:
+        """COCO's figures, the same in every process; see `average_precision`."""
+        photos = ValidationPhotos(self.split, self.limits, self.channels)
+        # One photo at a time: in a batch, the padding of its feature maps would change a photo's proposals a little.
+        samples = evaluation_batches(photos, len(photos), fabric, 1, self.workers, itemgetter(0))
+        detections = []
+        share = len(range(fabric.global_rank, len(photos), fabric.world_size))
+        with Progress("detect val", "images", share, quiet=not fabric.is_global_zero) as progress:
+            for image, photo in samples:
+                detections.append(detect_objects(network, self.split, image, photo))
+                progress.advance(1)
+        detections = gather_detections(fabric, detections)
+        figures: dict[str, float] = {}
+
+        def measure_and_draw() -> None:
+            figures.update(average_precision(self.split, detections))
+            if self.num_pictures:
+                images = choose_images(self.split, self.num_pictures)
+                png = draw_detections(self.split, detections, images, self.channels)
+                write_whole(self.pictures_file, lambda file: file.write_bytes(png))
+
+        on_first_process(fabric, measure_and_draw)
+        return fabric.broadcast(figures)
+
+
+def detect_objects(network: nn.Module, split: Split, image: int, photo: torch.Tensor) -> Detections:
+    """The objects in a photo, with boxes and masks at the original image's size.
 
     Args:
         network: from `build_detector`, in evaluation mode.
-        split: whose sizes are the photos' own.
-        batches: places in the split, and photos uint8 [K, H, W] on the network's device, at their own size or smaller. By the margins of
-            their maps photos touch each other's proposals a little: give one at a time.
+        split: the image's split.
+        image: index of the image in the split.
+        photo: uint8 [K, H, W] on the network's device, the image at its own size or smaller.
     """
-    for images, photos in batches:
-        for image, photo, found in zip(images, photos, network(photos), strict=True):
-            yield _at_own_size(split, image, photo, found)
+    (output,) = network([photo])
+    width, height = split.size(image)
+    scale = np.array([width / photo.shape[-1], height / photo.shape[-2]] * 2, dtype=np.float32)
+    boxes = output["boxes"].float().cpu().numpy() * scale
+    box_masks = output["masks"][:, 0].float().cpu()
+    return Detections(
+        image=image,
+        labels=output["labels"].cpu().numpy(),
+        scores=output["scores"].float().cpu().numpy(),
+        boxes=boxes,
+        masks=[masks.paste(mask, box.tolist(), (width, height)) for mask, box in zip(box_masks, boxes, strict=True)],
+    )
 
 
-def _at_own_size(split: Split, image: int, photo: torch.Tensor, found: dict[str, torch.Tensor]) -> Detections:
-    size = split.size(image)
-    scale = np.array([size[0] / photo.shape[-1], size[1] / photo.shape[-2]] * 2, dtype=np.float32)
-    boxes = found["boxes"].float().cpu().numpy() * scale
-    over_boxes = found["masks"][:, 0].float().cpu()
-    counts = [masks.paste(mask, box.tolist(), size) for mask, box in zip(over_boxes, boxes, strict=True)]
-    return Detections(image, found["labels"].cpu().numpy(), found["scores"].float().cpu().numpy(), boxes, counts)
-
-
-def gathered(fabric: Fabric, found: list[Detections]) -> list[Detections]:
-    """The detections of all processes by the places of their images, in the first process; none in the others."""
+def gather_detections(fabric: Fabric, detections: list[Detections]) -> list[Detections]:
+    """The detections of all processes, sorted by image, in the first process; an empty list in the others."""
     if fabric.world_size == 1:
-        return found
-    parts: list[Any] | None = [None] * fabric.world_size if fabric.is_global_zero else None
-    torch.distributed.gather_object(found, parts)
-    return sorted(itertools.chain(*parts), key=lambda detected: detected.image) if parts is not None else []
+        return detections
+    gathered: list[Any] | None = [None] * fabric.world_size if fabric.is_global_zero else None
+    torch.distributed.gather_object(detections, gathered)
+    if gathered is None:
+        return []
+    return sorted(itertools.chain(*gathered), key=lambda detected: detected.image)

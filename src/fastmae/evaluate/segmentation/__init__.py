@@ -1,1 +1,1 @@
-"""Semantic segmentation with UperNet on a ViT: pictures with a class id a pixel in, mIoU out."""
+"""Semantic segmentation with UperNet on a ViT, trained on photos with a class id for each pixel, measured by mIoU."""

@@ -1,127 +1,123 @@
-"""What the files hold, looked at before training starts: sizes from the headers, ids from the masks' pixels.
+"""Checks the photos and masks before training: sizes from the headers, ids from the masks' pixels.
 
-Every header is read. Of more than `MANY` masks only so many are decoded, evenly spread, unless nothing but the masks tells how
-many classes there are; ids in the others are checked when training or evaluation reads them.
+Every header is read. At most `MAX_MASKS_READ` masks of each split are decoded, evenly spread, unless nothing but the
+masks tells how many classes there are. Ids in the others are checked when they are loaded.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
 from fastmae.errors import InputError, first_line
-from fastmae.evaluate.segmentation.layout import IGNORED, Pair, Reading, SegmentationData, mask_size, read_mask
+from fastmae.evaluate.file_checks import map_in_threads, upright_size
+from fastmae.evaluate.segmentation.layout import Pair, SegmentationData
+from fastmae.evaluate.segmentation.masks import IGNORED, MaskEncoding, mask_size, read_mask
 from fastmae.images.decode import decode_bands
 from fastmae.runtime.device import cores
 from fastmae.runtime.progress import Progress
 
-MANY = 5000
-"""Masks that are decoded for their ids alone: about 3 ms each at 512 x 683, shared among the cores."""
-SIDEWAYS = {5, 6, 7, 8}
-"""EXIF orientations that swap width and height."""
-Given = TypeVar("Given")
-Found = TypeVar("Found")
+MAX_MASKS_READ = 5000
+"""Decoding a mask takes about 3 ms at 512 x 683; the cores share them."""
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What was found.
+class DataSummary:
+    """What the check learnt about the data.
 
     Attributes:
-        names: of the classes, from the data's own file or by their ids.
-        short_side: the training images' median shorter side, in pixels.
-        pixels: int64 [256], how often each id stands in the decoded training masks.
-        decoded: masks whose ids were read.
+        class_names: one for each class id, from the data's own file or else the ids.
+        short_side: median of the training photos' shorter sides, in pixels.
+        pixel_counts: int64 [256], training pixels of each id, in the masks that were read.
+        masks_read: number of masks whose ids were read.
     """
 
-    names: tuple[str, ...]
+    class_names: tuple[str, ...]
     short_side: int
-    pixels: np.ndarray
-    decoded: int
+    pixel_counts: np.ndarray
+    masks_read: int
 
     @property
-    def untrained(self) -> list[str]:
-        """Classes that no decoded training mask holds."""
-        return [name for number, name in enumerate(self.names) if not self.pixels[number]]
+    def untrained_classes(self) -> list[str]:
+        """Names of the classes that have no pixel in the training masks that were read."""
+        return [name for class_id, name in enumerate(self.class_names) if not self.pixel_counts[class_id]]
 
 
-def survey(data: SegmentationData, channels: int, quiet: bool = False) -> Survey:
-    """Check every pair's sizes and the masks' ids.
+def check_data(data: SegmentationData, channels: int, quiet: bool = False) -> DataSummary:
+    """Check the sizes of all pairs and the ids in the masks.
 
     Args:
         data: from `find_data`.
-        channels: that the images will be decoded to.
-        quiet: without a progress line.
+        channels: number of channels that the photos will be decoded to.
+        quiet: whether to show no progress.
 
     Raises:
         InputError: names the first file that can't be used, or says why the masks as a whole can't.
     """
     pairs = [*data.train, *data.val]
-    with ThreadPoolExecutor(max(2, cores())) as pool:
-        with Progress("check sizes", "images", len(pairs), quiet=quiet) as progress:
-            sizes = list(_each(pool, lambda pair: check_sizes(pair, channels), pairs, progress))
-        train, val = (_spread(part, len(pairs) if data.names is None else MANY) for part in (data.train, data.val))
-        chosen = [*train, *val]
-        with Progress("check ids", "masks", len(chosen), quiet=quiet) as progress:
-            counts: np.ndarray = np.stack(
-                list(_each(pool, lambda pair: count_ids(pair, data.reading), chosen, progress))
-            )
-    _check_not_empty(data, counts[: len(train)].sum(0), counts[len(train) :].sum(0))
-    names = data.names or tuple(str(number) for number in range(int(np.flatnonzero(counts.sum(0)[:IGNORED]).max()) + 1))
-    for pair, present in zip(chosen, counts, strict=True):
-        check_ids(pair, present, len(names), data)
-    return Survey(
-        names,
-        int(statistics.median(min(size) for size in sizes[: len(data.train)])),
-        counts[: len(train)].sum(0),
-        len(chosen),
-    )
+    threads = max(2, cores())
+    with Progress("check sizes", "images", len(pairs), quiet=quiet) as progress:
+        sizes = list(map_in_threads(lambda pair: check_sizes(pair, channels), pairs, threads, progress))
+    max_read = len(pairs) if data.class_names is None else MAX_MASKS_READ
+    train, val = _spread(data.train, max_read), _spread(data.val, max_read)
+    checked = [*train, *val]
+    with Progress("check ids", "masks", len(checked), quiet=quiet) as progress:
+        results = map_in_threads(lambda pair: count_ids(pair, data.encoding), checked, threads, progress)
+        counts: np.ndarray = np.stack(list(results))
+    train_counts, val_counts = counts[: len(train)].sum(0), counts[len(train) :].sum(0)
+    _check_not_empty(data, train_counts, val_counts)
+    class_names = data.class_names
+    if class_names is None:
+        largest_id = int(np.flatnonzero(counts.sum(0)[:IGNORED]).max())
+        class_names = tuple(str(class_id) for class_id in range(largest_id + 1))
+    for pair, pair_counts in zip(checked, counts, strict=True):
+        check_ids(pair, pair_counts, len(class_names), data)
+    short_side = statistics.median(min(size) for size in sizes[: len(data.train)])
+    return DataSummary(class_names, int(short_side), train_counts, len(checked))
 
 
 def check_sizes(pair: Pair, channels: int) -> tuple[int, int]:
-    """(width, height) that a photo, upright by its EXIF orientation, and its mask share.
+    """(width, height) in pixels of a photo, upright by its EXIF orientation, and of its mask.
 
     Raises:
-        InputError: they differ, or one of the files is no image.
+        InputError: the two differ, or one of the files is not an image.
     """
     image, mask = _image_size(pair, channels), mask_size(pair.mask)
     if image != mask:
         turned = "; its EXIF orientation turns the photo, but not its mask" if image == mask[::-1] else ""
         raise InputError(
-            f"{pair.mask}: {mask[0]} x {mask[1]} pixels, but its image {pair.image.name} has {image[0]} x {image[1]}{turned}; "
-            "a mask holds one id for each pixel of its image"
+            f"{pair.mask}: {mask[0]} x {mask[1]} pixels, but its image {pair.image.name} has "
+            f"{image[0]} x {image[1]}{turned}; a mask holds one id for each pixel of its image"
         )
     return image
 
 
-def count_ids(pair: Pair, reading: Reading) -> np.ndarray:
-    """How many pixels of a mask have each id: int64 [256]."""
-    return np.bincount(read_mask(pair.mask, reading).ravel(), minlength=IGNORED + 1)
+def count_ids(pair: Pair, encoding: MaskEncoding) -> np.ndarray:
+    """Number of pixels of each id in a mask, int64 [256]."""
+    return np.bincount(read_mask(pair.mask, encoding).ravel(), minlength=IGNORED + 1)
 
 
-def check_ids(pair: Pair, present: np.ndarray, classes: int, data: SegmentationData) -> None:
-    """Check that a mask holds no id beyond the classes'.
+def check_ids(pair: Pair, counts: np.ndarray, num_classes: int, data: SegmentationData) -> None:
+    """Check that a mask holds no id beyond the last class.
 
     Args:
-        pair: whose mask it is.
-        present: [256], nonzero for the ids that stand in it.
-        classes: how many there are.
-        data: for the message.
+        pair: the mask's pair.
+        counts: [256], number of the mask's pixels of each id.
+        num_classes: number of classes.
+        data: tells how ids are stored, for the message.
 
     Raises:
-        InputError: it holds one; the message has it as it stands in the file.
+        InputError: names the id as it is stored in the file.
     """
-    outside = np.flatnonzero(present[classes:IGNORED])
+    outside = np.flatnonzero(counts[num_classes:IGNORED])
     if len(outside):
-        first = int(data.reading.zero_ignored)
-        ids = f"{first} to {classes - 1 + first}, {0 if first else data.reading.ignored} is ignored"
+        first = int(data.encoding.zero_ignored)  # stored id of the first class
+        ignored = 0 if first else data.encoding.ignored
         raise InputError(
-            f"{pair.mask}: holds the id {outside[0] + classes + first}, but {data.named_in} names {classes} classes ({ids})"
+            f"{pair.mask}: holds the id {outside[0] + num_classes + first}, but {data.names_source} names "
+            f"{num_classes} classes ({first} to {num_classes - 1 + first}, {ignored} is ignored)"
         )
 
 
@@ -130,47 +126,38 @@ def _image_size(pair: Pair, channels: int) -> tuple[int, int]:
         if pair.image.suffix.lower() == ".npy":
             with pair.image.open("rb") as file:
                 return decode_bands(file, pair.image.name, channels)[1]
-        with Image.open(pair.image) as image:
-            width, height = image.size
-            return (height, width) if image.getexif().get(0x0112) in SIDEWAYS else (width, height)
+        return upright_size(pair.image)[0]
     except Exception as error:  # codecs raise nearly any type on damaged files
         raise InputError(
             f"{pair.image}: not an image, or damaged ({first_line(error)}); remove it from the data"
         ) from error
 
 
-def _spread(pairs: Sequence[Pair], most: int) -> list[Pair]:
-    """At most so many of them, evenly spread."""
-    return list(pairs[:: max(1, math.ceil(len(pairs) / most))])
+def _spread(pairs: Sequence[Pair], at_most: int) -> Sequence[Pair]:
+    """Every n-th pair, such that there are not more than `at_most`."""
+    return pairs[:: max(1, math.ceil(len(pairs) / at_most))]
 
 
-def _each(
-    pool: ThreadPoolExecutor, function: Callable[[Given], Found], given: Sequence[Given], progress: Progress
-) -> Iterable[Found]:
-    """Results in order; at the first failure what has not begun yet is left."""
-    tasks = [pool.submit(function, one) for one in given]
-    try:
-        for task in tasks:
-            yield task.result()
-            progress.advance(1)
-    finally:
-        for task in tasks:
-            task.cancel()
+def _check_not_empty(data: SegmentationData, train_counts: np.ndarray, val_counts: np.ndarray) -> None:
+    """Refuse masks with nothing to measure, or with one class only.
 
-
-def _check_not_empty(data: SegmentationData, train: np.ndarray, val: np.ndarray) -> None:
-    """Raise where there is nothing to tell apart, or nothing to measure."""
-    for split, pixels in (("training", train), ("validation", val)):
-        if not pixels[:IGNORED].any():
-            ignored = 0 if data.reading.zero_ignored else data.reading.ignored
+    Args:
+        data: tells how ids are stored, for the message.
+        train_counts: [256], training pixels of each id.
+        val_counts: [256], validation pixels of each id.
+    """
+    for split, counts in (("training", train_counts), ("validation", val_counts)):
+        if not counts[:IGNORED].any():
+            ignored = 0 if data.encoding.zero_ignored else data.encoding.ignored
             raise InputError(
-                f"{data.root}: every pixel of the {split} masks is {ignored}, which is ignored; write class ids into them"
+                f"{data.root}: every pixel of the {split} masks is {ignored}, which is ignored; "
+                "write class ids into them"
             )
-    if np.count_nonzero(train[:IGNORED]) == 1:
-        only = int(np.flatnonzero(train[:IGNORED])[0]) + int(data.reading.zero_ignored)
-        black_and_white = (
-            f"; {IGNORED} is ignored: write the object as 1, not as {IGNORED}" if train[IGNORED] and not only else ""
-        )
+    present = np.flatnonzero(train_counts[:IGNORED])
+    if len(present) == 1:
+        is_black_and_white = train_counts[IGNORED] and present[0] == 0 and not data.encoding.zero_ignored
+        hint = f"; {IGNORED} is ignored: write the object as 1, not as {IGNORED}" if is_black_and_white else ""
+        stored_id = present[0] + int(data.encoding.zero_ignored)
         raise InputError(
-            f"{data.root}: the training masks hold the class {only} alone; there is nothing to tell apart{black_and_white}"
+            f"{data.root}: the training masks hold the class {stored_id} alone; there is nothing to tell apart{hint}"
         )

@@ -1,8 +1,9 @@
-"""Scores of every pixel of a photo of any size: by one forward of the whole, or by windows that overlap.
+"""Class scores of every pixel of a photo of any size: in one forward pass, or averaged over overlapping windows.
 
-`network` gives scores of both its heads for images whose sides are multiples of the patch; the main head's are used.
+`network` gives the scores of its two heads for images whose sides are multiples of the patch size; the main head's are
+used.
 
-Shapes: one image of H x W pixels, C classes.
+Shapes: B images of H x W pixels with K channels, C classes.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,64 +13,67 @@ import torch.nn.functional as F
 
 Network = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 WINDOWS_AT_ONCE = 4
-"""Windows a forward."""
-LEAST_PATCHES = 2
-"""Along a side: half of the last map must still hold something."""
+"""Number of windows in a forward pass."""
+MIN_PATCHES = 2
+"""Patches along a side that the network needs at least: its last map is halved."""
 
 
 def stride_of(window: int) -> int:
-    """How far one window lies from the next: two thirds of it, 341 of 512."""
+    """Distance between neighbouring windows: two thirds of their side, 341 pixels for 512."""
     return window * 2 // 3
 
 
-def whole_scores(network: Network, images: torch.Tensor, patch: int) -> torch.Tensor:
-    """Scores of whole images, float32 [B, C, H, W].
+def whole_scores(network: Network, images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Scores from one forward pass, float32 [B, C, H, W].
 
     Args:
-        network: as the module says.
-        images: float [B, K, H, W], normalised; filled up to multiples of the patch, to the right and below, with the mean colour.
-        patch: side of a patch, in pixels.
+        network: as in the module's docstring.
+        images: float [B, K, H, W], normalised. They are padded to whole patches, right and below, with the mean colour.
+        patch_size: side of a patch, in pixels.
     """
     height, width = images.shape[-2:]
-    rows, cols = (max(LEAST_PATCHES, -(-side // patch)) * patch for side in (height, width))
-    scores, _ = network(F.pad(images, (0, cols - width, 0, rows - height)))
-    return enlarged(scores, (rows, cols))[..., :height, :width]
+    padded_height, padded_width = (max(MIN_PATCHES, -(-side // patch_size)) * patch_size for side in (height, width))
+    scores, _ = network(F.pad(images, (0, padded_width - width, 0, padded_height - height)))
+    return resize_scores(scores, (padded_height, padded_width))[..., :height, :width]
 
 
-def sliding_scores(network: Network, images: torch.Tensor, patch: int, window: int) -> torch.Tensor:
-    """The mean of the scores of all windows that a pixel lies in, float32 [1, C, H, W].
+def sliding_scores(network: Network, images: torch.Tensor, patch_size: int, window: int) -> torch.Tensor:
+    """Scores averaged over all windows that contain a pixel, float32 [1, C, H, W].
 
     Args:
-        network: as the module says.
-        images: float [1, K, H, W], normalised. Along a side that is shorter than it a window takes all of it.
-        patch: side of a patch, in pixels.
-        window: its side, in pixels.
+        network: as in the module's docstring.
+        images: float [1, K, H, W], normalised. A side shorter than the window is covered by one window.
+        patch_size: side of a patch, in pixels.
+        window: side of a window, in pixels.
     """
-    places = list(_places(images.shape[-2:], window))
-    total = count = images.new_zeros(())
-    for first in range(0, len(places), WINDOWS_AT_ONCE):
-        part = places[first : first + WINDOWS_AT_ONCE]
-        found = whole_scores(network, torch.cat([images[..., rows, cols] for rows, cols in part]), patch)
-        if not total.dim():
-            total, count = (found.new_zeros(1, channels, *images.shape[-2:]) for channels in (found.shape[1], 1))
-        for (rows, cols), scores in zip(part, found, strict=True):
+    height, width = images.shape[-2:]
+    windows = list(_windows(height, width, window))
+    total = coverage = images.new_zeros(())
+    for start in range(0, len(windows), WINDOWS_AT_ONCE):
+        batch = windows[start : start + WINDOWS_AT_ONCE]
+        crops = torch.cat([images[..., rows, cols] for rows, cols in batch])
+        crop_scores = whole_scores(network, crops, patch_size)
+        if start == 0:
+            total = crop_scores.new_zeros(1, crop_scores.shape[1], height, width)
+            coverage = crop_scores.new_zeros(1, 1, height, width)
+        for (rows, cols), scores in zip(batch, crop_scores, strict=True):
             total[..., rows, cols] += scores
-            count[..., rows, cols] += 1
-    return total / count
+            coverage[..., rows, cols] += 1
+    return total / coverage
 
 
-def enlarged(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Scores at another size, bilinearly, float32."""
-    return (
-        scores.float()
-        if scores.shape[-2:] == size
-        else F.interpolate(scores.float(), size=size, mode="bilinear", align_corners=False)
+def resize_scores(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """[B, C, h, w] -> float32 [B, C, *size], bilinearly."""
+    if scores.shape[-2:] == size:
+        return scores.float()
+    return F.interpolate(scores.float(), size=size, mode="bilinear", align_corners=False)
+
+
+def _windows(height: int, width: int, window: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of each window. The last one along a side ends where the image does."""
+    tops, lefts = (
+        [*range(0, max(side - window, 0), stride_of(window)), max(side - window, 0)] for side in (height, width)
     )
-
-
-def _places(size: torch.Size, window: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of each window; the last one along a side ends where the image does."""
-    starts = [[*range(0, max(length - window, 0), stride_of(window)), max(length - window, 0)] for length in size]
-    for top in starts[0]:
-        for left in starts[1]:
+    for top in tops:
+        for left in lefts:
             yield slice(top, top + window), slice(left, left + window)

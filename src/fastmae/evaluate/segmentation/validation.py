@@ -1,16 +1,18 @@
-"""What a network says of val's photos, counted against their masks; and some of it drawn."""
+"""Measures a network on the validation photos: mIoU, pixel accuracy, and a picture of some predictions."""
 
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastmae.evaluate.segmentation.inference import enlarged, sliding_scores, whole_scores
-from fastmae.evaluate.segmentation.pictures import Shown, sheet
+from fastmae.evaluate.drawing import evenly_spaced
 from fastmae.evaluate.segmentation.datasets import WholePhotos
-from fastmae.evaluate.segmentation.mean_iou import intersection_over_union, summary
+from fastmae.evaluate.segmentation.inference import resize_scores, sliding_scores, whole_scores
+from fastmae.evaluate.segmentation.mean_iou import intersection_over_union, miou_and_accuracy
+from fastmae.evaluate.segmentation.pictures import Prediction, draw_predictions
 from fastmae.evaluate.supervised import evaluation_batches
 from fastmae.images.views import normalise
 from fastmae.runtime.durable import write_whole
@@ -18,92 +20,86 @@ from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import on_first_process
 
 CLASS_PREFIX = "iou/"
-"""Before a class's name, in the figures of an evaluation."""
-SHOWN_SIDE = 800
-"""Pixels, about, that a mask's longer side has on the sheet at most."""
+"""Stands before a class's name in the figures of an evaluation."""
+MAX_DRAWN_SIDE = 800
+"""Upper limit of a drawn mask's longer side, in pixels."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """How a network is measured; call it with the network.
+    """Measures a network; called with the network and Fabric.
 
     Attributes:
-        photos: of val.
-        names: of the classes.
-        mean: by which photos are normalised.
-        std: the same.
-        patch: side of a patch, in pixels.
-        window: side of the windows, in pixels; None: each photo is seen as a whole.
-        workers: loading processes.
-        pictures: rows of the sheet.
-        sheet: its file.
-        counter: a `confusion_matrix` of the classes.
+        photos: the validation photos and masks.
+        class_names: one for each class id.
+        mean: of each channel, for values in [0, 1].
+        std: of each channel, for values in [0, 1].
+        patch_size: side of a patch, in pixels.
+        window: side of the sliding windows, in pixels; None for one forward pass of the whole photo.
+        workers: number of loading processes; -1 for automatic.
+        num_pictures: number of photos that are drawn; 0 for none.
+        pictures_file: where they are drawn.
+        confusion_matrix: from `mean_iou.confusion_matrix`.
     """
 
     photos: WholePhotos
-    names: tuple[str, ...]
+    class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    patch: int
+    patch_size: int
     window: int | None
     workers: int
-    pictures: int
-    sheet: Path
-    counter: Any
+    num_pictures: int
+    pictures_file: Path
+    confusion_matrix: Any
 
     def __call__(self, network: Any, fabric: Fabric) -> dict[str, float]:
-        """Measure: `miou`, `pixel_accuracy` and, for each class, `iou/NAME` (not a number for one that does not occur), in percent."""
-        counter = self.counter.to(fabric.device)
-        counter.reset()
+        """`miou`, `pixel_accuracy` and `iou/NAME` of each class (NaN if it does not occur), in percent."""
+        confusion = self.confusion_matrix.to(fabric.device)
+        confusion.reset()
         if fabric.world_size > 1:
-            for statistics in network.buffers():  # batch norms that are not synchronised end a step each with their own
+            # Batch norms that are not synchronised have drifted apart: all processes take the first one's statistics.
+            for statistics in network.buffers():
                 torch.distributed.broadcast(statistics, src=0)
-        images = len(self.photos)
-        chosen = set(_spread(range(0, images, fabric.world_size), self.pictures)) if fabric.is_global_zero else set()
-        rows = []
-        for index, photo, mask in evaluation_batches(self.photos, images, fabric, 1, self.workers, _alone):
-            predicted = self.predict(network, photo, tuple(mask.shape))
-            counter.update(predicted, mask.long())
-            if index in chosen:
-                rows.append(_shown(photo, mask, predicted))
-        counts = counter.compute()
-        on_first_process(fabric, lambda: self._draw(rows))
-        ious = intersection_over_union(counts).tolist()
-        return {**summary(counts), **{f"{CLASS_PREFIX}{name}": iou for name, iou in zip(self.names, ious, strict=True)}}
+        share = range(0, len(self.photos), fabric.world_size)  # of the first process, which draws
+        drawn = set(evenly_spaced(share, self.num_pictures)) if fabric.is_global_zero else set()
+        predictions = []
+        # Photos differ in size, so each is a batch of its own.
+        samples = evaluation_batches(self.photos, len(self.photos), fabric, 1, self.workers, itemgetter(0))
+        for index, photo, mask in samples:
+            predicted = self.predict(network, photo, (mask.shape[0], mask.shape[1]))
+            confusion.update(predicted, mask.long())
+            if index in drawn:
+                predictions.append(_to_draw(photo, mask, predicted))
+        matrix = confusion.compute()
+        on_first_process(fabric, lambda: self._draw(predictions))
+        ious = zip(self.class_names, intersection_over_union(matrix).tolist(), strict=True)
+        return {**miou_and_accuracy(matrix), **{f"{CLASS_PREFIX}{name}": iou for name, iou in ious}}
 
     def predict(self, network: Any, photo: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """The class of every pixel, int64 [H, W].
 
         Args:
-            network: gives scores of its two heads.
+            network: gives the scores of its two heads.
             photo: uint8 [K, h, w].
-            size: (H, W) of the answer; scores are brought to it before they are compared.
+            size: (H, W); the scores are resized to it before the classes are compared.
         """
         images = normalise(photo[None], self.mean, self.std)
         if self.window is None:
-            scores = whole_scores(network, images, self.patch)
+            scores = whole_scores(network, images, self.patch_size)
         else:
-            scores = sliding_scores(network, images, self.patch, self.window)
-        return enlarged(scores, size).argmax(1)[0]
+            scores = sliding_scores(network, images, self.patch_size, self.window)
+        return resize_scores(scores, size).argmax(1)[0]
 
-    def _draw(self, rows: list[Shown]) -> None:
-        if rows:
-            picture = sheet(rows, self.names)
-            write_whole(self.sheet, lambda aside: aside.write_bytes(picture))
-
-
-def _alone(samples: list[Any]) -> Any:
-    """A batch of one: photos differ in size."""
-    return samples[0]
+    def _draw(self, predictions: list[Prediction]) -> None:
+        if predictions:
+            png = draw_predictions(predictions, self.class_names)
+            write_whole(self.pictures_file, lambda file: file.write_bytes(png))
 
 
-def _spread(places: range, count: int) -> list[int]:
-    """So many of the places, or all, evenly spread."""
-    return [places[int(place)] for place in np.linspace(0, len(places) - 1, min(count, len(places))).round()]
-
-
-def _shown(photo: torch.Tensor, mask: torch.Tensor, predicted: torch.Tensor) -> Shown:
-    colours = photo[[0, 0, 0] if len(photo) < 3 else [0, 1, 2]]  # grey, RGB, or the first three channels
-    step = -(-max(mask.shape) // SHOWN_SIDE)
-    truth, said = (part[::step, ::step].cpu().numpy().astype(np.uint8) for part in (mask, predicted))
-    return Shown(colours.permute(1, 2, 0).cpu().numpy(), truth, said)
+def _to_draw(photo: torch.Tensor, mask: torch.Tensor, predicted: torch.Tensor) -> Prediction:
+    """One row of the picture, on the CPU, the masks thinned out to `MAX_DRAWN_SIDE`."""
+    channels = [0, 0, 0] if len(photo) < 3 else [0, 1, 2]  # grey, RGB, or the first three of several
+    step = -(-max(mask.shape) // MAX_DRAWN_SIDE)
+    true_ids, predicted_ids = (ids[::step, ::step].cpu().numpy().astype(np.uint8) for ids in (mask, predicted))
+    return Prediction(photo[channels].permute(1, 2, 0).cpu().numpy(), true_ids, predicted_ids)
