@@ -65,8 +65,9 @@ def _pretraining(description: dict[str, Any]) -> Provenance:
     store, options = description["store"], description["options"]
     visible = round(100 * (1 - options["mask_ratio"]))
     story = (
-        f"It was pre-trained without labels: from {visible} % of an image's patches it learnt to predict "
-        f"{TARGETS[options['target']]}. No loss reached the class token, so the patch tokens describe an image better."
+        f"It was pre-trained without labels. From {visible} % of an image's patches it learnt to predict "
+        f"{TARGETS[options['target']]}. The patch tokens were trained. No loss reached the class token, "
+        "so it describes an image less well."
     )
     facts = {
         "Images": {

@@ -1,1 +1,1 @@
-"""Pictures of what was learnt, and the HTML page that shows them."""
+"""The HTML page of a run: charts of its metrics, and pictures of what the student and its encoder have learnt."""

@@ -1,34 +1,39 @@
-"""Curves and bars as SVG that takes the page's own ink, so that they read in light and dark."""
+"""Line and bar charts as SVG. They take the text colour of their page, so that they are readable in light and dark."""
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NewType
 
 import matplotlib as mpl
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 mpl.use("agg")
 
+Svg = NewType("Svg", str)
+"""The source of a drawing made here. Its labels are escaped, so a page may contain it as it is."""
+
 INK = "#010203"
-"""Stands for the page's ink while it is drawn."""
+"""Colour of text and axes while drawing; then replaced by the page's text colour."""
 NOT_FOR_HTML = re.compile(r' xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>', re.DOTALL)
 COLOURS = ("#3b7dd8", "#e07b39", "#2f9e6e", "#b0559b", "#8a8f98")
+MARKED_POINTS = 20
+"""A line of fewer points gets a marker at each."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines over a common axis, one a run.
+    """A line chart with one or more lines.
 
     Attributes:
-        series: name -> log entries; those that lack a value are left out.
+        series: name of a line -> log entries; entries without a value for `y` are left out.
         x: key of the horizontal values.
         y: key of the vertical values.
-        x_label: of the axis.
-        y_label: the same.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
     """
 
     series: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -37,18 +42,24 @@ class Curves:
     x_label: str
     y_label: str
 
-    def svg(self) -> Markup:
-        """For a page."""
-        figure, axes = _figure(6.4, 3.0)
-        self._draw(axes, INK)
-        return _svg(figure)
+    def svg(self) -> Svg:
+        """The chart for an HTML page."""
+        figure, axes = _transparent_figure(6.4, 3.0)
+        self.draw(axes, INK)
+        return _to_svg(figure)
 
-    def _draw(self, axes: Axes, ink: str) -> None:
-        for colour, (name, entries) in zip(COLOURS, self.series.items(), strict=False):
-            points = [(entry[self.x], entry[self.y]) for entry in entries if entry.get(self.y) is not None]
-            marker = "o" if len(points) < 20 else None
+    def draw(self, axes: Axes, ink: str) -> None:
+        """Draw the lines, the grid and, for several lines, the legend."""
+        for colour, (name, entries) in zip(itertools.cycle(COLOURS), self.series.items(), strict=False):
+            points = [entry for entry in entries if entry.get(self.y) is not None]
             axes.plot(
-                *zip(*points, strict=True), label=name, color=colour, linewidth=1.6, marker=marker, markersize=3.5
+                [point[self.x] for point in points],
+                [point[self.y] for point in points],
+                label=name,
+                color=colour,
+                linewidth=1.6,
+                marker="o" if len(points) < MARKED_POINTS else None,
+                markersize=3.5,
             )
         axes.set(xlabel=self.x_label, ylabel=self.y_label)
         axes.grid(alpha=0.25, color=ink)
@@ -57,27 +68,28 @@ class Curves:
 
 
 def curves_png(panels: Sequence[Curves]) -> bytes:
-    """Some of them side by side on white, as a PNG, for where no page's ink is."""
+    """Line charts side by side on white, as a PNG."""
     figure = Figure(figsize=(5.4 * len(panels), 3.4), dpi=150, layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
-        panel._draw(axes, "black")
+        panel.draw(axes, "black")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def bars(values: Mapping[str, float], x_label: str) -> Markup:
-    """Horizontal bars with their values, the first on top."""
-    figure, axes = _figure(6.4, 0.45 * len(values) + 0.8)
-    drawn = axes.barh(list(values), list(values.values()), height=0.6, color=COLOURS[0])
-    axes.bar_label(drawn, fmt="%.1f", padding=3, color=INK)
+def bars(values: Mapping[str, float], x_label: str) -> Svg:
+    """Horizontal bars with their values, the first one on top."""
+    figure, axes = _transparent_figure(6.4, 0.45 * len(values) + 0.8)
+    container = axes.barh(list(values), list(values.values()), height=0.6, color=COLOURS[0])
+    axes.bar_label(container, fmt="%.1f", padding=3, color=INK)
     axes.invert_yaxis()
     axes.set(xlabel=x_label, xlim=(0, max(100.0, *values.values()) * 1.08))
-    return _svg(figure)
+    return _to_svg(figure)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def _transparent_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure without background, of this many inches, with the left and the lower axis."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     figure.patch.set_alpha(0)
@@ -91,12 +103,11 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure) -> Markup:
+def _to_svg(figure: Figure) -> Svg:
+    # Text stays text. The fixed salt gives the same ids, so the same bytes, every time.
     buffer = io.StringIO()
-    with mpl.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": "fastmae"}
-    ):  # text stays text; the same drawing, the same bytes
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastmae"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    bare = NOT_FOR_HTML.sub("", text[text.index("<svg") :])
-    return Markup(bare.replace(INK, "currentColor"))
+    document = buffer.getvalue()
+    element = NOT_FOR_HTML.sub("", document[document.index("<svg") :])
+    return Svg(element.replace(INK, "currentColor"))
