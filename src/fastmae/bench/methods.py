@@ -253,7 +253,7 @@ class Steps:
             torch.zeros(size, 3, dtype=torch.int64),
             pixels(self._seen) if method.target == "teacher" else None,
         )
-        return batch.map(lambda tensor: tensor.to(self.fabric.device))
+        return batch.to(self.fabric.device)
 
     def _options(self, target: str) -> PretrainConfig:
         asked = self.config

@@ -51,8 +51,8 @@ def view_loader(
     size = config.image_size // made.patch_size
     draws = ViewDraws(size, config.flip, config.mask, visible_patches(size**2, config.mask_ratio), config.seed)
     for store in itertools.chain(*made.stores):
-        store.most_mapped = (
-            2 * made.shuffle_window or store.most_mapped
+        store.shards.most_mapped = (
+            2 * made.shuffle_window or store.shards.most_mapped
         )  # what the cache has given up, a map would hold on to
     order = ShuffleOrder(made.stores[0][0].shard_sizes, config.seed, made.shuffle_window)
     views = StoreViews(made.stores, draws, made.target.reads_tokens, made.target.reads_middle, config.on_damage)
@@ -74,7 +74,7 @@ def view_loader(
     )  # fmt: skip
     batches: Iterable[ViewBatch] = guarded(loader)
     if move:
-        batches = (batch.map(lambda tensor: tensor.to(fabric.device, non_blocking=True)) for batch in batches)
+        batches = (batch.to(fabric.device) for batch in batches)
     return _prefetching(batches, config, made, sampler, start_step, parts)
 
 

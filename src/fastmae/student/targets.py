@@ -90,7 +90,7 @@ class OnlineTokens:
     def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor:
         """As `Target`."""
         assert batch.middle is not None
-        middle, place = batch.middle, batch.place
+        middle, place = batch.middle, batch.crop
         if self.exact_flips:
             row, col, flipped = place.unbind(1)
             mirrored = flipped[:, None, None, None].bool()

@@ -1,51 +1,43 @@
 """Where a store's files are: in a folder, or behind a URL and read through a cache of whole files on this machine.
 
-Every process on the machine may use the same cache at once: a file is fetched by one of them, and together they keep the cache
-within its limit. A file's lock says who is alive: what lies half-fetched under a lock that is free was left behind by a kill.
+Any number of processes and stores may share one cache. Each file is downloaded beside its place under a lock of its own,
+so it is fetched once; a download whose lock is free was left behind by a kill, and is deleted. One lock for the whole
+cache guards its size: before a download and again when it takes its place, the shards used least recently make room.
+fsspec's own caches of files have neither a limit of size nor locks between processes, so this one is ours.
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import fsspec.asyn
-import fsspec.core
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from fastmae.errors import InputError, first_line
-from fastmae.runtime.durable import PART_SUFFIX, write_whole
+from fastmae.errors import InputError
+from fastmae.runtime.durable import PART_SUFFIX
+from fastmae.tokens import transfer
 from fastmae.tokens.format import SHARDS_FOLDER
+from fastmae.tokens.transfer import MissingFileError
 
-RETRY_AFTER = (0.2, 1.0, 3.0)  # seconds before a failed transfer is tried again; then it is given up
-STALLED_AFTER = 60.0  # seconds without a byte after which an HTTP transfer has failed
 PREFETCH_THREADS = 2
-PREFETCH_AT_MOST = 128  # files looked ahead to; more are left to the next call
-LOCK_POLL, ROOM_POLL = 0.01, 0.05  # seconds between looks at what another process holds: a lock, the room that it fills
+PREFETCH_AT_MOST = 128
+"""Files that one call of `prefetch` looks ahead; the rest is left to the next call."""
+LOCK_POLL = 0.01
+"""Seconds between two attempts at a lock that another process holds."""
 LOCK_SUFFIX = ".lock"
-RESERVED_SUFFIX = ".reserved"  # NAME.reserved is as long as NAME will be, while NAME is on its way; a sparse file
-USED_FILE = ".used"  # as long as all files and reservations in the cache together, or longer; sparse, too
-OPENING = "opening"  # folder of what was fetched before the version was known
-MISSING, FORBIDDEN = (404, 410), (401, 403)  # HTTP's status
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OPENING = "opening"
+"""Folder, beside those of the store's versions, of the files that were fetched before the version was known."""
 
-os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)  # a thread runs its event loop, and threads end at a fork
-
-_COMING: dict[Path, set[str]] = {}  # of each store, what this process will need soon: no prefetch takes its room
-
-
-class MissingFileError(InputError):
-    """A file that is not behind the URL, or not for us: a bucket that can't be listed says 'forbidden' of what it lacks."""
+_upcoming: dict[Path, set[str]] = {}
+"""Folder of a store in the cache -> paths that this process will need soon; a prefetch does not evict them."""
 
 
 class _NoRoomError(Exception):
-    """The cache is full of what is needed, or on its way."""
+    """A prefetch found the cache full of files that are needed sooner."""
 
 
 class LocalFiles:
@@ -60,31 +52,36 @@ class LocalFiles:
         return str(self.folder)
 
     def pin(self, version: str, sizes: Mapping[str, int] | None = None) -> None:
-        """Nothing: a folder has one version."""
+        """Do nothing: a folder holds one version."""
 
     def path(self, name: str) -> Path:
-        """Where a file of the store is, or would be."""
+        """Path of a file of the store, whether or not it exists."""
         return self.folder / name
 
     def exists(self, name: str) -> bool:
-        """Whether the store has a file."""
+        """Whether the store has this file."""
         return self.path(name).exists()
 
+    def discard(self, name: str) -> bool:
+        """False: the file is the original, and nothing can replace it."""
+        return False
+
     def prefetch(self, names: Sequence[str]) -> None:
-        """Nothing: all files are here."""
+        """Do nothing: all files are here."""
 
 
 class RemoteFiles:
-    """The files of a store behind a URL, fetched whole into a cache when they are asked for.
+    """The files of a store behind a URL, each fetched whole into a cache when it is first needed.
 
-    Until `pin`, each object fetches a file anew, so that a store that was rebuilt is seen; shards can be asked for only after it.
-    May be used in forked processes, pickled and used in several threads. Credentials are taken from where fsspec's file system
-    for that kind of URL looks for them, and options from fsspec's own configuration (FSSPEC_S3_ANON=true, say).
+    Before `pin`, each object fetches every file anew, so that a rebuilt store is noticed; shards can be read only after it.
+    An object can be used in forked processes and in several threads, and can be pickled. fsspec finds the credentials
+    where it always does for that kind of URL, and takes options from its own configuration (FSSPEC_S3_ANON=true, say).
 
     Args:
-        url: the store's folder: s3://, gs://, https://, hf://, or any other of fsspec's.
-        cache: folder on this machine, for any number of stores; made when missing.
-        limit_bytes: of all files in `cache`. The shards that were not asked for the longest give way to new ones.
+        url: the store's folder: s3://, gs://, https://, hf://, or any other that fsspec knows.
+        cache: folder on this machine, shared by any number of stores; created when missing.
+        limit_bytes: most bytes that all files in `cache` may take. Only downloads under way come on top. The shards used
+            least recently are removed to make room; a store's small files are never removed.
     """
 
     def __init__(self, url: str, cache: Path, limit_bytes: int):
@@ -93,88 +90,104 @@ class RemoteFiles:
         self._home = cache / hashlib.sha256(self.location.encode()).hexdigest()[:16]
         self._version: str | None = None
         self._sizes: Mapping[str, int] = {}
-        self._opened: set[str] = set()
+        self._fetched: set[str] = set()
+        self._last_path: Path | None = None
         self._prefetcher: _Prefetcher | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prefetcher": None}
 
     def pin(self, version: str, sizes: Mapping[str, int] | None = None) -> None:
-        """From here on, all files are of this version of the store: what the cache holds of it is taken, nothing else is.
+        """Read all further files as those of one version of the store, including what the cache already holds of it.
 
         Args:
-            version: a digest that is another one after any change to the store's files.
-            sizes: bytes of files, where known: saves asking the server, and shows a store that was rebuilt meanwhile.
+            version: a digest that changes with any change to the store's files.
+            sizes: bytes of each file, where known. This saves asking the server, and a file of another size is refused.
         """
         assert version.isalnum() and version != OPENING
         self._version, self._sizes = version, sizes or {}
 
     def path(self, name: str) -> Path:
-        """A complete copy of a file on this machine, fetched when it is not there yet.
+        """Path of a complete copy on this machine, fetched when it is not there yet.
 
-        Open it at once: another process may need its room for another file. What is open or mapped stays readable.
+        Open it at once, as another process may evict it. A file that is open or mapped stays readable.
 
         Raises:
-            MissingFileError: not behind the URL, or no permission.
-            InputError: no such host, a transfer that keeps failing, a cache that is too small, a package that is missing.
+            MissingFileError: no such file behind the URL, or no permission.
+            InputError: no such host, a transfer that keeps failing, a cache that is too small, a missing package.
         """
-        target = self._place(name)
-        self._cache.last_asked = target
-        if not self._is_held(name):
-            self._fetch(name, patient=True)
+        target = self._last_path = self._cached_path(name)
+        if not self._is_cached(name):
+            self._fetch(name)
         return target
 
     def exists(self, name: str) -> bool:
-        """Whether the store has a file, as far as we may know: False when the server forbids asking; other errors as from `path`."""
-        if self._is_held(name):
+        """Whether the store has this file. False when the server forbids asking; other errors are those of `path`."""
+        if self._is_cached(name):
             return True
         try:
-            _size(self.location, name)
+            transfer.file_size(self.location, name)
         except MissingFileError:
             return False
         return True
 
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Fetch files that will be asked for soon, in the background and in this order; those of the last call are forgotten.
+    def discard(self, name: str) -> bool:
+        """Delete a damaged copy, so that `path` fetches it anew. True: there is an original to fetch."""
+        self._cached_path(name).unlink(missing_ok=True)
+        return True
 
-        Those that are here count as used now, so what is not asked for soon gives way first, and what is latest next. A prefetch
-        waits neither for room nor for another process; its errors come out when the file is really asked for.
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Fetch files that will be needed soon, in the background and in this order.
+
+        A new call replaces what the last one still had to fetch. Files that are in the cache already count as used now,
+        so what is not needed soon is evicted first. A prefetch waits neither for room nor for another process; its errors
+        are raised when `path` is called for the file.
         """
         names = names[:PREFETCH_AT_MOST]
-        _COMING[self._home] = {str(self._place(name)) for name in names}
+        _upcoming[self._home] = {str(self._cached_path(name)) for name in names}
+        # In reverse, so that the file needed first counts as used last.
+        missing = [name for name in reversed(names) if not self._is_cached(name)][::-1]
         if self._prefetcher is None or self._prefetcher.pid != os.getpid():
-            self._prefetcher = _Prefetcher(lambda name: self._fetch(name, patient=False))
+            self._prefetcher = _Prefetcher(lambda name: self._fetch(name, prefetching=True))
         with contextlib.suppress(Exception):
-            _file_system(
-                os.getpid(), self.location
-            )  # imports, and starts a loop: not in a thread, which a fork would stop half-way
-            self._prefetcher.start([name for name in reversed(names) if not self._is_held(name)][::-1])
+            # This imports packages and starts an event loop. In a thread, a fork could stop it half-way.
+            transfer.file_system(os.getpid(), self.location)
+            self._prefetcher.start(missing)
 
-    def _place(self, name: str) -> Path:
+    def _cached_path(self, name: str) -> Path:
         assert self._version is not None or not name.startswith(f"{SHARDS_FOLDER}/"), "which version's shard?"
         return self._home / (self._version or OPENING) / name
 
-    def _is_held(self, name: str) -> bool:
-        place = self._place(name)
-        held = name in self._opened if self._version is None else place.exists()
-        if held:
-            with contextlib.suppress(OSError):  # another user's file, or one that is gone this moment
-                os.utime(
-                    place, ns=(time.time_ns(),) * 2
-                )  # last used now; the kernel's own now is one for all files of some ms
-        return held
+    def _is_cached(self, name: str) -> bool:
+        """Whether there is a copy to use; it then counts as used now."""
+        path = self._cached_path(name)
+        cached = name in self._fetched if self._version is None else path.exists()
+        if cached:
+            with contextlib.suppress(OSError):  # another user's file, or one that was evicted this moment
+                # Not the kernel's own idea of now, which is the same for all files within some milliseconds.
+                os.utime(path, ns=(time.time_ns(),) * 2)
+        return cached
 
-    def _fetch(self, name: str, patient: bool) -> None:
-        target = self._place(name)
+    def _fetch(self, name: str, prefetching: bool = False) -> None:
+        target = self._cached_path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _acquire(target.with_name(target.name + LOCK_SUFFIX), patient):
-            if self._version is not None and target.exists():
+        spared = {str(self._last_path)}.union(*_upcoming.values()) if prefetching else None
+        with _lock(Path(f"{target}{LOCK_SUFFIX}"), wait=not prefetching):
+            if self._version is not None and target.exists():  # another process was faster
                 return
             size = self._sizes.get(name)
-            size = _size(self.location, name) if size is None else size
-            with self._cache.room(target, size, patient) as make_room:
-                write_whole(target, lambda aside: make_room(_download(self.location, name, aside, size)))
-        self._opened.add(name)
+            if size is None:
+                size = transfer.file_size(self.location, name)
+            self._cache.make_room(target, size or 0, spared)
+            # The lock makes us the only writer, so the name needs no process number; what a kill left is overwritten.
+            # Nothing is flushed to the disk: after a power cut, checksums find the damage and the file is fetched anew.
+            part = Path(f"{target}{PART_SUFFIX}")
+            try:
+                transfer.download(self.location, name, part, size)
+                self._cache.take_in(part, target, spared)
+            finally:
+                part.unlink(missing_ok=True)
+        self._fetched.add(name)
 
 
 StoreFiles = LocalFiles | RemoteFiles
@@ -186,125 +199,107 @@ def is_url(text: str) -> bool:
 
 
 def open_files(location: str | Path, cache: Path, limit_bytes: int) -> StoreFiles:
-    """The files of a store in a folder, or behind a URL by way of `cache` (see `RemoteFiles`), which a folder leaves alone."""
+    """The files of a store in a folder, or behind a URL through `cache` (see `RemoteFiles`); a folder needs no cache."""
     if isinstance(location, str) and is_url(location):
         return RemoteFiles(location, cache, limit_bytes)
     return LocalFiles(Path(location))
 
 
+class _CachedShard(NamedTuple):
+    """Sorts by the time of its last use."""
+
+    used_ns: int
+    size: int
+    path: str
+
+
 class _BoundedFolder:
-    """The cache: a folder whose files together stay within a limit, whatever number of processes fills it."""
+    """The cache: a folder whose complete files never take more than `limit` bytes together, whoever fills it."""
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
-        self.last_asked: Path | None = None  # by this process, which may be about to open it
 
-    @contextlib.contextmanager
-    def room(self, target: Path, size: int | None, patient: bool) -> Iterator[Callable[[int], None]]:
-        """Keep room for a file of `size` bytes (None for unknown) while it is fetched, under its lock.
+    def make_room(self, target: Path, size: int, spared: Collection[str] | None) -> None:
+        """Evict shards, those used least recently first, until `target` fits beside all other files, with `size` bytes.
 
-        Yields what to call with its size once it is here, before it takes `target`'s place. Waits for files that are on their way
-        when they leave no room; when not `patient`, it gives up, and takes no room of what will be needed soon.
+        Args:
+            target: file that is about to be fetched; its lock must be held.
+            size: of `target`, in bytes.
+            spared: None for a file that is needed now. For a prefetch, the paths that it must not evict.
+
+        Raises:
+            InputError: `target` would not fit into a cache that holds no other shard.
+            _NoRoomError: a prefetch would have to evict a spared file; nothing was evicted.
         """
-        reservation = target.with_name(target.name + RESERVED_SUFFIX)
-        if reservation.exists():
-            _remove_leftovers(target)
-        reservation.touch()
+        with _lock(self.folder / LOCK_SUFFIX):
+            self._evict(target, size, spared)
 
-        def reserve(came: int) -> None:
-            spared = set() if patient else {str(self.last_asked)}.union(*_COMING.values())
-            while not self._reserve(reservation, came, spared):
-                if not patient:
-                    raise _NoRoomError
-                time.sleep(ROOM_POLL)
+    def take_in(self, part: Path, target: Path, spared: Collection[str] | None) -> None:
+        """Make room once more, as others may have used it up meanwhile, and rename a complete download to `target`.
 
-        try:
-            reserve(size or 0)
-            yield lambda came: None if came == size else reserve(came)
-        finally:
-            with _acquire(
-                self.folder / LOCK_SUFFIX, patient=True
-            ):  # not while somebody counts, who would find neither it nor the file
-                reservation.unlink(missing_ok=True)
+        Raises:
+            InputError: as `make_room`, where the size was not known before.
+            _NoRoomError: as `make_room`.
+        """
+        with _lock(self.folder / LOCK_SUFFIX):
+            self._evict(target, part.stat().st_size, spared)
+            part.replace(target)
 
-    def _reserve(self, reservation: Path, size: int, spared: set[str]) -> bool:
-        """Make room for `size` bytes; False when files that are on their way, or spared, leave none."""
-        note = self.folder / USED_FILE
-        with _acquire(self.folder / LOCK_SUFFIX, patient=True):
-            used = note.stat().st_size if note.exists() else self.limit + 1
-            if used + size > self.limit:
-                used = self._evict(reservation, size, spared)
-            if used + size > self.limit:
-                return False
-            note.touch()
-            os.truncate(note, used + size)  # one call: a kill leaves the old number or the new one
-            os.truncate(reservation, size)
-        return True
-
-    def _evict(self, reservation: Path, size: int, spared: set[str]) -> int:
-        """Remove the shards that were not used for the longest, until `size` bytes fit, unless in vain; gives the bytes left."""
-        kept, arriving, shards = self._contents(reservation)
-        if kept + size > self.limit:
+    def _evict(self, target: Path, size: int, spared: Collection[str] | None) -> None:
+        shards, small_bytes, arriving_bytes = self._contents(target)
+        if small_bytes + size > self.limit:
             raise InputError(
-                f"{self.folder}: the cache may hold {self.limit / 1e6:.4g} MB, but {reservation.stem} takes {size / 1e6:.4g} MB beside "
-                f"{kept / 1e6:.4g} MB of small files; allow it at least the sum, better that of several shards"
+                f"{self.folder}: the cache may hold {self.limit / 1e6:.4g} MB, but {target.name} takes {size / 1e6:.4g} MB "
+                f"beside {small_bytes / 1e6:.4g} MB of small files; allow it at least the sum, better that of several shards"
             )
-        used, room = kept + arriving + sum(shard[1] for shard in shards), self.limit - size
-        evictable = [shard for shard in sorted(shards) if shard[2] not in spared]
-        if used - sum(shard[1] for shard in evictable) > room:
-            return used
-        for _, bytes_, path in evictable:
-            if used <= room and used - bytes_ < room - self.limit // 32:
-                break  # a few more than needed where they are small, for counting thousands of files takes long
-            Path(path).unlink(missing_ok=True)
-            used -= bytes_
-        return used
+        excess = small_bytes + arriving_bytes + sum(shard.size for shard in shards) + size - self.limit
+        evictable = [shard for shard in sorted(shards) if shard.path not in (spared or ())]
+        if spared is not None and excess > sum(shard.size for shard in evictable):
+            raise _NoRoomError
+        for shard in evictable:
+            if excess <= 0:
+                return
+            Path(shard.path).unlink(missing_ok=True)
+            excess -= shard.size
 
-    def _contents(self, own: Path) -> tuple[int, int, list[tuple[int, int, str]]]:
-        """Bytes that are never evicted, bytes on their way but for an own reservation, the shards: (last use in ns, bytes, path)."""
-        kept, arriving, shards = 0, 0, []
-        for folder, _, names in os.walk(self.folder):
-            reservations = [name for name in names if name.endswith(RESERVED_SUFFIX) and f"{folder}/{name}" != str(own)]
-            arriving += sum(_reserved(Path(folder, name)) for name in reservations)
-            # Sizes are taken only now: a file that came to rest meanwhile is counted twice rather than not at all.
-            files = {
-                name for name in names if not name.endswith((LOCK_SUFFIX, RESERVED_SUFFIX, PART_SUFFIX, USED_FILE))
-            }
-            for name in files.union(name.removesuffix(RESERVED_SUFFIX) for name in reservations):
+    def _contents(self, target: Path) -> tuple[list[_CachedShard], int, int]:
+        """The shards, the bytes of all other complete files, and the bytes of downloads so far; without `target` and its own."""
+        shards: list[_CachedShard] = []
+        small_bytes = arriving_bytes = 0
+        for folder, _, names in os.walk(
+            self.folder
+        ):  # plain strings: a Path for each of thousands of files takes longer
+            for name in names:
+                path = f"{folder}/{name}"
+                if name.endswith(LOCK_SUFFIX) or path.startswith(str(target)):
+                    continue
+                if name.endswith(PART_SUFFIX):
+                    _delete_if_abandoned(Path(path))
                 with contextlib.suppress(FileNotFoundError):
-                    status = os.stat(path := f"{folder}/{name}")  # noqa: PTH116 - thousands of files, and a Path each takes longer
-                    if folder.endswith(f"/{SHARDS_FOLDER}"):
-                        shards.append((status.st_mtime_ns, status.st_size, path))
+                    status = os.stat(path)  # noqa: PTH116
+                    if name.endswith(PART_SUFFIX):
+                        arriving_bytes += status.st_size
+                    elif folder.endswith(f"/{SHARDS_FOLDER}"):
+                        shards.append(_CachedShard(status.st_mtime_ns, status.st_size, path))
                     else:
-                        kept += status.st_size
-        return kept, arriving, shards
+                        small_bytes += status.st_size
+        return shards, small_bytes, arriving_bytes
 
 
-def _reserved(reservation: Path) -> int:
-    target = reservation.with_name(reservation.name.removesuffix(RESERVED_SUFFIX))
-    with contextlib.suppress(FileNotFoundError):
-        size = reservation.stat().st_size
-        try:
-            with _acquire(target.with_name(target.name + LOCK_SUFFIX), patient=False):
-                _remove_leftovers(target)
-        except Timeout:
-            return size
-    return 0
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Delete what a killed process left of a file that it was fetching; the caller holds the file's lock."""
-    for part in target.parent.glob(f"{target.name}.*{PART_SUFFIX}"):
+def _delete_if_abandoned(part: Path) -> None:
+    with contextlib.suppress(Timeout), _lock(part.with_suffix(LOCK_SUFFIX), wait=False):
         part.unlink(missing_ok=True)
-    target.with_name(target.name + RESERVED_SUFFIX).unlink(missing_ok=True)
 
 
-def _acquire(lock: Path, patient: bool) -> AcquireReturnProxy:
-    return FileLock(lock).acquire(timeout=-1 if patient else 0, poll_interval=LOCK_POLL)
+def _lock(lock: Path, wait: bool = True) -> AcquireReturnProxy:
+    return FileLock(lock).acquire(timeout=-1 if wait else 0, poll_interval=LOCK_POLL)
 
 
 class _Prefetcher:
-    """Threads of this process that fetch what will be asked for soon; they end when nothing waits."""
+    """Threads that fetch what this process will need soon; they end when nothing is left to fetch.
+
+    Plain daemon threads: those of an executor would hold up the end of the process until their downloads are done.
+    """
 
     def __init__(self, fetch: Callable[[str], None]):
         self.pid = os.getpid()
@@ -314,7 +309,7 @@ class _Prefetcher:
         self._threads = 0
 
     def start(self, names: Sequence[str]) -> None:
-        """Fetch these, in this order, and nothing else that still waits."""
+        """Fetch these files in this order, instead of those that are still waiting."""
         with self._lock:
             self._waiting = list(names)
             for _ in range(min(PREFETCH_THREADS, len(self._waiting)) - self._threads):
@@ -331,90 +326,6 @@ class _Prefetcher:
             try:
                 self._fetch(name)
             except _NoRoomError:
-                self.start([])  # nor is there for what comes later
-            except Exception:  # it comes out when the file is really asked for
+                self.start([])  # what comes later would find no room either
+            except Exception:  # raised again when the file is needed
                 continue
-
-
-@cache
-def _file_system(pid: int, url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, of this process alone, and its own name for that URL.
-
-    Kept for ever, by a forked child too: closing its parent's connections there would take them from the parent.
-    """
-    protocol = url.partition("://")[0]
-    options: dict[str, Any] = {}
-    try:
-        if protocol in {"http", "https"}:
-            import aiohttp  # noqa: PLC0415 - needed for these alone
-
-            options["client_kwargs"] = {
-                "timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=STALLED_AFTER)
-            }
-        return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
-    except ImportError as error:
-        missing = getattr(error.__cause__ or error, "name", None)
-        what = (
-            f"the package {missing}; install it (pip install {missing})" if missing else f"more ({first_line(error)})"
-        )
-        raise InputError(f"{url}: to read {protocol}:// takes {what}") from error
-    except ValueError as error:
-        raise InputError(
-            f"{url}: {first_line(error)}; give a folder, or a URL of https://, s3://, gs:// or hf://"
-        ) from error
-
-
-def _size(url: str, name: str) -> int | None:
-    """Bytes of a remote file; None where the server does not say."""
-
-    def ask() -> int | None:
-        files, root = _file_system(os.getpid(), url)
-        try:
-            return files.info(f"{root}/{name}").get("size")
-        except FileNotFoundError as error:
-            # fsspec calls any failure over HTTP so; the true one is its cause.
-            raise (
-                error.__cause__ if url.startswith("http") and isinstance(error.__cause__, Exception) else error
-            ) from None
-
-    return _persist(ask, f"{url}/{name}")
-
-
-def _download(url: str, name: str, aside: Path, size: int | None) -> int:
-    """Fetch a remote file of `size` bytes, None for unknown, to `aside`; gives its size."""
-
-    def fetch() -> int:
-        files, root = _file_system(os.getpid(), url)
-        files.get_file(f"{root}/{name}", str(aside))
-        came = aside.stat().st_size
-        if size is not None and came != size:
-            raise EOFError(f"{came} bytes came instead of {size}")
-        return came
-
-    return _persist(fetch, f"{url}/{name}")
-
-
-def _persist(action: Callable[[], Any], url: str) -> Any:
-    """Do what may fail for a moment only, once more after each of `RETRY_AFTER`; then, or when that is in vain, an InputError."""
-    for delay in (*RETRY_AFTER, None):
-        try:
-            return action()
-        except InputError:
-            raise
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-                raise
-            status = getattr(error, "status", None)
-            if isinstance(error, FileNotFoundError) or status in MISSING:
-                raise MissingFileError(
-                    f"{url}: no such file; check the address, and that the whole store was copied there"
-                ) from error
-            if isinstance(error, PermissionError) or status in FORBIDDEN:
-                raise MissingFileError(
-                    f"{url}: no permission; give the credentials that {url.partition('://')[0]}:// takes"
-                ) from error
-            if delay is None:
-                tries = f"{first_line(error)}, tried {len(RETRY_AFTER) + 1} times"
-                raise InputError(f"{url}: can't be fetched ({tries}); check the address and the network") from error
-            time.sleep(delay)
-    raise AssertionError

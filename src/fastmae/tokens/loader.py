@@ -1,8 +1,7 @@
-"""From the store to the model: batches of aligned views, written straight from the map into the batch, in loader workers."""
+"""From the store to the model: batches of aligned views, copied from the map straight into the batch, in loader workers."""
 
-import itertools
-import sys
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,10 @@ from fastmae.images.views import Draw, ViewDraws
 from fastmae.tokens.reader import TokenStore
 from fastmae.tokens.shard import DamagedError
 
+log = logging.getLogger(__name__)
+
 LAYOUTS = {"jpeg": torch.channels_last, "raw": torch.contiguous_format}
-"""How a batch's pixels lie in memory, by how the store keeps them: a decoded JPEG has its colours side by side."""
+"""Memory layout of a batch's pixels, by how the store keeps them: a decoded JPEG has a pixel's channels side by side."""
 
 
 @dataclass
@@ -24,40 +25,52 @@ class ViewBatch:
 
     Attributes:
         pixels: uint8 [B, K, H, W].
-        tokens: of each store, [B, N, C'] as its codec has them, patches row by row; none where the target does not read them.
-        means: of each store, float16 [B, C], the images' mean tokens, or [B, 0] where its codec keeps none.
+        tokens: for each store, [B, N, C'] as its codec encodes them, patches row by row; empty where no tokens are read.
+        means: for each store, float16 [B, C], the mean token of each image, or [B, 0] where the codec keeps none.
         ids_shuffle: int64 [B, N]: see `Draw.ids_shuffle`.
-        place: int64 [B, 3]: row and column of the view's first patch in the middle image, and 1 where it is flipped.
-        middle: uint8 [B, K, S, S], whole middle images, where the target reads them.
+        crop: int64 [B, 3]: row and column of the view's first patch in the middle image, and 1 where the view is flipped.
+        middle: uint8 [B, K, S, S], the whole middle images, where the target reads them.
     """
 
     pixels: torch.Tensor
     tokens: list[torch.Tensor]
     means: list[torch.Tensor]
     ids_shuffle: torch.Tensor
-    place: torch.Tensor
+    crop: torch.Tensor
     middle: torch.Tensor | None = None
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ViewBatch":
-        """The same batch with a function applied to each tensor (a move to a device, say)."""
-        middle = None if self.middle is None else function(self.middle)
-        tokens, means = ([function(tensor) for tensor in tensors] for tensors in (self.tokens, self.means))
-        return ViewBatch(function(self.pixels), tokens, means, function(self.ids_shuffle), function(self.place), middle)
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "ViewBatch":
+        """The batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "ViewBatch":
-        """Called by the DataLoader."""
-        return self.map(torch.Tensor.pin_memory)
+        """The batch in pinned memory; a DataLoader with `pin_memory` calls this."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ViewBatch":
+        return ViewBatch(
+            pixels=function(self.pixels),
+            tokens=[function(tokens) for tokens in self.tokens],
+            means=[function(means) for means in self.means],
+            ids_shuffle=function(self.ids_shuffle),
+            crop=function(self.crop),
+            middle=None if self.middle is None else function(self.middle),
+        )
 
 
 class StoreViews(Dataset[ViewBatch]):
-    """(epoch, index) -> a random aligned view of that image, the same for the same seed; a list of them at a time.
+    """(epoch, index) -> a random aligned view of that image, always the same for one seed.
 
     Args:
-        stores: of each teacher its middle sizes (`open_scales`), all of the same images; the first one's pixels are taken.
+        stores: for each teacher its stores, one a middle size (`open_scales`), all of the same images. Pixels come from the
+            first teacher's.
         draws: how views are drawn.
-        with_tokens: read the stored tokens.
-        with_middle: give the whole middle image too.
-        on_damage: 'stop' at an image that is not what was written, or 'skip' it: the next one of the store stands in for it.
+        with_tokens: whether to read the stored tokens.
+        with_middle: whether to read the whole middle images too.
+        on_damage: 'stop' at an image that is not what was written, or 'skip' it and take the next one of the store instead.
+
+    Attributes:
+        damaged: images that were skipped so far, by this process.
 
     Raises:
         ValueError: views larger than a middle image.
@@ -77,80 +90,87 @@ class StoreViews(Dataset[ViewBatch]):
         self.stores, self.draws, self.with_tokens, self.with_middle = stores, draws, with_tokens, with_middle
         self.on_damage = on_damage
         self.damaged: set[int] = set()
-        self.told: set[str] = set()
+        self._warned: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.stores[0][0])
 
     def __getitem__(self, visit: tuple[int, int]) -> ViewBatch:
-        return self.__getitems__([visit]).map(lambda tensor: tensor[0])
+        """A batch of one view."""
+        return self.__getitems__([visit])
 
-    def __getitems__(self, visits: Sequence[tuple[int, int]]) -> ViewBatch:  # what a DataLoader asks for a whole batch
+    def __getitems__(self, visits: Sequence[tuple[int, int]]) -> ViewBatch:
+        """The views of a whole batch of (epoch, index); a DataLoader prefers this to `__getitem__`."""
         return self.batch([(index, self.draws.draw(epoch, index, self.grids)) for epoch, index in visits])
 
     def batch(self, views: Sequence[tuple[int, Draw]]) -> ViewBatch:
-        """Given views of given images.
+        """The views that were drawn of the images with these numbers.
 
         Raises:
-            DamagedError: one of them is not what was written, and damage is not to be skipped.
+            DamagedError: an image is not what was written, and `on_damage` is 'stop', or no image is left.
         """
-        first, size = self.stores[0][0], self.draws.size
-        count, side = len(views), size * first.info.patch_size
-        teachers = self.stores if self.with_tokens else ()
-        made = ViewBatch(
-            torch.empty(
-                count, first.info.channels, side, side, dtype=torch.uint8, memory_format=LAYOUTS[first.info.pixels]
-            ),
-            [torch.empty(count, size, size, s[0].code_dim, dtype=_torch_dtype(s[0])) for s in teachers],
-            [torch.empty(count, s[0].mean_dim, dtype=torch.float16) for s in teachers],
-            torch.from_numpy(np.stack([draw.ids_shuffle for _, draw in views])),
-            torch.tensor([[draw.row, draw.col, int(draw.flipped)] for _, draw in views]),
-            torch.empty(count, first.info.channels, *2 * [first.info.middle_size], dtype=torch.uint8)
-            if self.with_middle
-            else None,
+        store, size, count = self.stores[0][0], self.draws.size, len(views)
+        channels, side, middle_side = store.info.channels, size * store.info.patch_size, store.info.middle_size
+        teachers = [scales[0] for scales in self.stores] if self.with_tokens else []
+        # Allocate the batch, then let the store write each view into its place in it.
+        layout = LAYOUTS[store.info.pixels]
+        pixels = torch.empty(count, channels, side, side, dtype=torch.uint8, memory_format=layout)
+        codes = [np.empty((count, size, size, teacher.code_dim), teacher.code_dtype) for teacher in teachers]
+        means = [np.empty((count, teacher.mean_dim), np.float16) for teacher in teachers]
+        middle = torch.empty(count, channels, middle_side, middle_side, dtype=torch.uint8) if self.with_middle else None
+        pixel_rows = pixels.numpy()  # the same memory
+        for number, (index, draw) in enumerate(views):
+            outputs = [(code[number], mean[number]) for code, mean in zip(codes, means, strict=True)]
+            read_index = self._read(index, draw, pixel_rows[number], outputs)
+            if middle is not None:
+                middle[number] = self.stores[0][draw.scale].pixels(read_index)
+        return ViewBatch(
+            pixels=pixels,
+            tokens=[torch.from_numpy(code).flatten(1, 2) for code in codes],
+            means=[torch.from_numpy(mean) for mean in means],
+            ids_shuffle=torch.from_numpy(np.stack([draw.ids_shuffle for _, draw in views])),
+            crop=torch.tensor([[draw.row, draw.col, int(draw.flipped)] for _, draw in views]),
+            middle=middle,
         )
-        pixels, encoded = (
-            made.pixels.numpy(),
-            [(codes.numpy(), means.numpy()) for codes, means in zip(made.tokens, made.means, strict=True)],
-        )
-        for place, (index, draw) in enumerate(views):
-            shown = self._read(index, draw, pixels[place], [(codes[place], means[place]) for codes, means in encoded])
-            if made.middle is not None:
-                made.middle[place] = self.stores[0][draw.scale].pixels(shown)
-        made.tokens = [tokens.flatten(1, 2) for tokens in made.tokens]
-        return made
 
-    def _read(self, index: int, draw: Draw, pixels: np.ndarray, tokens: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
-        """Write a view of an image, or of the next one that is not damaged; which one it was."""
-        where = (draw.row, draw.col, self.draws.size, draw.flipped)
-        for candidate in itertools.chain([index], (later % len(self) for later in range(index + 1, index + len(self)))):
+    def _read(
+        self, index: int, draw: Draw, pixels: np.ndarray, outputs: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> int:
+        """Write a view of an image, or of the next image that is not damaged, into `pixels` and each store's codes and mean.
+
+        Returns:
+            The number of the image that was read.
+        """
+        crop = (draw.row, draw.col, self.draws.size, draw.flipped)
+        for candidate in self._from(index):
             if candidate in self.damaged:
                 continue
             try:
-                self.stores[0][draw.scale].read_pixels(candidate, *where, pixels)
-                for scales, (codes, mean) in zip(self.stores, tokens, strict=False):
-                    scales[draw.scale].read_codes(candidate, *where, codes, mean)
+                self.stores[0][draw.scale].read_pixels(candidate, *crop, pixels)
+                for scales, (codes, mean) in zip(self.stores, outputs, strict=False):  # no outputs without tokens
+                    scales[draw.scale].read_codes(candidate, *crop, codes, mean)
                 return candidate
             except DamagedError as error:
-                if self.on_damage == "stop":
-                    raise DamagedError(f"image {self.stores[0][0].key(candidate)}: {error}") from error
-                self.damaged.add(candidate)
-                if str(error) not in self.told:  # a shard that is gone as a whole is named once
-                    self.told.add(str(error))
-                    print(
-                        f"skipped image {self.stores[0][0].key(candidate)}: {str(error).split(';')[0]}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-        raise DamagedError(
-            f"{self.stores[0][0].folder}: all of its images are damaged; `fastmae verify STORE --repair` rebuilds them"
-        )
+                self._skip(candidate, error)
+        folder = self.stores[0][0].folder
+        raise DamagedError(f"{folder}: all of its images are damaged; `fastmae verify STORE --repair` rebuilds them")
+
+    def _from(self, index: int) -> Iterator[int]:
+        """An image and all that follow it, the store's first one after its last."""
+        yield index
+        for later in range(index + 1, index + len(self)):
+            yield later % len(self)
+
+    def _skip(self, index: int, error: DamagedError) -> None:
+        key = self.stores[0][0].key(index)
+        if self.on_damage == "stop":
+            raise DamagedError(f"image {key}: {error}") from error
+        self.damaged.add(index)
+        if str(error) not in self._warned:  # a shard that is gone as a whole is named once
+            self._warned.add(str(error))
+            log.warning(f"skipped image {key}: {str(error).split(';')[0]}")
 
 
 def as_read(batch: Any) -> Any:
-    """For a DataLoader's `collate_fn`: `StoreViews` gives whole batches already."""
+    """The `collate_fn` of a DataLoader over `StoreViews`, which returns whole batches already."""
     return batch
-
-
-def _torch_dtype(store: TokenStore) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, store.code_dtype)).dtype
