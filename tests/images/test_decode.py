@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmae.images import decode as decoding
+from fastmae.images import decode as decode_module
 from fastmae.images.decode import UndecodableError, decode_bands, decode_image, to_rgb
 
 
@@ -30,28 +30,35 @@ def decoded(image, path, **options):
     return np.asarray(rgb).astype(int), size
 
 
-def test_rgb_is_kept_exactly(tmp_path):
+def test_rgb_pixels_are_kept_exactly(tmp_path):
     pixels, size = decoded(Image.fromarray(gradient()), tmp_path / "x.png")
     assert (pixels == gradient()).all()
     assert size == (40, 24)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_comes_out_upright(orientation, tmp_path):
+def test_every_exif_orientation_is_decoded_upright(orientation, tmp_path):
     upright = Image.fromarray(gradient())
-    # How a camera in that orientation would have stored the picture: the inverse of what a viewer must do.
-    stored = {
-        1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
-    }[orientation]  # fmt: skip
+    # A camera held in that orientation stores the inverse of what a viewer must do.
+    transpose = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }.get(orientation)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels, size = decoded(upright.transpose(stored) if stored is not None else upright, tmp_path / "x.png", exif=exif)
+    pixels, size = decoded(
+        upright.transpose(transpose) if transpose is not None else upright, tmp_path / "x.png", exif=exif
+    )
     assert (pixels == gradient()).all()
     assert size == (40, 24)
 
 
-def test_grey_palette_and_one_bit_become_rgb(tmp_path):
+def test_grey_palette_and_one_bit_images_become_rgb(tmp_path):
     grey = Image.fromarray(gradient()[..., 0])
     pixels, _ = decoded(grey, tmp_path / "grey.png")
     assert (pixels == gradient()[..., :1]).all()
@@ -67,7 +74,7 @@ def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path):
     assert (pixels == (values >> 8)[..., None]).all()
 
 
-def test_transparent_pixels_lie_on_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     rgba = np.dstack([gradient(), np.zeros((24, 40), np.uint8)])
     rgba[:, :20, 3] = 255
     pixels, _ = decoded(Image.fromarray(rgba), tmp_path / "x.png")
@@ -75,15 +82,17 @@ def test_transparent_pixels_lie_on_white(tmp_path):
     assert (pixels[:, 20:] == 255).all()
 
 
-def test_cmyk_and_lab_come_near_their_rgb(tmp_path):
+def test_cmyk_and_lab_are_converted_close_to_their_rgb(tmp_path):
     photo = Image.fromarray(gradient()).convert("CMYK")
     pixels, _ = decoded(photo, tmp_path / "x.jpg", quality=100, subsampling=0)
     assert abs(pixels - gradient()).mean() < 6
-    white = to_rgb(Image.new("LAB", (4, 4), (255, 128, 128)))  # Pillow: L to 255, a and b neutral at 128
+    white = to_rgb(
+        Image.new("LAB", (4, 4), (255, 128, 128))
+    )  # in Pillow, L is at most 255, and a and b are neutral at 128
     assert np.asarray(white).min() > 245
 
 
-def test_a_large_jpeg_is_reduced_while_decoding_and_its_own_size_is_told(tmp_path):
+def test_a_large_jpeg_is_decoded_reduced_and_its_full_size_is_returned(tmp_path):
     path = tmp_path / "x.jpg"
     Image.fromarray(gradient()).resize((1600, 960)).save(path)
     image, size = decode(path, at_least=100)
@@ -92,7 +101,7 @@ def test_a_large_jpeg_is_reduced_while_decoding_and_its_own_size_is_told(tmp_pat
     assert image.size[0] < 1600
 
 
-def test_a_truncated_file_is_refused_not_half_decoded(tmp_path):
+def test_a_truncated_file_is_refused_instead_of_half_decoded(tmp_path):
     whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
     Image.fromarray(gradient(200, 200)).save(whole)
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
@@ -101,22 +110,30 @@ def test_a_truncated_file_is_refused_not_half_decoded(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>no</html>", b"\xff\xd8\xff\xe0" + b"\0" * 40])
-def test_what_is_no_image_is_refused_with_a_reason(content, tmp_path):
+def test_a_file_that_is_not_an_image_is_refused_with_a_reason(content, tmp_path):
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
     with pytest.raises(UndecodableError, match=r"not an image|damaged"):
         decode(path)
 
 
-def test_more_pixels_than_allowed_are_refused_unread(tmp_path, monkeypatch):
+def test_an_image_of_too_many_pixels_is_refused_before_decoding(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     Image.fromarray(gradient()).save(path)
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 24 * 40 - 1)
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 24 * 40 - 1)
     with pytest.raises(UndecodableError, match="40 x 24"):
         decode(path)
 
 
-def test_a_failing_disk_is_not_the_images_fault(tmp_path, monkeypatch):
+def test_an_image_of_too_many_pixels_is_refused_with_any_number_of_channels(tmp_path, monkeypatch):
+    Image.new("RGBA", (40, 24)).save(tmp_path / "x.png")
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 24 * 40 - 1)
+    for channels in (1, 3, 4):
+        with pytest.raises(UndecodableError, match="40 x 24"):
+            bands_of(tmp_path / "x.png", channels)
+
+
+def test_a_failing_disk_is_not_blamed_on_the_image(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     Image.fromarray(gradient()).save(path)
 
@@ -129,7 +146,7 @@ def test_a_failing_disk_is_not_the_images_fault(tmp_path, monkeypatch):
     assert caught.value.errno == 5
 
 
-def test_npy_arrays_of_any_number_of_channels_are_read_as_eight_bits(tmp_path):
+def test_npy_arrays_with_any_number_of_channels_are_decoded_to_8_bits(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (20, 30, 5), dtype=np.uint8)
     for name, array in {
         "8.npy": values,
@@ -148,7 +165,7 @@ def test_npy_arrays_of_any_number_of_channels_are_read_as_eight_bits(tmp_path):
     assert (np.asarray(grey) == values[..., 0]).all()
 
 
-def test_grey_is_the_luma_of_colours_and_four_bands_stay_as_they_are(tmp_path):
+def test_grey_is_the_luma_of_colours_and_four_bands_are_kept(tmp_path):
     Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "red.png")
     (grey,), _ = bands_of(tmp_path / "red.png", 1)
     assert np.asarray(grey)[0, 0] == 76  # 0.299 of 255
@@ -158,7 +175,7 @@ def test_grey_is_the_luma_of_colours_and_four_bands_stay_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("array", "says"),
+    ("array", "reason"),
     [
         (np.zeros((4, 4, 2), np.uint8), "has 2 channels, not 5"),
         (np.zeros((4, 4, 5)) + 3.0, "neither 8 nor 16 bits"),
@@ -167,9 +184,9 @@ def test_grey_is_the_luma_of_colours_and_four_bands_stay_as_they_are(tmp_path):
         (np.array([{"a": 1}], dtype=object), "not a plain .npy array"),
     ],
 )
-def test_an_array_that_is_no_image_says_why(array, says, tmp_path):
+def test_an_array_that_is_not_an_image_is_refused_with_a_reason(array, reason, tmp_path):
     np.save(tmp_path / "x.npy", array, allow_pickle=True)
-    with pytest.raises(UndecodableError, match=says):
+    with pytest.raises(UndecodableError, match=reason):
         bands_of(tmp_path / "x.npy", 5)
     header = "{'descr': '<u1', 'fortran_order': False, 'shape': (" + "(" * 300
     (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
@@ -183,7 +200,7 @@ def test_an_array_that_is_no_image_says_why(array, says, tmp_path):
         bands_of(tmp_path / "x.png", 5)
 
 
-def test_an_image_in_memory_decodes_as_its_file_does(tmp_path):
+def test_an_image_in_memory_is_decoded_like_its_file(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "x.webp", lossless=True)
     np.save(tmp_path / "x.npy", gradient())
     for name in ("x.webp", "x.npy"):
@@ -192,7 +209,7 @@ def test_an_image_in_memory_decodes_as_its_file_does(tmp_path):
         assert size == (40, 24)
 
 
-def test_arrays_in_fortran_order_and_of_the_other_byte_order_keep_their_values(tmp_path):
+def test_npy_arrays_in_fortran_order_or_big_endian_keep_their_values(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (20, 30, 5), dtype=np.uint8)
     np.save(tmp_path / "x.npy", np.asfortranarray(values))
     np.save(tmp_path / "y.npy", (values / 255).astype(">f4"))
@@ -201,27 +218,27 @@ def test_arrays_in_fortran_order_and_of_the_other_byte_order_keep_their_values(t
         assert (np.stack([np.asarray(band) for band in bands], axis=2) == values).all()
 
 
-def npy_that_declares(shape, descr="|u1", values=b""):
+def npy_declaring(shape, descr="|u1", values=b""):
     header = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode() + b"\n"
     return io.BytesIO(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + values)
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "reason"),
     [
-        (npy_that_declares((10_000, 10_000, 5), values=b"few"), "declares 500000000 bytes and holds 3"),
-        (npy_that_declares((10_000, 10_000, 5), descr="<f8"), "declares 4000000000 bytes and holds 0"),
-        (npy_that_declares((1, 1, 10**18)), "channels, not 5"),
-        (npy_that_declares((-4, -4, 5), values=bytes(80)), "not \\[H, W, channels\\]"),
-        (npy_that_declares((10**9, 10**9, 5)), "not \\[H, W, channels\\]"),
-        (npy_that_declares((4, 4, 5), descr="|O", values=bytes(640)), "not a plain .npy array: Python objects"),
-        (npy_that_declares((4, 4, 5), descr=[("a", "|u1")], values=bytes(80)), "neither 8 nor 16 bits"),
+        (npy_declaring((10_000, 10_000, 5), values=b"few"), "declares 500000000 bytes and holds 3"),
+        (npy_declaring((10_000, 10_000, 5), descr="<f8"), "declares 4000000000 bytes and holds 0"),
+        (npy_declaring((1, 1, 10**18)), "channels, not 5"),
+        (npy_declaring((-4, -4, 5), values=bytes(80)), "not \\[H, W, channels\\]"),
+        (npy_declaring((10**9, 10**9, 5)), "not \\[H, W, channels\\]"),
+        (npy_declaring((4, 4, 5), descr="|O", values=bytes(640)), "not a plain .npy array: Python objects"),
+        (npy_declaring((4, 4, 5), descr=[("a", "|u1")], values=bytes(80)), "neither 8 nor 16 bits"),
         (io.BytesIO(b"\x93NUMPY\x01\x00\xff\xff" + b"-" * 9000), "not a plain .npy array"),
         (io.BytesIO(b"\x93NUMPY\x02\x00\xff\xff\xff\xff{"), "not a plain .npy array"),
         (io.BytesIO(b"\x93NUMPY\x03\x00" + bytes(100)), "not a plain .npy array"),
         (io.BytesIO(b""), "not a plain .npy array"),
     ],
 )
-def test_an_array_is_read_only_when_the_file_holds_all_that_it_declares(content, says):
-    with pytest.raises(UndecodableError, match=says):
+def test_npy_values_are_read_only_if_the_file_holds_all_that_its_header_declares(content, reason):
+    with pytest.raises(UndecodableError, match=reason):
         decode_bands(content, "x.npy", 5)

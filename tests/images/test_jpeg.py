@@ -1,5 +1,3 @@
-"""A part of a stored picture, decoded alone, is what the whole has there."""
-
 import io
 
 import numpy as np
@@ -18,7 +16,7 @@ def picture(size, channels):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [96, 72, 101, 352])
-def test_every_part_is_bit_for_bit_what_the_whole_has_there(size, channels):
+def test_every_part_is_decoded_bit_for_bit_as_in_the_whole(size, channels):
     random = np.random.default_rng(size)
     for quality in (50, 90, 100):
         data = jpeg.encode(picture(size, channels), quality).numpy()
@@ -26,20 +24,20 @@ def test_every_part_is_bit_for_bit_what_the_whole_has_there(size, channels):
         assert whole.shape == (channels, size, size)
         for _ in range(25):
             side = int(random.integers(1, size + 1))
-            top, left = (int(place) for place in random.integers(0, size - side + 1, 2))
+            top, left = (int(offset) for offset in random.integers(0, size - side + 1, 2))
             part = jpeg.decode_part(data, top, left, side, size, channels)
             assert np.array_equal(part, whole[:, top : top + side, left : left + side])
 
 
-def test_the_whole_is_a_jpeg_that_anybody_reads():
+def test_any_jpeg_reader_can_read_the_whole():
     data = jpeg.encode(picture(96, 3), 90).numpy()
     image = Image.open(io.BytesIO(data.tobytes()))
     assert (image.format, image.size, image.mode) == ("JPEG", (96, 96), "RGB")
     difference = np.asarray(image).astype(int) - jpeg.decode(data, 3).transpose(1, 2, 0)
-    assert np.abs(difference).mean() < 2  # Pillow smooths the colours where this repeats them
+    assert np.abs(difference).mean() < 2  # Pillow interpolates chroma; our decoder repeats it
 
 
-def test_markers_between_blocks_cost_little():
+def test_restart_markers_add_less_than_6_percent():
     pixels = picture(352, 3)
     plain = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(plain, "JPEG", quality=90, subsampling="4:2:0", optimize=True)

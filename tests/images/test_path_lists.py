@@ -15,29 +15,29 @@ def keys(path):
     return [key_of(entry) for entry in open_source(path).entries()]
 
 
-def wrote(path, content):
+def write(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
 
-def test_a_text_list_gives_a_path_a_line_without_blanks_and_comments(tmp_path):
+def test_a_text_list_gives_one_path_a_line_without_blank_lines_and_comments(tmp_path):
     text = "# mine\na/1.jpg\r\n\n   \nb c/2.jpg\n../elsewhere/3.jpg\n/data/4.jpg\n#5.jpg\nlast.png"
-    assert keys(wrote(tmp_path / "list.txt", text)) == [
+    assert keys(write(tmp_path / "list.txt", text)) == [
         "a/1.jpg",
         "b c/2.jpg",
         "../elsewhere/3.jpg",
         "/data/4.jpg",
         "last.png",
     ]
-    assert keys(wrote(tmp_path / "bom.TXT", b"\xef\xbb\xbfa.jpg\n")) == ["a.jpg"]
-    assert keys(wrote(tmp_path / "empty.txt", "")) == []
+    assert keys(write(tmp_path / "bom.TXT", b"\xef\xbb\xbfa.jpg\n")) == ["a.jpg"]
+    assert keys(write(tmp_path / "empty.txt", "")) == []
 
 
-def test_relative_paths_start_from_the_lists_folder_and_absolute_ones_are_allowed(tmp_path, monkeypatch):
+def test_relative_paths_start_at_the_lists_folder_and_absolute_paths_are_allowed(tmp_path, monkeypatch):
     (tmp_path / "lists").mkdir()
-    wrote(tmp_path / "1.jpg", b"one")
-    wrote(tmp_path / "lists" / "2.jpg", b"two")
-    wrote(tmp_path / "lists" / "list.txt", f"2.jpg\n../1.jpg\n{tmp_path / '1.jpg'}\nnone.jpg\n")
+    write(tmp_path / "1.jpg", b"one")
+    write(tmp_path / "lists" / "2.jpg", b"two")
+    write(tmp_path / "lists" / "list.txt", f"2.jpg\n../1.jpg\n{tmp_path / '1.jpg'}\nnone.jpg\n")
     monkeypatch.chdir(tmp_path)
     source = pickle.loads(pickle.dumps(open_source(tmp_path.relative_to(tmp_path) / "lists" / "list.txt")))
     monkeypatch.chdir("/")
@@ -50,10 +50,10 @@ def test_relative_paths_start_from_the_lists_folder_and_absolute_ones_are_allowe
         source.open(none)
 
 
-def test_names_that_are_no_utf8_keep_their_bytes(tmp_path):
-    wrote(tmp_path / "caf\udce9.jpg", b"latin")
+def test_paths_that_are_not_utf8_keep_their_bytes(tmp_path):
+    write(tmp_path / "caf\udce9.jpg", b"latin")
     for name, content in {"list.txt": b"caf\xe9.jpg\n", "list.csv": b"path,label\ncaf\xe9.jpg,x\n"}.items():
-        source = open_source(wrote(tmp_path / name, content))
+        source = open_source(write(tmp_path / name, content))
         (entry,) = source.entries()
         assert entry == b"caf\xe9.jpg"
         with source.open(entry) as file:
@@ -61,27 +61,27 @@ def test_names_that_are_no_utf8_keep_their_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["path", "Image", "FILE", "filename", "file_name"])
-def test_the_column_of_paths_is_found_by_its_name_in_any_kind_of_table(name, tmp_path):
+def test_the_column_of_paths_is_found_by_its_name_in_every_table_format(name, tmp_path):
     rows = [("cat", "a, b.jpg"), ("dog", 'c "d".jpg'), ("", "e")]
     quoted = [(label, '"' + path.replace('"', '""') + '"') for label, path in rows]
     for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
         text = "\r\n".join(delimiter.join(row) for row in [("label", name), *quoted])
-        assert keys(wrote(tmp_path / f"list{suffix}", text)) == [path for _, path in rows]
+        assert keys(write(tmp_path / f"list{suffix}", text)) == [path for _, path in rows]
     pq.write_table(
         pa.table({"label": [label for label, _ in rows], name: [path for _, path in rows]}), tmp_path / "list.parquet"
     )
     assert keys(tmp_path / "list.parquet") == [path for _, path in rows]
 
 
-def test_a_table_without_names_has_its_paths_in_the_first_column(tmp_path):
-    assert keys(wrote(tmp_path / "list.csv", "a/1.jpg,cat\n\nb/2.PNG,dog\n")) == ["a/1.jpg", "b/2.PNG"]
-    wrote(tmp_path / "no suffix", b"x")
-    assert keys(wrote(tmp_path / "list.csv", "no suffix,cat\n")) == ["no suffix"]
-    assert keys(wrote(tmp_path / "list.csv", "")) == []
+def test_a_table_without_a_header_has_its_paths_in_the_first_column(tmp_path):
+    assert keys(write(tmp_path / "list.csv", "a/1.jpg,cat\n\nb/2.PNG,dog\n")) == ["a/1.jpg", "b/2.PNG"]
+    write(tmp_path / "no suffix", b"x")
+    assert keys(write(tmp_path / "list.csv", "no suffix,cat\n")) == ["no suffix"]
+    assert keys(write(tmp_path / "list.csv", "")) == []
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
-def test_paths_in_parquet_may_have_any_type_of_text_and_come_in_batches(kind, tmp_path, monkeypatch):
+def test_paths_in_parquet_may_have_any_text_type_and_are_read_in_batches(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(path_lists, "BATCH_ROWS", 7)
     paths = [f"{n:03d}.jpg" for n in range(100)]
     pq.write_table(pa.table({"path": pa.array(paths).cast(kind)}), tmp_path / "list.parquet", row_group_size=30)
@@ -89,7 +89,7 @@ def test_paths_in_parquet_may_have_any_type_of_text_and_come_in_batches(kind, tm
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "reason"),
     [
         (
             "list.csv",
@@ -109,15 +109,15 @@ def test_paths_in_parquet_may_have_any_type_of_text_and_come_in_batches(kind, tm
         ("list.parquet", b"PAR1" + bytes(100) + b"PAR1", r"can't be read as \.parquet"),
     ],
 )
-def test_a_list_that_can_not_be_understood_says_why_in_one_line(name, content, says, tmp_path):
-    with pytest.raises(InputError, match=says) as caught:
-        keys(wrote(tmp_path / name, content))
+def test_a_list_that_cannot_be_read_is_refused_in_one_line_that_names_it(name, content, reason, tmp_path):
+    with pytest.raises(InputError, match=reason) as caught:
+        keys(write(tmp_path / name, content))
     assert str(caught.value).startswith(f"{tmp_path / name}: ")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("table", "says"),
+    ("table", "reason"),
     [
         ({"img": ["a.jpg"], "label": ["cat"]}, "no column is called .* 'img', 'label'"),
         ({"path": ["a.jpg"], "file": ["b.jpg"]}, "which column holds the paths, 'path', 'file'"),
@@ -127,13 +127,13 @@ def test_a_list_that_can_not_be_understood_says_why_in_one_line(name, content, s
         ({"image": [{"bytes": b"x", "path": "a.jpg"}]}, "column 'image' holds struct<.*save_to_disk"),
     ],
 )
-def test_a_parquet_table_that_can_not_be_understood_says_why(table, says, tmp_path):
+def test_a_parquet_without_one_clear_column_of_paths_is_refused_with_a_reason(table, reason, tmp_path):
     pq.write_table(pa.table(table), tmp_path / "list.parquet")
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=reason):
         keys(tmp_path / "list.parquet")
 
 
-def test_a_damaged_parquet_is_an_input_error_and_a_missing_one_is_not(tmp_path):
+def test_a_damaged_parquet_is_an_input_error_but_a_missing_one_is_an_os_error(tmp_path):
     pq.write_table(pa.table({"path": [f"{n}.jpg" for n in range(5000)]}), tmp_path / "list.parquet")
     source = open_source(tmp_path / "list.parquet")
     content = bytearray((tmp_path / "list.parquet").read_bytes())
@@ -146,8 +146,8 @@ def test_a_damaged_parquet_is_an_input_error_and_a_missing_one_is_not(tmp_path):
         list(source.entries())
 
 
-def test_the_list_of_a_list_does_not_depend_on_its_order_and_holds_each_key_once(tmp_path):
-    one = open_source(wrote(tmp_path / "one.txt", "b.jpg\na.jpg\nc.jpg\nb.jpg\n"))
-    other = open_source(wrote(tmp_path / "other.csv", "n,path\n1,c.jpg\n2,a.jpg\n3,b.jpg\n"))
+def test_the_image_list_does_not_depend_on_the_order_of_the_paths_and_holds_each_once(tmp_path):
+    one = open_source(write(tmp_path / "one.txt", "b.jpg\na.jpg\nc.jpg\nb.jpg\n"))
+    other = open_source(write(tmp_path / "other.csv", "n,path\n1,c.jpg\n2,a.jpg\n3,b.jpg\n"))
     assert write_list(one.entries(), tmp_path / "1") == write_list(other.entries(), tmp_path / "2")
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == b"a.jpg\0b.jpg\0c.jpg\0"

@@ -13,7 +13,7 @@ from fastmae.images.sources import open_source
 
 
 def pack(path, members, layout=tarfile.PAX_FORMAT):
-    """A tar of name -> content; a content of None is a folder."""
+    """Write a tar of {name: content}; None as content makes a folder."""
     with tarfile.open(path, "w", format=layout, errors="surrogateescape") as tar:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
@@ -26,11 +26,11 @@ def pack(path, members, layout=tarfile.PAX_FORMAT):
 
 
 def contents(source):
-    found = {}
+    images = {}
     for entry in source.entries():
         with source.open(entry) as file:
-            found[key_of(entry)] = file.read()
-    return found
+            images[key_of(entry)] = file.read()
+    return images
 
 
 MEMBERS = {
@@ -46,11 +46,11 @@ IMAGES = {"a/1.jpg": b"one", "2.PNG": b"two" * 1000, "3.npy": b""}
 
 
 @pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_one_tar_or_a_folder_of_tars_gives_the_bytes_of_each_image(layout, tmp_path):
+def test_a_tar_or_a_folder_of_tars_gives_the_bytes_of_each_image(layout, tmp_path):
     for name in ("00.tar", "01.TAR"):
         pack(tmp_path / name, MEMBERS, layout)
     (tmp_path / "notes.txt").write_bytes(b"x")
-    (tmp_path / "._00.tar").write_bytes(b"what macOS leaves")
+    (tmp_path / "._00.tar").write_bytes(b"metadata of macOS")
     (tmp_path / "below.tar").mkdir()
     source = open_source(tmp_path)
     assert (source.kind, source.path) == ("tar", tmp_path)
@@ -72,7 +72,7 @@ def test_keys_do_not_depend_on_the_order_of_tars_and_members(tmp_path):
     assert len(digests) == 1
 
 
-def test_hostile_names_are_keys_and_touch_nothing_on_the_disk(tmp_path):
+def test_hostile_names_are_only_keys_and_never_paths_on_the_disk(tmp_path):
     hostile = {
         "../../out.jpg": b"1",
         "/etc/passwd.jpg": b"2",
@@ -87,14 +87,14 @@ def test_hostile_names_are_keys_and_touch_nothing_on_the_disk(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_names_that_are_no_utf8_keep_their_bytes(tmp_path):
+def test_names_that_are_not_utf8_keep_their_bytes(tmp_path):
     for layout in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         pack(tmp_path / "x.tar", {"caf\udce9.jpg": b"latin", "名.jpg": b"utf8"}, layout)
         entries = list(open_source(tmp_path).entries())
         assert [entry.partition(b"\x01")[0] for entry in entries] == [b"x.tar/caf\xe9.jpg", "x.tar/名.jpg".encode()]
 
 
-def test_only_regular_members_count(tmp_path):
+def test_only_regular_members_are_listed(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("real.jpg"), io.BytesIO())
         for name, kind in {
@@ -110,7 +110,7 @@ def test_only_regular_members_count(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 100, 512, 700, 1024, 1500, 2048, 2560])
-def test_a_tar_that_is_cut_off_anywhere_is_named(keep, tmp_path):
+def test_a_tar_that_is_cut_off_anywhere_is_refused_in_one_line_that_names_it(keep, tmp_path):
     whole = pack(tmp_path / "x.tar", {"1.jpg": bytes(600), "2.jpg": bytes(10)}, tarfile.USTAR_FORMAT).read_bytes()
     (tmp_path / "x.tar").write_bytes(whole[:keep])
     with pytest.raises(InputError, match="cut off") as caught:
@@ -120,7 +120,7 @@ def test_a_tar_that_is_cut_off_anywhere_is_named(keep, tmp_path):
 
 
 def with_size(content, size):
-    """The tar with another size in its first header, and the header's sum set right."""
+    """The tar with another size field in its first header, and the checksum to match."""
     header = bytearray(content[:512])
     header[124:136] = size
     header[148:156] = b" " * 8
@@ -131,19 +131,18 @@ def with_size(content, size):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda content: (
-            content[:1536] + b"garbage!" * 64 + content[2048:]
-        ),  # in the middle: Python would take it for the end
+        # Python would take the first for the end of the tar.
+        lambda content: content[:1536] + b"garbage!" * 64 + content[2048:],
         lambda content: b"garbage!" * 64 + content[512:],
-        lambda content: content[:1536] + bytes(512) + content[2048:],  # a hole in the file
+        lambda content: content[:1536] + bytes(512) + content[2048:],  # zeros where a header was
         lambda content: content + content,
-        lambda content: with_size(content, b"\xff" * 10 + b"\xfe\x00"),  # -512: the next header would be this one
+        lambda content: with_size(content, b"\xff" * 10 + b"\xfe\x00"),  # -512 bytes: leads back to this header
         lambda content: with_size(content, b"\xff" * 11 + b"\x00"),
-        lambda content: with_size(content, b"\x80" + b"\xff" * 11),  # more than there are bytes on earth
+        lambda content: with_size(content, b"\x80" + b"\xff" * 11),  # about 2^95 bytes
         lambda content: with_size(content, b"77777777777\0"),
     ],
 )
-def test_a_damaged_header_is_neither_the_end_nor_followed_out_of_the_tar(damage, tmp_path):
+def test_a_damaged_header_neither_ends_the_tar_nor_leads_out_of_it(damage, tmp_path):
     whole = pack(tmp_path / "x.tar", {"1.jpg": b"1" * 600, "2.jpg": b"2" * 10}, tarfile.USTAR_FORMAT).read_bytes()
     (tmp_path / "x.tar").write_bytes(damage(whole))
     with pytest.raises(InputError, match=r"x\.tar: a damaged tar"):
@@ -154,7 +153,7 @@ def test_a_damaged_header_is_neither_the_end_nor_followed_out_of_the_tar(damage,
     ("name", "mode"),
     [("x.tar.gz", "w:gz"), ("x.tgz", "w:gz"), ("x.tar.bz2", "w:bz2"), ("x.tar.xz", "w:xz"), ("x.tar", "w:gz")],
 )
-def test_a_compressed_tar_is_refused_with_the_way_out(name, mode, tmp_path):
+def test_a_compressed_tar_is_refused_and_the_message_says_what_to_do(name, mode, tmp_path):
     with tarfile.open(tmp_path / name, mode) as tar:
         tar.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
     for path in (tmp_path, tmp_path / name):
@@ -162,14 +161,14 @@ def test_a_compressed_tar_is_refused_with_the_way_out(name, mode, tmp_path):
             list(open_source(path).entries())
 
 
-def test_a_compressed_tar_beside_plain_ones_is_not_passed_over(tmp_path):
+def test_a_compressed_tar_among_plain_ones_is_not_ignored(tmp_path):
     pack(tmp_path / "0.tar", IMAGES)
     (tmp_path / "1.tar.zst").write_bytes(b"x")
     with pytest.raises(InputError, match=r"1\.tar\.zst: a compressed tar"):
         open_source(tmp_path)
 
 
-def test_an_entry_that_was_changed_by_hand_reads_nothing_else(tmp_path):
+def test_an_entry_that_was_changed_by_hand_opens_no_other_bytes(tmp_path):
     (tmp_path / "in").mkdir()
     pack(tmp_path / "out.tar", IMAGES)
     pack(tmp_path / "in" / "x.tar", IMAGES)
@@ -197,7 +196,7 @@ def test_an_entry_that_was_changed_by_hand_reads_nothing_else(tmp_path):
         folder.open(b"x.tar/a/1.jpg\x01512,99999999999999")
 
 
-def test_a_source_keeps_few_tars_open_and_pickles_without_them(tmp_path):
+def test_a_source_keeps_few_tars_open_and_is_pickled_without_them(tmp_path):
     for number in range(30):
         pack(tmp_path / f"{number:02d}.tar", {"x.jpg": b"%d" % number})
     source = open_source(tmp_path)
@@ -205,13 +204,13 @@ def test_a_source_keeps_few_tars_open_and_pickles_without_them(tmp_path):
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0  # noqa: PTH208, PTH112
     assert [source.open(entry).read() for entry in entries] == [b"%d" % number for number in range(30)]
     if before:
-        assert len(os.listdir("/proc/self/fd")) <= before + tar_shards.OPEN_TARS  # noqa: PTH208
+        assert len(os.listdir("/proc/self/fd")) <= before + tar_shards.MAX_OPEN_TARS  # noqa: PTH208
     again = pickle.loads(pickle.dumps(source))
     assert again.open(entries[7]).read() == b"7"
     assert (again.kind, again.path) == (source.kind, source.path)
 
 
-def test_a_member_with_holes_is_refused(tmp_path):
+def test_a_sparse_member_is_refused(tmp_path):
     member = tarfile.TarInfo("x.jpg")
     member.size, member.pax_headers = 3, {"GNU.sparse.map": "0,3", "GNU.sparse.size": "600"}
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:

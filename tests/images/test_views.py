@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from fastmae.images.views import ViewDraws, normalise
+from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, ViewDraws, normalise
 
 
 def draw_view(seed, epoch, index, grid, size, flip, mask="random"):
     return ViewDraws(size, flip, mask, size * size // 4, seed).draw(epoch, index, [grid])
 
 
-def test_every_aligned_offset_is_drawn_equally_often_and_half_are_flipped():
+def test_every_aligned_offset_is_drawn_equally_often_and_half_of_the_views_are_flipped():
     draws = [draw_view(seed=1, epoch=0, index=i, grid=6, size=4, flip=True) for i in range(9000)]
     counts = np.zeros((3, 3))
     for draw in draws:
@@ -18,7 +18,7 @@ def test_every_aligned_offset_is_drawn_equally_often_and_half_are_flipped():
     assert abs(np.mean([draw.flipped for draw in draws]) - 0.5) < 0.03
 
 
-def test_a_draw_depends_on_seed_epoch_and_index_alone():
+def test_a_draw_depends_only_on_seed_epoch_and_index():
     first = draw_view(3, 5, 7, 22, 14, True)
     again = draw_view(3, 5, 7, 22, 14, True)
     assert (first.row, first.col, first.flipped) == (again.row, again.col, again.flipped)
@@ -27,7 +27,7 @@ def test_a_draw_depends_on_seed_epoch_and_index_alone():
     assert not any((other == first.ids_shuffle).all() for other in others)
 
 
-def test_the_order_is_a_permutation_and_every_patch_is_visible_equally_often():
+def test_ids_shuffle_is_a_permutation_and_every_patch_is_visible_equally_often():
     visible = np.zeros(16)
     for index in range(4000):
         ids_shuffle = draw_view(0, 0, index, 4, 4, False).ids_shuffle
@@ -36,27 +36,29 @@ def test_the_order_is_a_permutation_and_every_patch_is_visible_equally_often():
     assert abs(visible - 1000).max() < 140
 
 
-def test_a_block_mask_hides_exactly_its_share_in_fewer_pieces_than_a_random_one():
+def test_a_block_mask_has_the_exact_ratio_and_fewer_borders_than_a_random_mask():
     def borders(ids_shuffle):
-        hidden = np.ones(196, dtype=bool)
-        hidden[ids_shuffle[:49]] = False
-        hidden = hidden.reshape(14, 14)
-        return (hidden[1:] != hidden[:-1]).sum() + (hidden[:, 1:] != hidden[:, :-1]).sum()
+        masked = np.ones(196, dtype=bool)
+        masked[ids_shuffle[:49]] = False
+        masked = masked.reshape(14, 14)
+        return (masked[1:] != masked[:-1]).sum() + (masked[:, 1:] != masked[:, :-1]).sum()
 
     blocks, scattered = (
         [draw_view(0, 0, i, 14, 14, False, mask).ids_shuffle for i in range(200)] for mask in ("block", "random")
     )
     assert all(sorted(ids_shuffle) == list(range(196)) for ids_shuffle in blocks)
-    assert np.mean([borders(ids_shuffle) for ids_shuffle in blocks]) < 0.6 * np.mean([borders(ids_shuffle) for ids_shuffle in scattered])
+    assert np.mean([borders(ids_shuffle) for ids_shuffle in blocks]) < 0.6 * np.mean(
+        [borders(ids_shuffle) for ids_shuffle in scattered]
+    )
     visible = np.zeros(196)
     for ids_shuffle in blocks:
         visible[ids_shuffle[:49]] += 1
-    assert (visible > 0).all()  # every place is seen in some view
+    assert (visible > 0).all()  # every patch is visible in some view
     again = draw_view(0, 0, 3, 14, 14, False, "block").ids_shuffle
     assert (again == blocks[3]).all()
 
 
-def test_a_view_draws_its_scale_and_every_scale_is_as_likely():
+def test_every_scale_is_drawn_equally_often():
     draws = ViewDraws(4, True, "random", 4, seed=0)
     drawn = [draws.draw(0, index, (4, 6, 9)) for index in range(3000)]
     assert np.bincount([d.scale for d in drawn]).tolist() == pytest.approx([1000, 1000, 1000], abs=130)
@@ -64,19 +66,19 @@ def test_a_view_draws_its_scale_and_every_scale_is_as_likely():
     assert all((d.row, d.col) == (0, 0) for d in drawn if d.scale == 0)
 
 
-def test_without_flip_nothing_is_flipped():
+def test_without_flip_no_view_is_flipped():
     assert not any(draw_view(0, 0, index, 8, 4, False).flipped for index in range(50))
 
 
-def test_normalise_is_imagenets():
+def test_normalise_uses_imagenets_mean_and_std_by_default():
     grey = normalise(torch.full((3, 1, 1), 255, dtype=torch.uint8))[:, 0, 0]
     torch.testing.assert_close(grey, (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))
 
 
-def test_normalise_does_not_depend_on_how_the_pixels_lie():
+def test_normalise_does_not_depend_on_the_memory_layout():
     pixels = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
-    rows = pixels.to(memory_format=torch.channels_last)
-    assert torch.equal(normalise(rows), normalise(pixels))
-    assert normalise(rows).is_contiguous(memory_format=torch.channels_last)
-    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    torch.testing.assert_close(normalise(rows), (pixels / 255 - shift) / scale)
+    channels_last = pixels.to(memory_format=torch.channels_last)
+    assert torch.equal(normalise(channels_last), normalise(pixels))
+    assert normalise(channels_last).is_contiguous(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(normalise(channels_last), (pixels / 255 - mean) / std)

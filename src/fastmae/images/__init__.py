@@ -1,1 +1,1 @@
-"""From an image file to the middle image (Sec. 3.2.3): listing, decoding, resizing."""
+"""From an image file to the middle image and its views (Sec. 3.2.3): listing, decoding, resizing, drawing views."""

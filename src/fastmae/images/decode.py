@@ -1,6 +1,7 @@
-"""One open image file -> upright 8-bit RGB, grey or n channels, or a reason why not. Pillow decodes; nothing here resizes.
+"""Decode one open image file to upright 8-bit RGB, grey or n channels, or give the reason why that fails.
 
-.npy arrays are read here: the header by NumPy's own functions, the values only if the file holds as many as it declares.
+Pillow decodes the images; resizing is in middle.py. Arrays (.npy) are decoded here: NumPy's own functions parse the
+header, and the values are read only if the file is as long as the header declares.
 """
 
 import errno
@@ -14,105 +15,124 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 MAX_PIXELS = 1 << 27
-"""134 megapixels, 400 MB as RGB: a larger image is refused unread (a few bytes can declare gigabytes)."""
+"""134 megapixels, or 400 MB as RGB. A larger image is refused before decoding: a few bytes can declare gigabytes."""
 
-BY_A_BAD_FILE = {None, errno.EINVAL, errno.EOVERFLOW}
-"""Of an OSError: a codec's own (no number), and what the system answers when a header sends the reader to an impossible place."""
+BAD_FILE_ERRNOS = {None, errno.EINVAL, errno.EOVERFLOW}
+"""`errno` of an OSError that a bad file causes.
+
+A codec's own error has none. The system answers with the others when a damaged header makes the codec seek to an
+impossible position.
+"""
+
+EXIF_ORIENTATION = 0x0112
+TRANSPOSED_ORIENTATIONS = {5, 6, 7, 8}
+"""EXIF orientations whose upright image has width and height swapped."""
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # half a picture must not pass for a whole one, with tokens of grey areas
 
 
 class UndecodableError(Exception):
-    """The file holds no image that can be decoded; the message is the reason, in one line."""
+    """The file holds no image that can be decoded. The message is the reason, in one line."""
 
 
 def decode_image(file: BinaryIO, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode the first frame to 8-bit RGB, upright by its EXIF orientation.
+    """Decode the first frame to 8-bit RGB, turned upright by its EXIF orientation.
 
-    Grey and palette images become RGB, CMYK and Lab are converted, 16-bit grey keeps its high byte, and what is
-    transparent lies on white.
+    Grey and palette images become RGB; CMYK and Lab are converted; 16-bit grey keeps its high byte; transparent pixels
+    are blended onto white.
 
     Args:
-        file: open, seekable, at its begin; it stays open.
-        at_least: a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size (by leaving out DCT coefficients) as long
-            as both its sides stay at least twice this long; None decodes it whole.
+        file: open and seekable, positioned at its start. It is left open.
+        at_least: allows a large JPEG to be decoded at 1/2, 1/4 or 1/8 of its size (by dropping DCT coefficients) as
+            long as both sides stay at least twice this many pixels; None decodes at full size.
 
     Returns:
-        The image, and its own upright (width, height) before any such reduction.
+        The image, and its full upright (width, height) before any such reduction.
 
     Raises:
-        UndecodableError: no image, a damaged or truncated one, or one of more than `MAX_PIXELS`.
+        UndecodableError: not an image, a damaged or truncated one, or one of more than `MAX_PIXELS`.
         OSError: the file itself can't be read (a failing disk).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata: the pixels are what counts
-        try:
-            image = Image.open(file)
-        except Exception as error:
-            raise _undecodable(error, "not an image") from error
-        size = image.size
-        if size[0] * size[1] > MAX_PIXELS:
-            raise UndecodableError(
-                f"declares {size[0]} x {size[1]} pixels, more than the {MAX_PIXELS >> 20} Mpx allowed"
-            )
+        warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which doesn't affect the pixels
+        image = _open_image(file)
+        width, height = image.size
         try:
             if at_least is not None:
                 image.draft("RGB", (2 * at_least, 2 * at_least))
             image.load()
-            turned = image.getexif().get(0x0112) in {5, 6, 7, 8}  # orientations that swap the sides
+            transposed = image.getexif().get(EXIF_ORIENTATION) in TRANSPOSED_ORIENTATIONS
             rgb = to_rgb(ImageOps.exif_transpose(image))
         except Exception as error:  # codecs raise nearly any type on hostile files
-            raise _undecodable(error, "damaged") from error
-    return rgb, (size[1], size[0]) if turned else size
+            raise _error_to_raise(error, "damaged") from error
+    return rgb, (height, width) if transposed else (width, height)
 
 
 def decode_bands(
     file: BinaryIO, name: str, channels: int, at_least: int | None = None
 ) -> tuple[list[Image.Image], tuple[int, int]]:
-    """Decode to a given number of channels.
+    """Decode to a fixed number of channels.
 
     Args:
-        file: as `decode_image`: .npy with an array [H, W] or [H, W, channels], or any image that Pillow reads.
-        name: the image's; its suffix says whether it is .npy.
-        channels: 3 gives RGB, 1 grey (of colours, their luma); another number is read from .npy, or from an image of as many bands.
-        at_least: as `decode_image`.
+        file: as in `decode_image`; .npy with an array [H, W] or [H, W, channels], or any image that Pillow reads.
+        name: name of the image; its suffix tells whether it is .npy.
+        channels: 3 gives RGB, 1 grey (the luma of a colour image); any other number needs .npy, or an image with
+            exactly that many bands.
+        at_least: as in `decode_image`.
 
     Returns:
-        One RGB image, or an 8-bit image a channel; and (width, height) as `decode_image`.
+        One RGB image, or one 8-bit image for each channel; and the full (width, height) as in `decode_image`.
 
     Raises:
-        UndecodableError, OSError: as `decode_image`; also a file of another number of channels, or of values without a range.
+        UndecodableError: as in `decode_image`; also a wrong number of channels, or values without a known range.
+        OSError: as in `decode_image`.
     """
     if Path(name).suffix.lower() == ".npy":
         array = _read_npy(file, channels)
-        size = (array.shape[1], array.shape[0])
-        if channels == 3:
-            return [Image.fromarray(np.ascontiguousarray(array))], size
-        return [Image.fromarray(np.ascontiguousarray(array[..., channel])) for channel in range(channels)], size
+        planes = [array] if channels == 3 else [array[..., channel] for channel in range(channels)]
+        return [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes], (array.shape[1], array.shape[0])
     if channels in (1, 3):
         image, size = decode_image(file, at_least)
         return [image if channels == 3 else image.convert("L")], size
+    return _decode_n_bands(file, channels)
+
+
+def _decode_n_bands(file: BinaryIO, channels: int) -> tuple[list[Image.Image], tuple[int, int]]:
+    image = _open_image(file)
+    bands = len(image.getbands())
+    if bands != channels:
+        raise UndecodableError(
+            f"has {bands} channels, not {channels}; n-channel images are read from .npy files, [H, W, {channels}]"
+        )
+    try:
+        image.load()
+        return list(image.split()), image.size
+    except Exception as error:
+        raise _error_to_raise(error, "damaged") from error
+
+
+def _open_image(file: BinaryIO) -> ImageFile.ImageFile:
+    """Read an image's header and refuse more than `MAX_PIXELS`."""
     try:
         image = Image.open(file)
-        bands = len(image.getbands())
-        if bands == channels and image.size[0] * image.size[1] <= MAX_PIXELS:
-            image.load()
-            return list(image.split()), image.size
     except Exception as error:
-        raise _undecodable(error, "not an image") from error
-    raise UndecodableError(
-        f"has {bands} channels, not {channels}; n-channel images are read from .npy files, [H, W, {channels}]"
-    )
+        raise _error_to_raise(error, "not an image") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UndecodableError(f"declares {width} x {height} pixels, more than the {MAX_PIXELS >> 20} Mpx allowed")
+    return image
 
 
 def _read_npy(file: BinaryIO, channels: int) -> np.ndarray:
-    """uint8 [H, W, channels] of an array of 8 or 16 bits, or of floats from 0 to 1."""
-    declared, in_columns, dtype = _npy_header(file)
-    shape = (*declared, 1) if len(declared) == 2 else declared
+    """uint8 [H, W, channels] from an array of unsigned 8 or 16 bits, or of floats in [0, 1]."""
+    declared_shape, fortran_order, dtype = _read_npy_header(file)
+    shape = (*declared_shape, 1) if len(declared_shape) == 2 else declared_shape
     if len(shape) != 3 or min(shape) < 1 or shape[0] * shape[1] > MAX_PIXELS:
-        raise UndecodableError(f"an array of shape {declared}, not [H, W, channels]")
+        raise UndecodableError(f"an array of shape {declared_shape}, not [H, W, channels]")
     if shape[2] != channels:
         raise UndecodableError(f"has {shape[2]} channels, not {channels}")
     if dtype in (np.uint8, np.uint16) or dtype.kind == "f":
-        array = _npy_values(file, math.prod(shape), dtype).reshape(shape, order="F" if in_columns else "C")
+        array = _read_npy_values(file, math.prod(shape), dtype).reshape(shape, order="F" if fortran_order else "C")
         if dtype == np.uint8:
             return array
         if dtype == np.uint16:
@@ -122,51 +142,49 @@ def _read_npy(file: BinaryIO, channels: int) -> np.ndarray:
     raise UndecodableError(f"an array of {dtype} that is neither 8 nor 16 bits unsigned, nor from 0 to 1")
 
 
-def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether it lies column by column, and type of what follows in a .npy file; nothing in it is unpickled."""
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+def _read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether the values are in Fortran order, and dtype. Nothing is unpickled."""
+    header_readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         version = np.lib.format.read_magic(file)
-        if version not in read:
+        if version not in header_readers:
             raise ValueError(f"version {version[0]}.{version[1]}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on headers that Python 2 wrote
-            shape, in_columns, dtype = read[version](file)
+            warnings.simplefilter("ignore")  # NumPy warns about headers that Python 2 wrote
+            shape, fortran_order, dtype = header_readers[version](file)
         if dtype.hasobject:
             raise ValueError("Python objects")
     except OSError:
         raise
-    except Exception as error:  # it is a Python literal: a hostile one raises nearly any type, MemoryError too
+    except Exception as error:  # the header is a Python literal: a hostile one raises nearly any type, even MemoryError
         raise UndecodableError(f"not a plain .npy array: {' '.join(str(error).split())[:160]}") from error
-    return shape, in_columns, dtype
+    return shape, fortran_order, dtype
 
 
-def _npy_values(file: BinaryIO, count: int, dtype: np.dtype) -> np.ndarray:
-    """[count] values from here on, read only when they are all there: a few bytes can declare gigabytes."""
-    begin = file.tell()
-    held, wanted = file.seek(0, os.SEEK_END) - begin, count * dtype.itemsize
-    if held < wanted:
-        raise UndecodableError(f"not a plain .npy array: declares {wanted} bytes and holds {held}")
-    file.seek(begin)
-    return np.frombuffer(file.read(wanted), dtype, count)
+def _read_npy_values(file: BinaryIO, length: int, dtype: np.dtype) -> np.ndarray:
+    """[length] values from the current position, read only if the file has them all: headers can declare gigabytes."""
+    start = file.tell()
+    bytes_present, bytes_declared = file.seek(0, os.SEEK_END) - start, length * dtype.itemsize
+    if bytes_present < bytes_declared:
+        raise UndecodableError(f"not a plain .npy array: declares {bytes_declared} bytes and holds {bytes_present}")
+    file.seek(start)
+    return np.frombuffer(file.read(bytes_declared), dtype, length)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB without clipping 16-bit values or losing what transparency hides."""
+    """Convert any Pillow mode to 8-bit RGB: 16-bit values are scaled, not clipped, and transparency becomes white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # I;16 and I: integers of 16 bits and more; the high byte is the 8-bit value
+    if image.mode.startswith("I"):  # I;16 and I hold integers of 16 bits or more; the high byte is the 8-bit value
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":  # no range is declared: [0, 1] where all values lie there, else 0 to 255
+    if image.mode == "F":  # the format declares no range: [0, 1] if no value is above 1, else [0, 255]
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         scale = 255.0 if values.max() <= 1.0 else 1.0
         return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
-        lab_to_rgb = ImageCms.buildTransform(
-            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
-        )
-        converted = ImageCms.applyTransform(image, lab_to_rgb)
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
         assert converted is not None
         return converted
     if image.has_transparency_data:
@@ -176,16 +194,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _undecodable(error: Exception, otherwise: str) -> Exception:
-    """What to raise: the file's fault as `UndecodableError`, the machine's (disk, memory) as it came."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in BY_A_BAD_FILE):
+def _error_to_raise(error: Exception, default_reason: str) -> Exception:
+    """`UndecodableError` if the file is at fault; the error itself if the machine is (disk, memory)."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in BAD_FILE_ERRNOS):
         return error
     if isinstance(error, Image.DecompressionBombError):
         return UndecodableError("declares far more pixels than its size can hold (a decompression bomb)")
     if isinstance(error, Image.UnidentifiedImageError):
         return UndecodableError("not an image, or its header is damaged")
     text = " ".join(str(error).split())
-    return UndecodableError(f"{otherwise}: {text}" if text else otherwise)
-
-
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # a half-decoded image must not become a grey middle image with tokens
+    return UndecodableError(f"{default_reason}: {text}" if text else default_reason)

@@ -1,7 +1,8 @@
-"""An entry: what an image list holds of one image. The key that names it for good, and where its source finds it again.
+"""An entry describes one image in an image list: the key that names it for good, and where its source finds it.
 
-An entry is the key in UTF-8 (bytes that are no UTF-8 stay as they are: surrogateescape); where an image is no file of its
-own, b"\\x01" and a location follow. No key holds the bytes 0 and 1, so entries that are sorted as bytes are sorted by key.
+An entry is the key in UTF-8; bytes that are not UTF-8 are kept as they are (surrogateescape). If the image is not a
+file of its own, b"\\x01" and a location follow. Keys never contain the bytes 0 and 1, so sorting entries by their bytes
+sorts them by key.
 """
 
 from pathlib import Path, PurePosixPath
@@ -9,55 +10,59 @@ from pathlib import Path, PurePosixPath
 from fastmae.errors import InputError
 
 KEY_END = b"\x01"
-"""Between key and location."""
+"""Separates key and location."""
 ENTRY_END = b"\0"
-"""After each entry of a list."""
+"""Follows each entry in a list file."""
 
 
 def entry_of(source: Path, key: str | bytes, location: str = "") -> bytes:
-    """The entry of an image.
+    """The entry of one image.
 
     Args:
-        source: what is listed, for the message.
-        key: the image's name in it, the same whatever the order in which its images come.
-        location: what the source needs to find the image besides the key; without the bytes 0 and 1.
+        source: path of the source, for the error message.
+        key: name of the image within its source; must not depend on the order of the images.
+        location: what the source needs besides the key to find the image; must not contain the bytes 0 and 1.
 
     Raises:
-        InputError: a key with the byte 0 or 1 in it.
+        InputError: the key contains the byte 0 or 1.
     """
-    name = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key
-    if KEY_END in name or ENTRY_END in name:
+    encoded_key = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key
+    if KEY_END in encoded_key or ENTRY_END in encoded_key:
         raise InputError(
             f"{source}: the name {key[:80]!r} holds a byte 0 or 1; rename the image (or save the list as UTF-8 text)"
         )
-    return name + KEY_END + location.encode("ascii") if location else name
+    return encoded_key + KEY_END + location.encode("ascii") if location else encoded_key
 
 
 def key_bytes(entry: bytes) -> bytes:
-    """The key of an entry, as it is sorted and hashed."""
+    """The key of an entry as bytes, for sorting and hashing."""
     return entry.partition(KEY_END)[0]
 
 
 def key_of(entry: bytes) -> str:
-    """The key of an entry."""
+    """The key of an entry as text."""
     return key_bytes(entry).decode("utf-8", "surrogateescape")
 
 
-def numbers_of(entry: bytes, count: int, source: Path) -> tuple[int, ...]:
-    """The location of an entry, when it is `count` numbers of 0 or more with commas between them.
+def numbers_of(entry: bytes, length: int, source: Path) -> tuple[int, ...]:
+    """The location of an entry, as the `length` non-negative integers that it lists.
 
     Raises:
-        InputError: it is not.
+        InputError: the location is anything else.
     """
-    parts = entry.partition(KEY_END)[2].split(b",")
-    if len(parts) != count or not all(part.isdigit() and len(part) < 20 for part in parts):
+    fields = entry.partition(KEY_END)[2].split(b",")
+    if len(fields) != length or not all(field.isdigit() and len(field) < 20 for field in fields):
         raise InputError(
-            f"{source}: the list does not say where {key_of(entry)[:80]!r} lies; it was changed by hand, list the images again"
+            f"{source}: the list does not say where {key_of(entry)[:80]!r} lies; "
+            "it was changed by hand, list the images again"
         )
-    return tuple(map(int, parts))
+    return tuple(map(int, fields))
 
 
 def label_of(key: str) -> str:
-    """The name of the folder that holds the image (the class, in a labelled tree), or '' at the top level (of a tar too)."""
+    """Name of the folder that holds the image, which is its class in a labelled tree; '' at the top level.
+
+    A tar counts as a top level too.
+    """
     folder = PurePosixPath(key).parent.name
     return "" if folder.lower().endswith(".tar") else folder

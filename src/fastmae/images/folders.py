@@ -1,4 +1,4 @@
-"""A folder of image files, nested or flat, as a source: which files count, and how one is opened. No file's content is read here."""
+"""A folder of image files, nested or flat, as a source: which files count as images. No file's content is read here."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,57 +9,30 @@ from typing import BinaryIO, ClassVar
 from fastmae.errors import InputError
 from fastmae.images.entries import entry_of, key_of
 
-# Fixed here, not asked from Pillow or the system, so that the list does not depend on what is installed.
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".apng",
-        ".avif",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".heic",
-        ".heif",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".npy",
-        ".pbm",
-        ".pcx",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".psd",
-        ".sgi",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".xbm",
-        ".xpm",
-    ]
-)
+# A fixed list: asking Pillow or the system would make the image list depend on what is installed.
+IMAGE_SUFFIXES = frozenset([
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2",
+    ".jpe", ".jpeg", ".jpg", ".npy", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
+    ".psd", ".sgi", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm",
+])  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Every image file below a folder; a key is the path relative to it, with `/` between the parts.
+    """Every image file below a folder; a key is the path relative to the folder, with `/` as separator.
 
-    A file counts when its suffix is an image's, or when it has none and is not hidden (its content decides later).
-    Links are followed, as long as they don't lead back into a folder that they lie in; hidden folders are passed over.
+    A file counts if it has an image suffix, or if it has no suffix and is not hidden (decoding then decides). Links are
+    followed unless they lead back to a folder that contains them. Hidden folders are ignored.
     """
 
     path: Path
     kind: ClassVar[str] = "folder"
 
     def entries(self) -> Iterator[bytes]:
-        """An entry an image, in the order in which the system lists them.
+        """One entry for each image, in the system's order.
 
         Raises:
-            InputError: a name with the byte 1 in it.
+            InputError: a name contains the byte 1.
         """
         return (entry_of(self.path, name) for name in files_below(self.path, may_be_image))
 
@@ -73,36 +46,37 @@ class FolderSource:
         key = key_of(entry)
         if key.startswith("/") or ".." in key.split("/"):
             raise InputError(
-                f"{self.path}: the list names {key[:80]!r}, outside this folder; it was changed by hand, list the images again"
+                f"{self.path}: the list names {key[:80]!r}, outside this folder; "
+                "it was changed by hand, list the images again"
             )
         return (self.path / key).open("rb")
 
 
-def files_below(folder: Path, wanted: Callable[[str], bool]) -> Iterator[str]:
-    """Paths relative to `folder` of the files whose name is wanted; links and hidden folders as in `FolderSource`."""
-    return _files_below(folder, wanted, "", frozenset())
+def files_below(folder: Path, matches: Callable[[str], bool]) -> Iterator[str]:
+    """Paths, relative to `folder`, of the files whose name matches. Links and hidden folders: as in `FolderSource`."""
+    return _files_below(folder, matches, "", frozenset())
 
 
-def _files_below(folder: Path, wanted: Callable[[str], bool], prefix: str, above: frozenset[str]) -> Iterator[str]:
-    """The same, each after `prefix`; `above` are the real places of the folders on the way here."""
-    here = os.path.realpath(folder)
-    if here in above:
+def _files_below(folder: Path, matches: Callable[[str], bool], prefix: str, parents: frozenset[str]) -> Iterator[str]:
+    """Matching paths with `prefix` in front; `parents` are the resolved folders on the way here, to stop link loops."""
+    resolved = os.path.realpath(folder)
+    if resolved in parents:
         return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                if not entry.name.startswith("."):
-                    yield from _files_below(Path(entry.path), wanted, f"{prefix}{entry.name}/", above | {here})
-            elif wanted(entry.name):
-                yield prefix + entry.name
+    with os.scandir(folder) as children:
+        for child in children:
+            if child.is_dir():
+                if not child.name.startswith("."):
+                    yield from _files_below(Path(child.path), matches, f"{prefix}{child.name}/", parents | {resolved})
+            elif matches(child.name):
+                yield prefix + child.name
 
 
 def is_named_as_image(name: str) -> bool:
-    """Whether a name ends as images' names do."""
+    """Whether a file name has an image suffix."""
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def may_be_image(name: str) -> bool:
-    """Whether a file counts as an image: by its suffix, or because it has none and is not hidden."""
+    """Whether a file counts as an image: it has an image suffix, or it has no suffix and is not hidden."""
     suffix = Path(name).suffix.lower()
     return suffix in IMAGE_SUFFIXES or (suffix == "" and not name.startswith("."))

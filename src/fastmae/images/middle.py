@@ -1,6 +1,6 @@
-"""The middle image (Sec. 3.2.3, Fig. 4b): every picture at one fixed size, cut into whole patches.
+"""The middle image (Sec. 3.2.3, Fig. 4b): each image resized to one fixed size, which is cut into whole patches.
 
-A teacher sees it once; pre-training never sees anything else of a picture than patch-aligned parts of it.
+The teacher sees each middle image once. Pre-training sees only patch-aligned views of it.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from fastmae.images.decode import decode_bands
 
 @dataclass(frozen=True)
 class MiddleImage:
-    """A decoded and resized picture.
+    """A decoded and resized image.
 
     Attributes:
-        pixels: uint8 [K, S, S] of K channels, exactly what a store gives back later (so after JPEG, when it keeps JPEG).
-        jpeg: uint8 [bytes], or None when the pixels are kept raw.
-        width: of the picture itself, upright, in pixels.
-        height: the same.
+        pixels: uint8 [K, S, S] with K channels, exactly as a store returns them later: after JPEG, if it keeps JPEG.
+        jpeg: uint8 [bytes], or None if the store keeps raw pixels.
+        width: width of the original image, upright, in pixels.
+        height: height of the original image, upright, in pixels.
     """
 
     pixels: torch.Tensor
@@ -32,12 +32,12 @@ class MiddleImage:
 
 
 def resize_whole(image: Image.Image, size: int) -> Image.Image:
-    """Resize the whole picture to `size` x `size`, whatever its shape (bicubic, antialiased)."""
+    """Resize the whole image to `size` x `size`, ignoring its aspect ratio (bicubic, antialiased)."""
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the short side to `size` and keep the centre `size` x `size`: no distortion, but the rims are lost."""
+    """Resize the short side to `size` and keep the central `size` x `size`: no distortion, but the rest is lost."""
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
@@ -50,32 +50,32 @@ RESIZE = {"whole": resize_whole, "center-crop": resize_and_crop}
 def make_middle_image(
     file: BinaryIO, name: str, size: int, resize: str, jpeg_quality: int | None, channels: int = 3
 ) -> MiddleImage:
-    """Decode a file and bring it to the middle size.
+    """Decode an image file and resize it to the middle size.
 
     Args:
-        file: of the image, open, seekable, at its begin.
-        name: the image's, for its suffix.
+        file: open and seekable, positioned at its start.
+        name: name of the image, for its suffix.
         size: side of the middle image, in pixels.
         resize: a key of `RESIZE`.
-        jpeg_quality: 1 to 100: the pixels go through a JPEG (4:2:0) of this quality; None keeps them raw.
-        channels: K; a JPEG holds 1 or 3.
+        jpeg_quality: quality from 1 to 100 of the JPEG (4:2:0) that the pixels go through; None keeps them raw.
+        channels: number of channels, K; 1 or 3 for JPEG.
 
     Raises:
-        UndecodableError, OSError: as `decode_bands`.
+        UndecodableError, OSError: as in `decode_bands`.
     """
     pixels, (width, height) = resized_pixels(file, name, size, resize, channels)
     if jpeg_quality is None:
         return MiddleImage(pixels, None, width, height)
-    kept = jpeg.encode(pixels, jpeg_quality)
-    return MiddleImage(torch.from_numpy(jpeg.decode(kept.numpy(), channels)), kept, width, height)
+    encoded = jpeg.encode(pixels, jpeg_quality)
+    return MiddleImage(torch.from_numpy(jpeg.decode(encoded.numpy(), channels)), encoded, width, height)
 
 
 def resized_pixels(
     file: BinaryIO, name: str, size: int, resize: str, channels: int
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """A file's pixels uint8 [K, S, S], before any JPEG, and its own (width, height)."""
-    bands, own = decode_bands(file, name, channels, at_least=size)
-    return torch.cat([to_tensor(RESIZE[resize](band, size)) for band in bands]), own
+    """Pixels of an image file, uint8 [K, S, S], before any JPEG; and the original (width, height)."""
+    bands, original_size = decode_bands(file, name, channels, at_least=size)
+    return torch.cat([to_tensor(RESIZE[resize](band, size)) for band in bands]), original_size
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""A list of image paths as a source: .txt with a path a line, or a column of .csv, .tsv or .parquet. Read as a stream, never whole."""
+"""A list of image paths as a source: a .txt with one path a line, or one column of a .csv, .tsv or .parquet.
+
+The list is read as a stream, never whole.
+"""
 
 import csv
 import os
@@ -18,29 +21,29 @@ from fastmae.images.folders import is_named_as_image
 
 LIST_SUFFIXES = frozenset([".txt", ".csv", ".tsv", ".parquet"])
 PATH_COLUMNS = ("path", "image", "file", "filename", "file_name")
-"""What the column of paths is called, in small or capital letters."""
+"""Names of the column of paths, in upper or lower case."""
 LONGEST_LINE = 1 << 20
-"""Bytes or letters, other columns with it. A file without line ends must not be read into memory."""
-BATCH_ROWS, BATCH_BYTES = 1 << 16, 1 << 20
-"""Rows of .parquet at a time, and how far it is read ahead."""
+"""Longest line, all columns included, in bytes or characters. A file without line ends must not fill the memory."""
+BATCH_ROWS, READ_AHEAD_BYTES = 1 << 16, 1 << 20
+"""Rows of a .parquet that are decoded at a time, and the buffer that it is read through."""
 
 
 @dataclass(frozen=True)
 class ListSource:
-    """The images that a file lists; a key is the path as it is written there. Relative paths start from the file's folder."""
+    """The images that a file lists; a key is the path as written there. Relative paths start at the file's folder."""
 
     path: Path
     kind: ClassVar[str] = "list"
 
     def entries(self) -> Iterator[bytes]:
-        """An entry a path, in the file's order.
+        """One entry for each path, in the file's order.
 
         Raises:
-            InputError: no column of paths, or which one is not clear; a row without a path; a damaged file.
+            InputError: no column of paths, or several; a row without a path; a damaged file.
         """
-        read: dict[str, Callable[[Path], Iterator[Any]]]
-        read = {".txt": _lines, ".csv": _csv_column, ".tsv": _csv_column, ".parquet": _parquet_column}
-        return (entry_of(self.path, key) for key in read[self.path.suffix.lower()](self.path))
+        readers: dict[str, Callable[[Path], Iterator[Any]]]
+        readers = {".txt": _lines, ".csv": _csv_column, ".tsv": _csv_column, ".parquet": _parquet_column}
+        return (entry_of(self.path, key) for key in readers[self.path.suffix.lower()](self.path))
 
     def open(self, entry: bytes) -> BinaryIO:
         """Open an image's file.
@@ -52,18 +55,18 @@ class ListSource:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Lines of text; blank ones and those that start with # are comments."""
+    """The lines of a text file, without blank ones and comments (which start with #)."""
     with path.open("rb") as file:
-        if file.read(len(BOM_UTF8)) != BOM_UTF8:  # a mark that some editors put first
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:  # some editors put this mark first
             file.seek(0)
-        for line in _short_lines(path, file):
+        for line in _bounded_lines(path, file):
             text = line.rstrip(b"\r\n")
             if text.strip() and not text.startswith(b"#"):
                 yield text
 
 
-def _short_lines(path: Path, file: IO[AnyStr]) -> Iterator[AnyStr]:
-    """The lines of a file that has any."""
+def _bounded_lines(path: Path, file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """The lines of a file; refuses lines of `LONGEST_LINE` and more."""
     number = 0
     while line := file.readline(LONGEST_LINE):
         number += 1
@@ -75,21 +78,22 @@ def _short_lines(path: Path, file: IO[AnyStr]) -> Iterator[AnyStr]:
 
 
 def _csv_column(path: Path) -> Iterator[str]:
-    """The column of paths of a .csv or .tsv, with a line of names above it or without."""
+    """The column of paths of a .csv or .tsv, with or without a header row."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(_short_lines(path, file), delimiter=delimiter)
+        rows = csv.reader(_bounded_lines(path, file), delimiter=delimiter)
         try:
-            first = next((row for row in rows if row), [])
-            column = _column_among(path, [name.strip() for name in first])
+            first_row = next((row for row in rows if row), [])
+            column = _path_column(path, [name.strip() for name in first_row])
+            data_rows: Iterator[list[str]]
             if column is None:
-                column, names_above = _column_without_names(path, first), []
+                column, column_text = _column_without_header(path, first_row), "the first column"
+                data_rows = chain([first_row], rows)
             else:
-                names_above, first = first, []
-            for row in chain([first], rows):
+                column_text, data_rows = f"column '{first_row[column]}'", rows
+            for row in data_rows:
                 if row and (len(row) <= column or not row[column].strip()):
-                    where = f"column '{names_above[column]}'" if names_above else "the first column"
-                    raise InputError(f"{path}: line {rows.line_num} has no path in {where}; fill or remove it")
+                    raise InputError(f"{path}: line {rows.line_num} has no path in {column_text}; fill or remove it")
                 if row:
                     yield row[column]
         except csv.Error as error:
@@ -98,61 +102,83 @@ def _csv_column(path: Path) -> Iterator[str]:
             ) from error
 
 
-def _column_without_names(path: Path, first: list[str]) -> int:
-    """0 when the first row looks like data that start with a path."""
-    if not first or is_named_as_image(first[0]) or os.path.isfile(path.parent / first[0]):  # noqa: PTH113 - for any text at all
+def _column_without_header(path: Path, first_row: list[str]) -> int:
+    """0, if the first row is data that start with a path.
+
+    Raises:
+        InputError: it is not.
+    """
+    first_cell = first_row[0] if first_row else ""
+    # os.path.isfile, as Path.is_file raises on text that can't be a path.
+    if not first_row or is_named_as_image(first_cell) or os.path.isfile(path.parent / first_cell):  # noqa: PTH113
         return 0
     raise InputError(
-        f"{path}: no column is called {_column_names()}, and its first line starts with {first[0][:80]!r}, which is no image; "
-        "name the column of paths 'path'"
+        f"{path}: no column is called {_column_names()}, and its first line starts with {first_cell[:80]!r}, "
+        "which is no image; name the column of paths 'path'"
     )
 
 
 def _parquet_column(path: Path) -> Iterator[str | bytes]:
-    """The column of paths of a .parquet file."""
+    """The column of paths of a .parquet."""
     try:
-        with path.open("rb") as raw, pq.ParquetFile(raw, buffer_size=BATCH_BYTES) as file:
-            schema = file.schema_arrow
-            column = _column_among(path, schema.names)
-            if column is None:
-                raise InputError(
-                    f"{path}: no column is called {_column_names()} (there are {_some(schema.names)}); rename the one of paths"
-                )
-            name, kind = schema.names[column], schema.field(column).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if str(kind).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
-                raise InputError(
-                    f"{path}: column '{name}' holds {str(kind)[:80]}, not paths; for images in the table itself, "
-                    "load it with `datasets` and give the folder that save_to_disk writes"
-                )
-            batches = file.iter_batches(BATCH_ROWS, columns=[name], use_threads=False)
+        with path.open("rb") as raw, pq.ParquetFile(raw, buffer_size=READ_AHEAD_BYTES) as file:
+            column = _parquet_path_column(path, file.schema_arrow)
+            batches = file.iter_batches(BATCH_ROWS, columns=[column], use_threads=False)
             keys = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
             for row, key in enumerate(keys):
                 if not key or not key.strip():
-                    raise InputError(f"{path}: row {row} has no path in column '{name}'; fill or remove it")
+                    raise InputError(f"{path}: row {row} has no path in column '{column}'; fill or remove it")
                 yield key
     except InputError:
         raise
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the file's
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the file's
             raise
         raise InputError(f"{path}: can't be read as .parquet ({first_line(error)}); write it again") from error
 
 
-def _column_among(path: Path, names: Sequence[str]) -> int | None:
-    """Place of the column of paths, or None when no column is called like one."""
-    found = [place for place, name in enumerate(names) if name.lower() in PATH_COLUMNS]
-    if len(found) > 1:
+def _parquet_path_column(path: Path, schema: pa.Schema) -> str:
+    """Name of the column of paths.
+
+    Raises:
+        InputError: there is none, or it holds something else than text.
+    """
+    column = _path_column(path, schema.names)
+    if column is None:
         raise InputError(
-            f"{path}: which column holds the paths, {_some([names[place] for place in found])}? Rename or remove all but one"
+            f"{path}: no column is called {_column_names()} (there are {_shortened(schema.names)}); "
+            "rename the column of paths"
         )
-    return found[0] if found else None
+    name, kind = schema.names[column], schema.field(column).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if str(kind).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
+        raise InputError(
+            f"{path}: column '{name}' holds {str(kind)[:80]}, not paths; for images in the table itself, "
+            "load it with `datasets` and give the folder that save_to_disk writes"
+        )
+    return name
+
+
+def _path_column(path: Path, names: Sequence[str]) -> int | None:
+    """Index of the column of paths, or None if no column has such a name.
+
+    Raises:
+        InputError: several have.
+    """
+    indices = [index for index, name in enumerate(names) if name.lower() in PATH_COLUMNS]
+    if len(indices) > 1:
+        raise InputError(
+            f"{path}: which column holds the paths, {_shortened([names[index] for index in indices])}? "
+            "Rename or remove all but one"
+        )
+    return indices[0] if indices else None
 
 
 def _column_names() -> str:
     return f"{', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}"
 
 
-def _some(names: Sequence[str]) -> str:
+def _shortened(names: Sequence[str]) -> str:
+    """The names as text, shortened for a message."""
     shown = ", ".join(repr(name[:40]) for name in names[:8])
     return f"{shown}, ..." if len(names) > 8 else shown

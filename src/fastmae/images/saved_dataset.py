@@ -1,4 +1,7 @@
-"""A folder that Hugging Face `datasets`' save_to_disk wrote, as a source. The library reads it; images are taken as bytes, undecoded."""
+"""A folder written by save_to_disk of Hugging Face `datasets`, as a source.
+
+That library opens the folder; images are taken from it as undecoded bytes.
+"""
 
 import importlib
 import io
@@ -17,15 +20,15 @@ from fastmae.images.entries import entry_of, key_of, numbers_of
 
 STATE_FILE, INFO_FILE, SPLITS_FILE = "state.json", "dataset_info.json", "dataset_dict.json"
 SPLIT = "train"
-"""The split of a dataset of several that is taken."""
+"""The split that is taken if the dataset has several."""
 BATCH_ROWS = 256
 
 
 class DatasetSource:
-    """The images of a saved dataset (of a dataset of several splits: its train split).
+    """The images of a saved dataset, or of its train split if it has several.
 
-    A key is the file name that the dataset keeps with an image, with `#<hash of its bytes>` where several have that name, or
-    `xxh3-<hash of its bytes>` where there is none; so it stays the same in whatever order the rows are.
+    A key is the file name that the dataset keeps with the image. If several images share a name, `#<hash of the bytes>`
+    follows; without a name, the key is `xxh3-<hash of the bytes>`. So keys don't depend on the order of the rows.
 
     Args:
         path: the folder.
@@ -41,38 +44,43 @@ class DatasetSource:
         return {"path": self.path, "_images": None}
 
     def entries(self) -> Iterator[bytes]:
-        """An entry a row; the location is its number.
+        """One entry for each row; the location is the row number.
+
+        Reads the names twice: first as hashes, to learn which names are shared or empty; then to make the keys. The
+        bytes of the images are read only if some keys need them.
 
         Raises:
-            InputError: no `datasets`, no column of images or several, no split to take, a row without an image, or a damaged folder.
+            InputError: `datasets` is missing; no column of images or several; no train split; a row without an image;
+                a damaged folder.
         """
-        hashes = self._hashes_of_names()
-        unnamed = _hashes([""])
-        read_bytes = bool((hashes == unnamed).any())
+        hashes = self._name_hashes()
+        empty_name = _hashes([""])
+        has_empty_names = bool((hashes == empty_name).any())
         shared = _repeated(hashes)
-        ambiguous = np.union1d(shared, unnamed)
+        ambiguous = np.union1d(shared, empty_name)
         row = 0
-        for images in self._batches(read_bytes or len(shared) > 0):
+        for images in self._batches(read_bytes=has_empty_names or len(shared) > 0):
             names = _names(images)
-            for place, has_no_key in enumerate(_among(ambiguous, _hashes(names))):
-                key = names[place]
-                if has_no_key:
-                    key = _key_by_bytes(key, pc.struct_field(images, "bytes")[place], f"{self.path}: row {row}")
+            for i, needs_bytes in enumerate(_is_among(ambiguous, _hashes(names))):
+                key = names[i]
+                if needs_bytes:
+                    key = _key_from_bytes(key, pc.struct_field(images, "bytes")[i], f"{self.path}: row {row}")
                 yield entry_of(self.path, key, str(row))
                 row += 1
 
     def open(self, entry: bytes) -> BinaryIO:
-        """The bytes of an image, in memory.
+        """Open an image as bytes in memory, or the file outside the dataset that the row names by its full path.
 
         Raises:
-            InputError: the dataset has no such row any more, or it holds a name without bytes that is no file's full path.
+            InputError: the dataset has no such row any more; or the row has neither bytes nor a full path.
             OSError: that file can't be opened.
         """
         (row,) = numbers_of(entry, 1, self.path)
         images = self._table()
         if row >= len(images):
             raise InputError(
-                f"{self.path}: has {len(images)} rows, and the list names row {row}; it has changed, list the images again"
+                f"{self.path}: has {len(images)} rows, and the list names row {row}; "
+                "it has changed, list the images again"
             )
         image = images[row][images.column_names[0]]
         if image["bytes"] is not None:
@@ -80,28 +88,34 @@ class DatasetSource:
         path = Path(image["path"] or "")
         if not path.is_absolute():
             raise InputError(
-                f"{self.path}: row {row} ({key_of(entry)[:80]!r}) holds no image, only a name; save the dataset with its images"
+                f"{self.path}: row {row} ({key_of(entry)[:80]!r}) holds no image, only a name; "
+                "save the dataset with its images"
             )
         return path.open("rb")
 
     def _table(self) -> Any:
-        """The one column of images, as a mapped `datasets.Dataset`; opened once in each process."""
+        """The column of images as a memory-mapped `datasets.Dataset`, opened once in each process."""
         if self._images is None:
             self._images = _open_images(self.path)
         return self._images
 
     def _batches(self, read_bytes: bool) -> Iterator[Any]:
-        """The column in Arrow arrays. Where the bytes are read too, not through the map: it would keep all of them in memory."""
+        """The column of images in Arrow arrays.
+
+        The map serves for names alone. Reading all bytes through it would keep them all in memory, so the files are
+        read as streams then.
+        """
         images = self._table()
         if not read_bytes:
             yield from (table.column(0) for table in images.with_format("arrow").iter(BATCH_ROWS))
             return
+        options = pa.ipc.IpcReadOptions(use_threads=False)
         for file in images.cache_files:
-            alone = pa.ipc.IpcReadOptions(use_threads=False)
-            with pa.OSFile(file["filename"]) as arrow_file, pa.ipc.open_stream(arrow_file, options=alone) as batches:
+            with pa.OSFile(file["filename"]) as arrow_file, pa.ipc.open_stream(arrow_file, options=options) as batches:
                 yield from (batch.column(images.column_names[0]) for batch in batches)
 
-    def _hashes_of_names(self) -> np.ndarray:
+    def _name_hashes(self) -> np.ndarray:
+        """uint64 [rows]."""
         hashes = np.zeros(len(self._table()), np.uint64)
         row = 0
         for images in self._batches(read_bytes=False):
@@ -117,7 +131,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 def _open_images(path: Path) -> Any:
     try:
-        datasets = importlib.import_module("datasets")  # an extra, and slow to import
+        datasets = importlib.import_module("datasets")  # an optional dependency, and slow to import
     except ImportError as error:
         raise InputError(
             f"{path}: was written by `datasets`, which is not installed; pip install 'fastmae[datasets]'"
@@ -137,6 +151,7 @@ def _open_images(path: Path) -> Any:
 
 
 def _split_folder(path: Path) -> Path:
+    """The dataset's own folder, or that of its train split."""
     if not (path / SPLITS_FILE).is_file():
         return path
     try:
@@ -145,31 +160,43 @@ def _split_folder(path: Path) -> Path:
         raise InputError(f"{path / SPLITS_FILE}: names no splits; save the dataset again") from error
     if SPLIT not in splits:
         raise InputError(
-            f"{path}: has the splits {', '.join(splits)} and none called {SPLIT}; give one of them, as {path / splits[0]}"
+            f"{path}: has the splits {', '.join(splits)} and none called {SPLIT}; "
+            f"give one of them, as {path / splits[0]}"
         )
     return path / SPLIT
 
 
 def _image_column(path: Path, features: Any, image_type: type) -> str:
-    """Name of the one column that holds images: of the library's own type, or of {"bytes", "path"}."""
-    found = [name for name, kind in features.items() if isinstance(kind, image_type)]
-    found = found or [
-        name for name, kind in features.items() if isinstance(kind, dict) and set(kind) == {"bytes", "path"}
-    ]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    """Name of the one column of images: of the library's image type, or else of {"bytes", "path"}.
+
+    Raises:
+        InputError: there is none, or several.
+    """
+    columns = [name for name, kind in features.items() if isinstance(kind, image_type)]
+    if not columns:
+        columns = [name for name, kind in features.items() if isinstance(kind, dict) and set(kind) == {"bytes", "path"}]
+    if len(columns) > 1:
         raise InputError(
-            f"{path}: columns {', '.join(found)} all hold images; keep one of them with select_columns, and save it again"
+            f"{path}: columns {', '.join(columns)} all hold images; "
+            "keep one of them with select_columns, and save it again"
         )
-    raise InputError(
-        f"{path}: no column of images (its columns: {', '.join(list(features)[:8])}); cast the one that holds them to datasets.Image()"
-    )
+    if not columns:
+        raise InputError(
+            f"{path}: no column of images (its columns: {', '.join(list(features)[:8])}); "
+            "cast the one that holds them to datasets.Image()"
+        )
+    return columns[0]
 
 
-def _key_by_bytes(name: str, data: Any, row: str) -> str:
-    """The key of an image whose name is not its own, or empty; `data` is the Arrow value of its bytes."""
-    if name and not data.is_valid:  # a file beside the dataset, in two rows
+def _key_from_bytes(name: str, data: Any, row: str) -> str:
+    """The key of an image whose name is empty or shared.
+
+    Args:
+        name: name of the image.
+        data: Arrow value with the bytes of the image.
+        row: the row, for the error message.
+    """
+    if name and not data.is_valid:  # two rows name the same file outside the dataset
         return name
     if not data.is_valid:
         raise InputError(f"{row} holds no image; leave such rows out with filter, and save the dataset again")
@@ -187,14 +214,15 @@ def _hashes(names: list[str]) -> np.ndarray:
 
 
 def _repeated(values: np.ndarray) -> np.ndarray:
-    """The values that are there more than once, sorted. Sorts `values` in place: 8 bytes a row is what ten million rows may take."""
+    """The values that occur more than once, sorted. Also sorts `values`: a copy would cost 8 bytes a row."""
     values.sort()
     return np.unique(values[1:][values[1:] == values[:-1]])
 
 
-def _among(wanted: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """bool [N]: which of `values` are among `wanted`, which is sorted."""
-    if not len(wanted):
-        return np.zeros(len(values), bool)
-    places = np.searchsorted(wanted, values).clip(max=len(wanted) - 1)
-    return wanted[places] == values
+def _is_among(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """bool [N]: whether each of `values` is in `sorted_values`, which is not empty.
+
+    np.isin would sort both for every batch.
+    """
+    indices = np.searchsorted(sorted_values, values).clip(max=len(sorted_values) - 1)
+    return sorted_values[indices] == values

@@ -1,6 +1,6 @@
-"""Tar files of images (webdataset shards) as a source. Only headers are read to list them, and nothing is ever unpacked.
+"""Tar files of images (WebDataset shards) as a source. Listing reads only the headers; nothing is ever unpacked.
 
-An image is found again by the place and the length of its bytes, so that reading it costs no search through the tar.
+The list keeps the offset and size of each image, so opening one needs no search through the tar.
 """
 
 import io
@@ -16,15 +16,16 @@ from fastmae.images.folders import is_named_as_image
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
-OPEN_TARS = 8
-"""Tars that a source keeps open."""
+"""First bytes of compressed files, whatever they are called."""
+MAX_OPEN_TARS = 8
+"""Tars that one source keeps open."""
 
 
 class TarSource:
-    """The images in one .tar file or in all of a folder; a key is `<name of the tar>/<name of the member>`.
+    """The images in one .tar file, or in all .tar files of a folder; a key is `<name of the tar>/<name of the member>`.
 
     Args:
-        path: a .tar file, or a folder with .tar files in it (not below it).
+        path: a .tar file, or a folder with .tar files directly in it.
     """
 
     kind: ClassVar[str] = "tar"
@@ -37,10 +38,10 @@ class TarSource:
         return {"path": self.path, "_opened": {}}
 
     def entries(self) -> Iterator[bytes]:
-        """An entry a regular member with an image's suffix; the location is its offset and size in bytes.
+        """One entry for each regular member with an image suffix; the location is its offset and size in bytes.
 
         Raises:
-            InputError: a tar that is compressed, cut off or damaged.
+            InputError: a tar is compressed, cut off or damaged, or an image in it is stored as a sparse file.
         """
         for tar in self._tars():
             for member in _headers(tar):
@@ -52,22 +53,24 @@ class TarSource:
                     yield entry_of(tar, f"{tar.name}/{member.name}", f"{member.offset_data},{member.size}")
 
     def open(self, entry: bytes) -> BinaryIO:
-        """The bytes of an image, in memory.
+        """Open an image, as bytes in memory.
 
         Raises:
-            InputError: the entry is none of these tars', or the tar has become shorter.
+            InputError: the entry belongs to none of the tars, or the tar has become shorter.
             OSError: the tar can't be read.
         """
         offset, size = numbers_of(entry, 2, self.path)
         name = key_of(entry).partition("/")[0]
-        file = self._file(name)
-        # pread, not seek and read: worker processes that were forked share the place of an open file.
-        data = os.pread(file.fileno(), size, offset) if offset + size <= os.fstat(file.fileno()).st_size else b""
-        while 0 < len(data) < size and (more := os.pread(file.fileno(), size - len(data), offset + len(data))):
+        descriptor = self._open_tar(name).fileno()
+        # A size that a changed list names must not be allocated unless the tar has as many bytes.
+        # pread instead of seek and read: forked worker processes share the position of an open file.
+        data = os.pread(descriptor, size, offset) if offset + size <= os.fstat(descriptor).st_size else b""
+        while 0 < len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
             data += more
         if len(data) < size:
             raise InputError(
-                f"{self.path}: {name} ends before the image {key_of(entry)[:80]!r}; it has changed, list the images again"
+                f"{self.path}: {name} ends before the image {key_of(entry)[:80]!r}; "
+                "it has changed, list the images again"
             )
         return io.BytesIO(data)
 
@@ -75,10 +78,11 @@ class TarSource:
         """The tars, sorted by name."""
         if self.path.is_file():
             return [self.path]
-        with os.scandir(self.path) as entries:
-            return sorted(self.path / entry.name for entry in entries if is_tar(entry.name) and entry.is_file())
+        with os.scandir(self.path) as children:
+            return sorted(self.path / child.name for child in children if is_tar(child.name) and child.is_file())
 
-    def _file(self, name: str) -> BinaryIO:
+    def _open_tar(self, name: str) -> BinaryIO:
+        """The open file of a tar. The one that was opened first is closed if there are too many."""
         if name not in self._opened:
             path = self.path if self.path.is_file() else self.path / name
             if path.name != name or not name.lower().endswith(".tar"):
@@ -86,7 +90,7 @@ class TarSource:
                     f"{self.path}: the list names a tar {name[:80]!r} that is not there; list the images again"
                 )
             file = path.open("rb", buffering=0)
-            while len(self._opened) >= OPEN_TARS:
+            while len(self._opened) >= MAX_OPEN_TARS:
                 self._opened.pop(next(iter(self._opened)))
             self._opened[name] = file
         return self._opened[name]
@@ -98,23 +102,24 @@ def is_tar(name: str) -> bool:
 
 
 def is_compressed_tar(name: str) -> bool:
-    """The same of a compressed tar."""
+    """Whether a file in a folder counts as a compressed tar, by its name."""
     return name.lower().endswith(COMPRESSED_SUFFIXES) and not name.startswith(".")
 
 
 def refuse_compressed(path: Path) -> None:
-    """Say what to do with a compressed tar.
+    """Refuse a compressed tar.
 
     Raises:
-        InputError: always.
+        InputError: always; the message says what to do with the tar.
     """
     raise InputError(
-        f"{path}: a compressed tar, whose images can't be reached one by one; unpack it, or decompress it to a plain .tar"
+        f"{path}: a compressed tar, whose images can't be reached one by one; "
+        "unpack it, or decompress it to a plain .tar"
     )
 
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, one after another; their data are passed over."""
+    """The headers of a tar's members, skipping over their data."""
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
@@ -122,7 +127,7 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
             refuse_compressed(path)
         file.seek(0)
         try:
-            yield from _intact_headers(file, size)
+            yield from _checked_headers(file, size)
         except OSError:
             raise
         except Exception as error:  # hostile headers raise nearly any type
@@ -131,22 +136,22 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
             ) from error
 
 
-def _intact_headers(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
-    """The same, as long as every header leads onwards and within the file's `size`, and nothing follows the end.
+def _checked_headers(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar of `size` bytes. Each must lead forwards within the file, and only zeros may follow the end.
 
-    Python's own loop stops at a damaged header as if the tar ended there, and follows one that leads backwards for ever.
+    The loop of `tarfile` takes a damaged header for the end of the tar, and follows one that leads backwards for ever.
     """
     tar: Any = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
     reached = 0
     while (member := tar.next()) is not None:
-        tar.members.clear()  # it would remember them all
+        tar.members.clear()  # tarfile would keep every member in memory
         if member.size < 0 or not reached < tar.offset <= size:
             raise tarfile.ReadError(f"the header at byte {member.offset} leads out of the file")
         reached = tar.offset
         yield member
     file.seek(tar.offset)
     if len(rest := file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"no mark of its end at byte {tar.offset}")
+        raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
     while rest:
         if any(rest):
             raise tarfile.ReadError(f"neither a header nor the end at byte {tar.offset}")

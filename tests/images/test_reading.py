@@ -1,0 +1,66 @@
+import errno
+import io
+from pathlib import Path
+
+import pytest
+
+from fastmae.images.decode import UndecodableError
+from fastmae.images.reading import Skipped, read_or_skip
+from fastmae.images.sources import open_source
+
+
+class FailingSource:
+    kind, path = "tar", Path("x.tar")
+
+    def __init__(self, error):
+        self.error = error
+
+    def open(self, entry):
+        raise self.error
+
+
+def read(file):
+    return file.read()
+
+
+def test_a_readable_image_gives_what_the_reader_returns_and_its_file_is_closed(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(b"one")
+    files = []
+    assert read_or_skip(open_source(tmp_path), b"1.jpg", lambda file: files.append(file) or file.read()) == b"one"
+    assert files[0].closed
+
+
+def test_an_undecodable_image_is_skipped_with_the_decoders_reason(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(b"no image")
+
+    def fail(file: io.BufferedReader):
+        raise UndecodableError("not an image")
+
+    assert read_or_skip(open_source(tmp_path), b"1.jpg", fail) == Skipped("not an image")
+
+
+def test_a_listed_path_without_a_file_is_skipped(tmp_path):
+    (tmp_path / "list.txt").write_text("gone.jpg\n.\n")
+    gone, folder = open_source(tmp_path / "list.txt").entries()
+    assert read_or_skip(open_source(tmp_path / "list.txt"), gone, read) == Skipped("no such file")
+    assert isinstance(read_or_skip(open_source(tmp_path / "list.txt"), folder, read), Skipped)
+
+
+def test_a_dangling_link_is_skipped_but_a_file_that_vanished_from_its_folder_is_an_error(tmp_path):
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert isinstance(read_or_skip(open_source(tmp_path), b"link.jpg", read), Skipped)
+    with pytest.raises(FileNotFoundError):
+        read_or_skip(open_source(tmp_path), b"vanished.jpg", read)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP])
+def test_an_image_that_the_system_refuses_to_open_is_skipped_with_the_systems_reason(number):
+    skipped = read_or_skip(FailingSource(OSError(number, "the reason")), b"x", read)
+    assert skipped == Skipped("can't be read: the reason")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE])
+def test_a_fault_of_the_machine_is_never_blamed_on_the_image(number):
+    with pytest.raises(OSError) as caught:
+        read_or_skip(FailingSource(OSError(number, "the reason")), b"x", read)
+    assert caught.value.errno == number
