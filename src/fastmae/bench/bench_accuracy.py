@@ -30,7 +30,7 @@ from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.probes.logistic import linear_accuracy
 from fastmae.probes.neighbours import knn_accuracy
 from fastmae.reporting.charts import Curves, curves_png
-from fastmae.reporting.page import Section, write_page
+from fastmae.reporting.html_page import Section, write_page
 from fastmae.runs.folder import RUN_FILE, read_evaluations, read_run
 from fastmae.runtime.device import own_device
 from fastmae.runtime.durable import write_json, write_whole

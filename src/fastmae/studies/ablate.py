@@ -18,7 +18,7 @@ from fastmae.pretraining.plan import plan
 from fastmae.pretraining.pretrain import pretrain
 from fastmae.probes.logistic import linear_accuracy
 from fastmae.reporting.charts import bars
-from fastmae.reporting.page import Section, write_page
+from fastmae.reporting.html_page import Section, write_page
 from fastmae.runtime.durable import write_json
 
 

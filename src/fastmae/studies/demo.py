@@ -18,8 +18,8 @@ from fastmae.offline.tokenize import tokenize
 from fastmae.pretraining.pretrain import pretrain
 from fastmae.pretraining.step import speed
 from fastmae.reporting.charts import Curves, bars
-from fastmae.reporting.page import Section, write_page
-from fastmae.reporting.pictures import predictions
+from fastmae.reporting.html_page import Section, write_page
+from fastmae.reporting.predictions import predictions_png
 from fastmae.runs.folder import read_metrics, read_run
 from fastmae.runtime.durable import write_whole
 from fastmae.tokens import TokenStore
@@ -171,7 +171,7 @@ def _sections(
         Section(
             "What FastMAE predicts",
             "Features as colours, by the stored features' first three principal components. The encoder saw a quarter of the patches.",
-            picture=predictions(runs[FASTMAE], TokenStore(store), PICTURES, seed),
+            picture=predictions_png(runs[FASTMAE], TokenStore(store), PICTURES, seed),
         ),
         Section(
             "Losses while training",
