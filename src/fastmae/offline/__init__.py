@@ -1,1 +1,1 @@
-"""The offline stage (Sec. 3.2): images and a teacher in, a token store out; and the care of stores."""
+"""The offline stage (Sec. 3.2): the teacher runs once over every image, and a token store keeps its patch features."""

@@ -1,86 +1,168 @@
-"""What a store will take, in bytes and in time, before it is made: measured on a few of its images."""
+"""What a store will take, in bytes and in time, measured on a few of its images before it is built."""
 
+import logging
 import math
 import shutil
 import time
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fastmae.config import TokenizeConfig
 from fastmae.errors import InputError
-from fastmae.images.reading import Skipped
-from fastmae.offline.fill import LoaderOptions, MiddleImages, run_teacher
-from fastmae.runtime.workers import worker_count
+from fastmae.images.image_list import ImageList
+from fastmae.images.middle import MiddleImage
+from fastmae.offline.fill import LoaderOptions, MiddleImages, run_teacher, stored_pixels
+from fastmae.offline.listing import ListedImages
+from fastmae.offline.options import build_teacher, describe_store
+from fastmae.runtime.device import own_device
+from fastmae.runtime.progress import duration
 from fastmae.teachers import Teacher
 from fastmae.tokens.codec import code_layout, keeps_means, learnt_shapes
 from fastmae.tokens.format import StoreInfo
 
-SAMPLED = 64
-"""Images from which `--dry-run` measures, and a quarter of which tell the need of disk before the start."""
+log = logging.getLogger(__name__)
+
+SAMPLE_IMAGES = 64
+"""Number of images that `--dry-run` measures. A quarter of them tell how much disk a store needs before it is begun."""
 RECORD_BYTES = 200
-"""Of an image, about, beside its tokens and pixels: its key in list, header and index, its checksums."""
+"""Approximate bytes of an image besides tokens and pixels: its key in list, header and index, and its checksums."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a sample of the images says of them all: bytes of an image's pixels on disk, share that can be decoded, images a second."""
+class SampleMeasurement:
+    """What a sample of the images tells about all of them.
+
+    Attributes:
+        pixel_bytes: mean bytes of an image's pixels on disk.
+        decoded: fraction of the images that can be decoded.
+        images_per_second: speed of decoding and teacher together.
+    """
 
     pixel_bytes: float
     decoded: float
     images_per_second: float
 
 
-def measure_sample(images: MiddleImages, teacher: Teacher, loading: LoaderOptions, count: int) -> Measured:
-    """Run a few batches through decoding and teacher; the first one, in which both warm up, is not timed."""
-    batches = images.evenly_spaced(count, min(loading.batch_size, max(1, count // 4)))
-    begun, untimed, parts = time.monotonic(), 0, []
-    for batch in images.load(batches, min(worker_count(loading.workers), len(batches))):
-        parts.append(run_teacher(teacher, batch, images, loading).to_host())
-        if len(parts) == 1 < len(batches):
-            begun, untimed = time.monotonic(), len(batch)
-    pixels = [p.numel() for part in parts for p in part.pixels]
-    if not pixels:
-        raise InputError(f"{images.origin}: none of the {count} images tried could be decoded")
-    seen = sum(len(part.records) for part in parts)
-    return Measured(sum(pixels) / len(pixels), len(pixels) / seen, (seen - untimed) / (time.monotonic() - begun))
+def dry_run(config: TokenizeConfig, sizes: list[int], listed: ListedImages, network: Any) -> dict[str, Any]:
+    """Measure how large a store will be and how long it will take. Nothing is written.
 
+    Args:
+        config: the command's options.
+        sizes: middle sizes, in pixels.
+        listed: the images.
+        network: the teacher's network and weights file, from `load_network`.
 
-def check_disk(folder: Path, images: MiddleImages, left: int) -> None:
-    """Enough free disk for what is left to make.
+    Returns:
+        The command's JSON.
 
     Raises:
-        InputError: not enough; says how much there is, how much it takes, and what takes less.
+        InputError: no new images, or none of the sample can be decoded.
+    """
+    num_images = listed.info.images
+    if not num_images:
+        raise InputError(f"{config.images}: holds nothing that the store does not hold already")
+    sample_size = min(SAMPLE_IMAGES, num_images)
+    total_bytes = seconds = image_bytes = 0.0
+    all_codebooks = 0
+    for size in sizes:
+        teacher = build_teacher(config, size, *deepcopy(network))
+        info = describe_store(config, size, teacher, listed.part)
+        images = MiddleImages(info, {0: ImageList(listed.file)}, {0: listed.source})
+        options = LoaderOptions(config.batch_size, config.workers, config.strict)
+        sample = measure_sample(images, teacher, options, sample_size)
+        image_bytes += bytes_per_image(info, sample.pixel_bytes)
+        total_bytes += bytes_per_image(info, sample.pixel_bytes) * sample.decoded * num_images
+        all_codebooks += 0 if config.add else codebook_bytes(info)
+        seconds += num_images / sample.images_per_second
+    total_bytes += all_codebooks
+    free = shutil.disk_usage(nearest_folder(config.store)).free
+    codebooks = f" and {all_codebooks / 1e6:.1f} MB of codebooks" if all_codebooks else ""
+    log.info(
+        f"{num_images} images x {image_bytes / 1e3:.1f} kB{codebooks} = {total_bytes / 1e9:.3g} GB "
+        f"({config.codec} tokens, {config.pixels} pixels), {'MORE THAN' if total_bytes > free else 'of'} the "
+        f"{free / 1e9:.3g} GB that are free at {config.store}; about {duration(seconds)} on this "
+        f"{own_device(config.device).type} alone, {num_images / seconds:.1f} images/s; measured on {sample_size} of "
+        "them; nothing was written"
+    )
+    return {
+        "images": num_images,
+        "skipped": 0,
+        "grid": sizes[0] // config.patch_size,
+        "token_dim": info.token_dim,
+        "bytes": round(total_bytes),
+        "bytes_per_image": round(image_bytes),
+        "images_per_second": round(num_images / seconds, 2),
+        "seconds": round(seconds, 1),
+        "free": free,
+    }
+
+
+def measure_sample(
+    images: MiddleImages, teacher: Teacher, options: LoaderOptions, num_images: int
+) -> SampleMeasurement:
+    """Run a few batches through decoding and teacher. The first one, in which both warm up, is not timed.
+
+    Raises:
+        InputError: none of the images can be decoded.
+    """
+    batches = images.evenly_spaced(num_images, min(options.batch_size, max(1, num_images // 4)))
+    start, untimed, outputs = time.monotonic(), 0, []
+    for batch in images.load(batches, options.num_workers(len(batches))):
+        outputs.append(run_teacher(teacher, batch, images, options).to_host())
+        if len(outputs) == 1 < len(batches):
+            start, untimed = time.monotonic(), len(batch)
+    pixel_bytes = [pixels.numel() for output in outputs for pixels in output.pixels]
+    if not pixel_bytes:
+        raise InputError(f"{images.origin}: none of the {num_images} images tried could be decoded")
+    tried = sum(len(output.images) for output in outputs)
+    return SampleMeasurement(
+        pixel_bytes=sum(pixel_bytes) / len(pixel_bytes),
+        decoded=len(pixel_bytes) / tried,
+        images_per_second=(tried - untimed) / (time.monotonic() - start),
+    )
+
+
+def check_disk(folder: Path, images: MiddleImages, num_images: int) -> None:
+    """Check that the disk has room for `num_images` more images of a store.
+
+    Raises:
+        InputError: too little space. The message says how much is free, how much is needed, and which codec needs less.
     """
     info = images.info
-    batches = images.evenly_spaced(min(SAMPLED // 4, info.parts[min(images.sources)].images), SAMPLED)
-    kept = [image for batch in batches for _, image in images[batch] if not isinstance(image, Skipped)]
-    pixels = sum((image.pixels if image.jpeg is None else image.jpeg).numel() for image in kept) / max(1, len(kept))
-    needed, free = (
-        left * bytes_per_image(info, pixels) + codebook_bytes(info),
-        shutil.disk_usage(nearest_folder(folder)).free,
-    )
+    sample_size = min(SAMPLE_IMAGES // 4, info.parts[min(images.sources)].images)
+    sample = [image for batch in images.evenly_spaced(sample_size, SAMPLE_IMAGES) for _, image in images[batch]]
+    pixel_bytes = [stored_pixels(image).numel() for image in sample if isinstance(image, MiddleImage)]
+    mean_pixel_bytes = sum(pixel_bytes) / max(1, len(pixel_bytes))
+
+    def needed_with(codec: str) -> float:
+        with_codec = replace(info, codec=codec)
+        return num_images * bytes_per_image(with_codec, mean_pixel_bytes) + codebook_bytes(with_codec)
+
+    needed, free = needed_with(info.codec), shutil.disk_usage(nearest_folder(folder)).free
     if needed > free:
-        small = replace(info, codec=f"pq{min(48, info.token_dim)}")
-        with_small = left * bytes_per_image(small, pixels) + codebook_bytes(small)
-        smaller = f"; --codec {small.codec} takes {with_small / 1e9:.3g} GB" if with_small <= free else ""
-        takes = f"{left} images take about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+        codec = f"pq{min(48, info.token_dim)}"
+        smaller = f"; --codec {codec} takes {needed_with(codec) / 1e9:.3g} GB" if needed_with(codec) <= free else ""
+        takes = f"{num_images} images take about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
         raise InputError(f"{folder}: {takes}{smaller}; free some, or take another disk")
 
 
 def bytes_per_image(info: StoreInfo, pixel_bytes: float) -> float:
-    """On disk: tokens (twice with the mirrored images' own), pixels, and what names and checks them."""
-    numbers, dtype = code_layout(info.codec, info.token_dim)
-    mean = 2 * info.token_dim if keeps_means(info.codec) else 0
-    tokens = (info.grid**2 * numbers * np.dtype(dtype).itemsize + mean) * (2 if info.flips == "stored" else 1)
-    return tokens + pixel_bytes + RECORD_BYTES
+    """Bytes of an image on disk: tokens (and those of the mirrored image), pixels, and what names and checks them."""
+    codes_per_token, dtype = code_layout(info.codec, info.token_dim)
+    mean_bytes = 2 * info.token_dim if keeps_means(info.codec) else 0
+    grid_bytes = info.grid**2 * codes_per_token * np.dtype(dtype).itemsize + mean_bytes
+    return grid_bytes * (2 if info.flips == "stored" else 1) + pixel_bytes + RECORD_BYTES
 
 
 def codebook_bytes(info: StoreInfo) -> int:
-    """On disk: what the codec has learnt, and its copy."""
+    """Bytes on disk of what the codec has learnt and of the copy."""
     return 2 * sum(4 * math.prod(shape) for shape in learnt_shapes(info.codec, info.token_dim).values())
 
 
 def nearest_folder(path: Path) -> Path:
-    """The path itself, or the first folder above it that is there."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+    """The path itself, or the first folder above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())

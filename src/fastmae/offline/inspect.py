@@ -1,6 +1,8 @@
-"""`fastmae inspect`: what a store holds; and the summary that `tokenize` ends with."""
+"""`fastmae inspect`: what a store holds. Also the summary with which `tokenize` ends."""
 
+import logging
 import re
+from pathlib import Path
 from typing import Any
 
 from fastmae.config import InspectConfig
@@ -8,11 +10,16 @@ from fastmae.errors import InputError
 from fastmae.tokens import TokenStore
 from fastmae.tokens.reader import open_scales
 
+log = logging.getLogger(__name__)
+
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
-    """Say what a store holds; the command's JSON."""
-    if re.match(r"\w+:/", str(config.store)):
-        raise InputError(f"{config.store}: a URL; inspect reads a folder, so call it where the store's files are")
+    """Describe a store; returns the command's JSON.
+
+    Raises:
+        InputError: no finished store, or one behind a URL.
+    """
+    refuse_url(config.store, "inspect")
     stores = open_scales(config.store)
     info = stores[0].info
     summaries = [store_summary(store, images_per_second=None) for store in stores]
@@ -27,38 +34,52 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "middle_size": info.middle_size if len(stores) == 1 else [store.info.middle_size for store in stores],
         "shards": sum(store.info.shards for store in stores),
     }
-    for name, value in summary.items():
-        if value is not None:
-            print(f"{name:16} {_listed(value) if isinstance(value, dict) else value}")
+    log.info("\n".join(f"{name}: {_as_text(value)}" for name, value in summary.items() if value is not None))
     return summary
 
 
-def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, ""))
+def refuse_url(store: Path, command: str) -> None:
+    """Refuse a URL where a command reads the files of a folder.
+
+    Raises:
+        InputError: a URL. As a `Path`, it has one slash after the colon.
+    """
+    if re.match(r"\w+:/", str(store)):
+        raise InputError(f"{store}: a URL; {command} reads a folder, so call it where the store's files are")
 
 
 def store_summary(store: TokenStore, images_per_second: float | None) -> dict[str, Any]:
-    """Of a store of one middle size: images, bytes, grid."""
-    size = store.manifest.total_bytes()
+    """Images, size and grid of a store of one middle size.
+
+    Args:
+        store: the finished store.
+        images_per_second: speed at which it was built, where this is known.
+    """
+    num_bytes = store.manifest.total_bytes()
     return {
         "images": len(store),
         "skipped": store.skipped,
         "grid": store.grid,
         "token_dim": store.token_dim,
-        "bytes": size,
-        "bytes_per_image": round(size / len(store)),
+        "bytes": num_bytes,
+        "bytes_per_image": round(num_bytes / len(store)),
         "images_per_second": images_per_second,
     }
 
 
 def summary_over_scales(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """One summary of a store of several sizes: bytes added up, the grid of each size."""
-    first = summaries[0]
-    rates = [summary["images_per_second"] for summary in summaries]
+    """One summary of a store with several middle sizes: the sum of the bytes, and the grid of each size."""
+    speeds = [summary["images_per_second"] for summary in summaries]
     return {
-        **first,
+        **summaries[0],
         "grid": [summary["grid"] for summary in summaries],
         "bytes": sum(summary["bytes"] for summary in summaries),
         "bytes_per_image": sum(summary["bytes_per_image"] for summary in summaries),
-        "images_per_second": None if None in rates else min(rates),
+        "images_per_second": None if None in speeds else min(speeds),
     }
+
+
+def _as_text(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{name} {entry}" for name, entry in value.items() if entry not in (None, ""))

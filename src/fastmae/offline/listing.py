@@ -1,10 +1,11 @@
-"""Which images come into a store: those of a source, or with `--add` those of it that the store does not hold yet."""
+"""Which images enter a store: all of a source's images, or with `--add` those that the store does not hold yet."""
 
 import contextlib
 import itertools
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,20 @@ from fastmae.errors import InputError
 from fastmae.images.image_list import ImageList, ListInfo, new_entries, write_list
 from fastmae.images.sources import Source, open_source
 from fastmae.runtime.durable import write_whole
-from fastmae.tokens.format import STORE_FILE, Part, StoreInfo, list_name, read_store_info, shard_path
+from fastmae.tokens.format import LISTS_FOLDER, STORE_FILE, Part, StoreInfo, list_name, read_store_info, shard_path
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ListedImages:
-    """The images that were asked for: where they come from, and their list, in a file that goes away with the command."""
+    """The images that a command was given.
+
+    Attributes:
+        source: where they are.
+        file: their image list, a temporary file.
+        info: number of images in the list, and its digest.
+    """
 
     source: Source
     file: Path
@@ -25,63 +34,75 @@ class ListedImages:
 
     @property
     def part(self) -> Part:
-        """As a store describes it."""
+        """Description of these images as a part of a store."""
         return Part(self.info.images, self.info.sha256, str(self.source.path), self.source.kind)
 
 
 @contextlib.contextmanager
 def listed_images(images: Path, add: bool, folder: Path) -> Iterator[ListedImages]:
-    """List the images; with `--add`, those that the finished store does not hold yet.
+    """List the images of a source, for as long as the context lasts.
+
+    Args:
+        images: folder, list, tar shards or saved dataset.
+        add: leave out the images that the store holds already.
+        folder: the store; read only with `add`.
 
     Raises:
-        InputError: no images, or nothing to add to.
+        InputError: no images, or no store to add to.
     """
     source = open_source(images)
-    with tempfile.TemporaryDirectory(prefix="fastmae-") as aside:
-        file, seen = Path(aside) / "images.list", itertools.count()
-        entries: Iterator[bytes] = (entry for entry, _ in zip(source.entries(), seen, strict=False))
+    with tempfile.TemporaryDirectory(prefix="fastmae-") as temporary:
+        list_file, counter = Path(temporary) / "images.list", itertools.count()
+        entries = (entry for entry, _ in zip(source.entries(), counter, strict=False))
+        info = _write_part_list(entries, _lists_to_compare(folder, source) if add else [], list_file)
         if add:
-            entries = new_entries(entries, _lists_of(folder, source), Path(aside))
-        info = write_list(entries, file)
-        if not info.images and not add:
+            known = next(counter) - info.images
+            log.info(f"{images}: {info.images} new images; {known} are in the store already, by their names")
+        elif not info.images:
             raise InputError(
                 f"{images}: no image in it; give a folder, a list, tar shards or a datasets folder with images"
             )
-        if add:
-            print(
-                f"{images}: {info.images} new images; {next(seen) - info.images} are in the store already, by their names"
-            )
-        yield ListedImages(source, file, info)
+        yield ListedImages(source, list_file, info)
 
 
-def _lists_of(folder: Path, source: Source) -> list[ImageList]:
-    """The lists against which `--add` compares: all, but for a part that an interrupted `--add` of the same images has begun."""
+def _write_part_list(entries: Iterable[bytes], earlier: Sequence[ImageList], file: Path) -> ListInfo:
+    """Write the list of a part: the entries whose keys are in none of the earlier parts' lists."""
+    return write_list(new_entries(entries, earlier, file.parent) if earlier else entries, file)
+
+
+def _lists_to_compare(folder: Path, source: Source) -> list[ImageList]:
+    """The store's lists that `--add` leaves out.
+
+    These are all lists, except that of a part which an interrupted `--add` of the same source began: its images are
+    to be listed once more, so that the call continues it.
+    """
     if not (folder / STORE_FILE).exists():
         raise InputError(f"{folder}: no finished store to add to; leave --add out to make one")
     info = read_store_info(folder)
-    compared = len(info.parts)
-    if compared > 1 and info.parts[-1].source == str(source.path) and _last_part_is_missing_shards(folder, info):
-        compared -= 1
-    return [ImageList(folder / list_name(part)) for part in range(compared)]
+    num_lists = len(info.parts)
+    if num_lists > 1 and info.parts[-1].source == str(source.path) and _last_part_is_unfinished(folder, info):
+        num_lists -= 1
+    return [ImageList(folder / list_name(part)) for part in range(num_lists)]
 
 
-def _last_part_is_missing_shards(folder: Path, info: StoreInfo) -> bool:
+def _last_part_is_unfinished(folder: Path, info: StoreInfo) -> bool:
     last = len(info.parts) - 1
     return any(
         info.part_of(shard)[0] == last and not shard_path(folder, shard).exists() for shard in range(info.shards)
     )
 
 
-def keep_list(listed: ListedImages, file: Path) -> None:
-    """Put the list into the store."""
-    write_whole(file, lambda aside: shutil.copyfile(listed.file, aside))
+def keep_list(list_file: Path, folder: Path, part: int) -> None:
+    """Copy the image list of a part into the store, whole or not at all."""
+    (folder / LISTS_FOLDER).mkdir(exist_ok=True)
+    write_whole(folder / list_name(part), lambda temporary: shutil.copyfile(list_file, temporary))
 
 
 def check_lists(folder: Path, info: StoreInfo) -> None:
-    """The store's lists are those that store.json describes.
+    """Check the store's image lists against store.json.
 
     Raises:
-        InputError: one is damaged.
+        InputError: a damaged list.
     """
     for number, part in enumerate(info.parts):
         file = folder / list_name(number)
@@ -89,10 +110,34 @@ def check_lists(folder: Path, info: StoreInfo) -> None:
             raise InputError(f"{file}: damaged; `fastmae verify {folder} --repair` makes it again")
 
 
-def sources_of(listed: ListedImages, info: StoreInfo, missing: list[int]) -> dict[int, Source]:
-    """Of each part with shards to make: the one given, where it is that one, or the only one; else from where the store says."""
-    here, found = str(listed.source.path), {}
-    for number in sorted({info.part_of(shard)[0] for shard in missing}):
-        source = info.parts[number].source
-        found[number] = listed.source if source == here or len(info.parts) == 1 else open_source(Path(source))
-    return found
+def restore_list(folder: Path, info: StoreInfo, part: int) -> None:
+    """List the images of a part again, from the source that the store names.
+
+    Raises:
+        InputError: the source is gone, or holds other images than when the part was made.
+    """
+    expected = info.parts[part]
+    earlier = [ImageList(folder / list_name(number)) for number in range(part)]
+    with tempfile.TemporaryDirectory(prefix="fastmae-") as temporary:
+        list_file = Path(temporary) / "images.list"
+        listed = _write_part_list(open_source(Path(expected.source)).entries(), earlier, list_file)
+        if (listed.images, listed.sha256) != (expected.images, expected.images_sha256):
+            raise InputError(
+                f"{folder / list_name(part)}: can't be made again, since {expected.source} holds other images by now; "
+                "bring them or the file back"
+            )
+        keep_list(list_file, folder, part)
+
+
+def sources_of(listed: ListedImages, info: StoreInfo, shards: Iterable[int]) -> dict[int, Source]:
+    """The source of each part to which the shards belong, by the part's number.
+
+    A store with one part takes the given source even if the images have moved. Of several parts, those from elsewhere
+    are read from the place that the store names.
+    """
+    sources: dict[int, Source] = {}
+    for part in sorted({info.part_of(shard)[0] for shard in shards}):
+        path = info.parts[part].source
+        is_given = len(info.parts) == 1 or path == str(listed.source.path)
+        sources[part] = listed.source if is_given else open_source(Path(path))
+    return sources

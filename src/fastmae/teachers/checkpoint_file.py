@@ -1,5 +1,8 @@
-"""file/PATH: a ViT's checkpoint as its authors publish it. MAE, DINO, iBOT and timm give their tensors the same names; they
-differ in what lies around them, and the architecture follows from the shapes."""
+"""file/PATH: a ViT's checkpoint as its authors publish it.
+
+MAE, DINO, iBOT and timm give the encoder's tensors the same names. They differ in what lies around them, and the
+architecture follows from the tensors' shapes.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,44 +11,51 @@ import timm
 import torch
 
 from fastmae.errors import InputError
+from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.teachers.weights import load_strictly, read_weights
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-"""Width -> attention heads of the published ViTs (Ti, S, B, L, H): shapes don't tell them."""
+"""Width -> number of attention heads in the published ViTs (Ti, S, B, L, H). The shapes do not tell it."""
 PREFIXES = ("module.", "backbone.", "encoder.")
-"""Of DataParallel, of DINO's and iBOT's students and teachers, of others."""
+"""Prefixes of an encoder's tensors: from DataParallel, from DINO's and iBOT's students and teachers, and others."""
 NOT_ENCODER = ("decoder_", "mask_token", "masked_embed", "head.", "fc.", "predictor.", "projector.")
-"""MAE's decoder, iBOT's mask, and the heads of all."""
+"""Tensors besides the encoder: MAE's decoder, iBOT's mask token, and heads."""
+ENCODER_TENSORS = {"patch_embed.proj.weight", "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight"}
+"""Tensors that every plain ViT with a class token has."""
+ARCHITECTURE = "vit_base_patch16_224"
+"""timm's model whose sizes are replaced by those of the checkpoint."""
 
 
 def load_checkpoint_file(path: Path, **extra: Any) -> tuple[Any, str]:
-    """The encoder in a checkpoint, as a timm VisionTransformer with a class token; normalised with ImageNet's mean and deviation.
+    """The encoder in a checkpoint, as a timm VisionTransformer with a class token and ImageNet's normalisation.
 
     Args:
-        path: of the checkpoint.
-        extra: arguments of timm's besides.
+        path: the checkpoint.
+        extra: more arguments for timm's model.
 
     Returns:
-        The model, and the file.
+        The model, and the absolute path of the file.
 
     Raises:
-        InputError: no plain ViT in it, or one of a width that says nothing of its heads.
+        InputError: no plain ViT in it, or a width for which the number of heads is unknown.
     """
     state = encoder_state(read_weights(path))
-    if not {"patch_embed.proj.weight", "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight"} <= state.keys():
+    if not state.keys() >= ENCODER_TENSORS:
         raise InputError(
-            f"{path}: no ViT in the layout of MAE, DINO, iBOT or timm; for another one give --teacher timm/NAME --teacher-weights {path}"
+            f"{path}: no ViT in the layout of MAE, DINO, iBOT or timm; for another one give --teacher timm/NAME "
+            f"--teacher-weights {path}"
         )
-    width, colours, patch, _ = state["patch_embed.proj.weight"].shape
-    if width not in HEADS or colours != 3:
+    width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+    if width not in HEADS or channels != 3:
         raise InputError(
             f"{path}: a ViT of width {width}; name the model that it is: --teacher timm/NAME --teacher-weights {path}"
         )
     grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    image_size = grid * patch_size
     arguments = {
         "num_classes": 0,
-        "img_size": grid * patch,
-        "patch_size": patch,
+        "img_size": image_size,
+        "patch_size": patch_size,
         "embed_dim": width,
         "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
         "num_heads": HEADS[width],
@@ -54,29 +64,26 @@ def load_checkpoint_file(path: Path, **extra: Any) -> tuple[Any, str]:
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "global_pool": "avg" if "fc_norm.weight" in state else "token",
     }
-    model: Any = timm.create_model("vit_base_patch16_224", **arguments, **extra)
+    model: Any = timm.create_model(ARCHITECTURE, **arguments, **extra)
     load_strictly(model, state, path)
-    imagenet = {
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "input_size": (3, grid * patch, grid * patch),
-    }
     model.pretrained_cfg = {
         **model.pretrained_cfg,
-        **imagenet,
-        "architecture": "vit_base_patch16_224",
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "input_size": (3, image_size, image_size),
+        "architecture": ARCHITECTURE,
         "arguments": arguments,
     }
     return model, str(path.absolute())
 
 
 def encoder_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A training checkpoint's tensors -> the encoder's own, under timm's names."""
-    kept = {}
+    """The encoder's tensors out of a training checkpoint, under timm's names."""
+    encoder = {}
     for name, tensor in state.items():
-        bare = name
-        while bare.startswith(PREFIXES):
-            bare = bare.split(".", 1)[1]
-        if not bare.startswith(NOT_ENCODER):
-            kept[bare] = tensor
-    return kept
+        bare_name = name
+        while bare_name.startswith(PREFIXES):
+            bare_name = bare_name.split(".", 1)[1]
+        if not bare_name.startswith(NOT_ENCODER):
+            encoder[bare_name] = tensor
+    return encoder

@@ -1,4 +1,4 @@
-"""A teacher's name -> the network with its weights. What is done with it is `teacher`'s matter."""
+"""A teacher's name -> its network with weights. What is done with the network is in `teacher`."""
 
 import difflib
 import urllib.error
@@ -28,7 +28,7 @@ CLIPS = {
     "ViT-L-14": "vit_large_patch14_clip_quickgelu_224.openai",
     "ViT-L-14@336px": "vit_large_patch14_clip_quickgelu_336.openai",
 }
-"""OpenAI's names of its CLIP models (with - for /) -> timm's of their image encoders, with the activation they were trained with."""
+"""OpenAI's names of its CLIP models (with - for /) -> timm's image encoders, with the activation of their training."""
 
 
 def load_teacher(
@@ -38,35 +38,47 @@ def load_teacher(
     weights: Path | None = None,
     block: int | None = None,
     norm: str = "auto",
-    size: int | None = None,
+    input_size: int | None = None,
     last: int = 1,
     channels: Sequence[int] = RGB,
 ) -> Teacher:
-    """Load a frozen teacher by name; the arguments are those of `Teacher`.
+    """Load a frozen teacher by name. `spec` and `weights` are those of `load_network`, the others those of `Teacher`.
 
     Raises:
-        InputError: an unknown name, weights that don't fit, or a hub that can't be reached.
+        InputError: an unknown name, weights that do not match, or a hub that can't be reached.
     """
-    model, file = load_network(spec, weights)
-    return Teacher(spec, model, middle_size, grid, block, norm, size, last, file, channels)
+    network, weights_file = load_network(spec, weights)
+    return Teacher(spec, network, middle_size, grid, block, norm, input_size, last, weights_file, channels)
 
 
 def teacher_of_store(description: dict[str, Any], middle_size: int, grid: int) -> Teacher:
-    """The teacher that made a store, again, from what `Teacher.describe` wrote there.
+    """Load the teacher that made a store.
+
+    Args:
+        description: what `Teacher.describe` wrote into the store.
+        middle_size: side of the store's middle images, in pixels.
+        grid: patches along that side.
 
     Raises:
-        InputError: its weights are not to be had, or are no longer the same.
+        InputError: the weights are not available, or are no longer the same.
     """
-    spec, own_file = description["spec"], description["weights_file"]
-    if own_file and spec.startswith(("file/", "hf/")):  # its spec may be relative to another working folder
-        spec, own_file = f"{spec.split('/')[0]}/{own_file}", None
-    elif spec in LITES:  # what is recorded is a package's name
-        own_file = None
+    spec, weights_file = description["spec"], description["weights_file"]
+    if weights_file and spec.startswith(("file/", "hf/")):
+        # The name may hold a path relative to another working folder; the recorded path is absolute.
+        spec, weights_file = f"{spec.split('/')[0]}/{weights_file}", None
+    elif spec in LITES:  # a package's name is recorded, not a file
+        weights_file = None
     teacher = load_teacher(
-        spec, middle_size, grid,
-        Path(own_file) if own_file else None, description["block"], description["norm"], description["input_size"],
-        description["last"], description["channels"],
-    )  # fmt: skip
+        spec,
+        middle_size,
+        grid,
+        weights=Path(weights_file) if weights_file else None,
+        block=description["block"],
+        norm=description["norm"],
+        input_size=description["input_size"],
+        last=description["last"],
+        channels=description["channels"],
+    )
     if teacher.weights_sha256 != description["weights_sha256"]:
         raise InputError(f"{description['spec']}: its weights are not those that made the store (SHA-256 differs)")
     return teacher
@@ -79,50 +91,63 @@ def load_network(
 
     Args:
         spec: `timm/NAME`, `hf/NAME`, `clip/NAME`, `file/PATH`, `efficientnet-lite0` or `efficientnet-lite2`.
-        weights: for timm/NAME and clip/NAME, a file in timm's own layout instead of the hub's.
-        pretrained: False leaves a timm/NAME at random.
-        extra: arguments for timm's own models besides (`dynamic_img_size`, `drop_path_rate`).
+        weights: for timm/NAME and clip/NAME, a file in timm's layout instead of the hub's weights.
+        pretrained: False leaves the weights of a timm/NAME at random.
+        extra: more arguments for timm's models (`dynamic_img_size`, `drop_path_rate`).
 
     Returns:
-        The network, and the file or package that its weights came from; None for the hub or random ones.
+        The network, and the file or package with its weights; None for weights from the hub and for random ones.
+
+    Raises:
+        InputError: an unknown name, weights that do not match, or a hub that can't be reached.
     """
-    source, _, rest = spec.partition("/")
-    if weights is not None and (spec in LITES or source in ("hf", "file")):
+    kind, _, name = spec.partition("/")
+    if weights is not None and (spec in LITES or kind in ("hf", "file")):
         raise InputError(f"{spec} brings its own weights; leave the weights file out, or name a timm/NAME for it")
     if spec in LITES:
         return load_efficientnet_lite(spec)
-    if source == "hf" and rest:
-        if not Path(rest).exists():
+    if kind == "hf" and name:
+        folder = Path(name)
+        if not folder.exists():
             _stay_offline_without_a_hub()
-        return load_huggingface(spec, rest), str(Path(rest).absolute()) if Path(rest).exists() else None
-    if source == "file" and rest:
-        return load_checkpoint_file(Path(rest), **extra)
-    if source not in ("timm", "clip"):
+        return load_huggingface(spec, name), str(folder.absolute()) if folder.exists() else None
+    if kind == "file" and name:
+        return load_checkpoint_file(Path(name), **extra)
+    if kind not in ("timm", "clip"):
         raise InputError(f"no teacher '{spec}'; give timm/NAME, hf/NAME, clip/NAME, file/PATH, or {' or '.join(LITES)}")
-    name = rest if source == "timm" else CLIPS.get(rest.replace("/", "-"), "")
-    if not name:
+    model_name = name if kind == "timm" else CLIPS.get(name.replace("/", "-"), "")
+    if not model_name:
         raise InputError(f"{spec}: no such CLIP; there are {', '.join(f'clip/{known}' for known in CLIPS)}")
-    if name.split(".")[0] not in timm.list_models():
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 1)
-        raise InputError(f"{spec}: timm has no such model{f'; did you mean timm/{near[0]}' if near else ''}")
+    return _load_timm(spec, model_name, weights, pretrained, **extra)
+
+
+def _load_timm(
+    spec: str, name: str, weights: Path | None, pretrained: bool, **extra: Any
+) -> tuple[nn.Module, str | None]:
+    """A timm model with weights from a file, from the hub, or at random."""
+    architecture = name.partition(".")[0]
+    if architecture not in timm.list_models():
+        similar = difflib.get_close_matches(architecture, timm.list_models(), 1)
+        hint = f"; did you mean timm/{similar[0]}" if similar else ""
+        raise InputError(f"{spec}: timm has no such model{hint}")
     if weights is None and pretrained:
-        return _from_hub(spec, name, **extra), None
+        return _load_from_hub(spec, name, **extra), None
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0, **extra)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"{spec}: timm can't build it ({first_line(error)})") from error
     if weights is None:
         return model, None
-    load_strictly(model, _without_head(read_weights(weights), model), weights)
+    load_strictly(model, _without_classifier(read_weights(weights), model), weights)
     return model, str(weights.absolute())
 
 
-def _from_hub(spec: str, name: str, **extra: Any) -> nn.Module:
-    reachable = _stay_offline_without_a_hub()
+def _load_from_hub(spec: str, name: str, **extra: Any) -> nn.Module:
+    is_reachable = _stay_offline_without_a_hub()
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, **extra)
     except HUB_ERRORS as error:
-        cause = " ".join(str(error).split())[:160] if reachable else "no network, and not in the local cache"
+        cause = " ".join(str(error).split())[:160] if is_reachable else "no network, and not in the local cache"
         raise InputError(
             f"{spec}: its weights can't be had from the hub ({cause}); give them as a weights file, or take "
             f"{OFFLINE_TEACHER}, which needs no network"
@@ -130,10 +155,10 @@ def _from_hub(spec: str, name: str, **extra: Any) -> nn.Module:
 
 
 def _stay_offline_without_a_hub() -> bool:
-    """Whether the hub answers. If not, its client is to serve what it has cached, and to fail at once, not after retries, on the rest."""
-    reachable = _hub_answers()
-    huggingface_hub.constants.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE or not reachable
-    return reachable
+    """Whether the hub answers. If not, its client goes offline: it serves its cache, and fails at once on the rest."""
+    is_reachable = _hub_answers()
+    huggingface_hub.constants.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE or not is_reachable
+    return is_reachable
 
 
 def _hub_answers() -> bool:
@@ -142,13 +167,14 @@ def _hub_answers() -> bool:
         with urllib.request.urlopen(request, timeout=HUB_TIMEOUT):
             return True
     except urllib.error.HTTPError:
-        return True  # it answered
+        return True  # an error from the hub is an answer too
     except (OSError, ValueError):
         return False
 
 
-def _without_head(state: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    """Leave out the classifier, which a teacher has no use for; everything else must fit."""
-    classifier = model.pretrained_cfg.get("classifier") or "head"
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    return {name: tensor for name, tensor in state.items() if not name.startswith(tuple(f"{head}." for head in heads))}
+def _without_classifier(state: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """Leave out the classifier's tensors, which a teacher does not use. All others must match the model."""
+    classifiers = model.pretrained_cfg.get("classifier") or "head"
+    names = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    prefixes = tuple(f"{name}." for name in names)
+    return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}

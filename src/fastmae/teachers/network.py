@@ -1,4 +1,4 @@
-"""What a teacher asks of a network, whichever library it is from."""
+"""What a teacher needs from a network, whichever library it comes from, and how timm's models provide it."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -13,41 +13,50 @@ class Network(Protocol):
     """A frozen network with features on a grid.
 
     Attributes:
-        kind: 'vit' (tokens, one a patch) or 'cnn' (maps, coarser by stages).
-        depth: blocks of a ViT, stages of a CNN.
-        patch: pixels along a ViT's patch (the stride of a hybrid's stem included); 0 for a CNN.
-        native_size: side in pixels at which it was trained.
+        kind: 'vit' (one token for each patch) or 'cnn' (maps that become coarser with each stage).
+        depth: number of a ViT's blocks or a CNN's stages.
+        patch_size: side of a ViT's patch in pixels, the stride of a hybrid's stem included; 0 for a CNN.
+        native_size: side of the images in training, in pixels.
         has_final_norm: whether a norm over all patch features follows the last block.
-        mean: by which its images are normalised, for each colour.
-        std: the same.
+        mean: mean of each colour by which images are normalised, for values in [0, 1].
+        std: std of each colour, like `mean`.
     """
 
     kind: str
     depth: int
-    patch: int
+    patch_size: int
     native_size: int
     has_final_norm: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def look_at(self, size: int) -> None:
-        """Get ready for images of another size (a ViT's position embeddings are resampled, a Swin's windows are laid out anew)."""
+    def set_image_size(self, size: int) -> None:
+        """Prepare for images of another size: resample a ViT's position embeddings, lay out a Swin's windows anew."""
         ...
 
     def features(self, images: torch.Tensor, blocks: Sequence[int], final_norm: bool) -> list[torch.Tensor]:
-        """Normalised images [B, 3, S, S] -> [B, C, h, w] after each of the blocks, class and register tokens dropped."""
+        """Patch features after each of the blocks, without class and register tokens.
+
+        Args:
+            images: float32 [B, 3, S, S], normalised.
+            blocks: numbers of the blocks or stages, from 0, in ascending order.
+            final_norm: apply the network's final norm to each block's output.
+
+        Returns:
+            Features [B, C, h, w] of each block.
+        """
         ...
 
 
 class TimmNetwork(nn.Module):
-    """Any timm model with intermediate features.
+    """Any timm model that gives intermediate features, as a `Network`.
 
     Args:
-        spec: its name, for messages.
-        model: with its weights.
+        spec: the teacher's name, for messages.
+        model: timm's model, with its weights.
 
     Raises:
-        InputError: a model that gives none.
+        InputError: the model gives no intermediate features.
     """
 
     def __init__(self, spec: str, model: Any):
@@ -57,17 +66,16 @@ class TimmNetwork(nn.Module):
         self.spec = spec
         self.model: Any = model
         is_vit = hasattr(model, "num_prefix_tokens") and hasattr(model, "patch_embed")
+        norm = getattr(model, "norm", None)
         self.kind = "vit" if is_vit else "cnn"
         self.depth = len(model.blocks) if is_vit else len(model.feature_info)
-        self.patch = int(model.patch_embed.feat_ratio()) if is_vit else 0
+        self.patch_size = int(model.patch_embed.feat_ratio()) if is_vit else 0
         self.native_size = int(model.pretrained_cfg["input_size"][-1])
-        self.has_final_norm = (
-            is_vit and isinstance(getattr(model, "norm", None), nn.Module) and not isinstance(model.norm, nn.Identity)
-        )
+        self.has_final_norm = is_vit and isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)
         self.mean, self.std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
-    def look_at(self, size: int) -> None:
-        """As `Network`.
+    def set_image_size(self, size: int) -> None:
+        """See `Network`.
 
         Raises:
             InputError: a ViT of a fixed size.
@@ -78,8 +86,8 @@ class TimmNetwork(nn.Module):
             raise InputError(f"{self.spec}: this model can't change its image size in timm; take another teacher")
 
     def features(self, images: torch.Tensor, blocks: Sequence[int], final_norm: bool) -> list[torch.Tensor]:
-        """As `Network`."""
-        keywords = {"norm": final_norm} if self.kind == "vit" else {}
+        """See `Network`."""
+        norm = {"norm": final_norm} if self.kind == "vit" else {}
         return self.model.forward_intermediates(
-            images, indices=list(blocks), stop_early=True, intermediates_only=True, output_fmt="NCHW", **keywords
+            images, indices=list(blocks), stop_early=True, intermediates_only=True, output_fmt="NCHW", **norm
         )

@@ -1,0 +1,181 @@
+"""`fastmae verify --repair`: restore the damaged files of a store to the bytes that were there.
+
+Small files come from their copies or are listed again. Shards come from `fill.build_shards`, as in `tokenize`, out of
+the images and the teacher that the store names. A damaged shard may hold many sound records, so it stays in its place
+until its successor is complete, and a repair is refused before it touches a shard if it could not make the same one.
+"""
+
+import logging
+import shutil
+from functools import partial
+from pathlib import Path
+
+import safetensors
+import xxhash
+
+from fastmae.config import VerifyConfig
+from fastmae.errors import InputError
+from fastmae.images.middle import MiddleImage
+from fastmae.images.reading import Skipped
+from fastmae.images.sources import open_source
+from fastmae.offline.fill import (
+    ImageRange,
+    LoaderOptions,
+    MiddleImages,
+    build_shards,
+    count_images,
+    stored_codec,
+    stored_pixels,
+)
+from fastmae.offline.listing import restore_list
+from fastmae.runtime.device import own_device
+from fastmae.runtime.durable import write_whole
+from fastmae.runtime.progress import Progress
+from fastmae.teachers.factory import teacher_of_store
+from fastmae.tokens.audit import Damage, description_of
+from fastmae.tokens.format import (
+    CODEBOOKS_COPY,
+    CODEBOOKS_FILE,
+    MANIFEST_FILE,
+    PIXELS,
+    STORE_FILE,
+    ShardHeader,
+    StoreInfo,
+    checksum,
+    list_name,
+    shard_path,
+)
+from fastmae.tokens.manifest import Manifest, store_text
+from fastmae.tokens.writer import StoreWriter
+
+log = logging.getLogger(__name__)
+
+SHOWN_IMAGES = 20
+KINDS_WITH_LOCATIONS = ("tar", "datasets")
+"""Kinds of sources whose image lists also say where in an archive each image lies."""
+
+
+def repair(config: VerifyConfig, folder: Path, damages: list[Damage]) -> None:
+    """Restore the damaged files of a store, and build the shards that are damaged or missing.
+
+    Args:
+        config: options of `verify`.
+        folder: store of one middle size.
+        damages: what `audit` found there.
+
+    Raises:
+        InputError: something can't be made again. All shards are then as they were.
+    """
+    info, files = description_of(folder), {damage.file for damage in damages}
+    if STORE_FILE in files:
+        write_whole(folder / STORE_FILE, lambda temporary: temporary.write_text(store_text(info), encoding="utf-8"))
+    _restore_codebooks(folder, files)
+    writer = StoreWriter(folder, info)
+    damaged_shards = {damage.shard for damage in damages if damage.shard is not None}
+    shards = sorted(damaged_shards.union(writer.missing_shards()))
+    _restore_lists(folder, info, files, {info.part_of(shard)[0] for shard in shards})
+    manifest = _read_manifest(folder)
+    if shards:
+        _rebuild(config, writer, shards)
+    writer.finish()
+    if shards:
+        _report(folder, shards, before=manifest)
+
+
+def _restore_codebooks(folder: Path, files: set[str]) -> None:
+    if {CODEBOOKS_FILE, CODEBOOKS_COPY} <= files:
+        raise InputError(
+            f"{folder}: {CODEBOOKS_FILE} and its copy are both damaged, and no token can be read without; "
+            "tokenize again"
+        )
+    for damaged, sound in ((CODEBOOKS_FILE, CODEBOOKS_COPY), (CODEBOOKS_COPY, CODEBOOKS_FILE)):
+        if damaged in files:
+            write_whole(folder / damaged, partial(shutil.copyfile, folder / sound))
+
+
+def _restore_lists(folder: Path, info: StoreInfo, files: set[str], parts_to_read: set[int]) -> None:
+    """List images again where a list is damaged or missing, or where an archive may have been packed anew."""
+    for number, part in enumerate(info.parts):
+        is_damaged = list_name(number) in files or not (folder / list_name(number)).exists()
+        if is_damaged or (number in parts_to_read and part.kind in KINDS_WITH_LOCATIONS):
+            restore_list(folder, info, number)
+
+
+def _rebuild(config: VerifyConfig, writer: StoreWriter, shards: list[int]) -> None:
+    """Build shards from the teacher and the images that the store names, once it is sure that these are the same.
+
+    Raises:
+        InputError: the teacher's weights or some images have changed.
+    """
+    info, folder = writer.info, writer.folder
+    teacher = teacher_of_store(info.teacher, info.middle_size, info.grid).to(own_device(config.device))
+    codec = stored_codec(folder, info)
+    parts = sorted({info.part_of(shard)[0] for shard in shards})
+    images = MiddleImages.of_store(folder, info, {part: open_source(Path(info.parts[part].source)) for part in parts})
+    options = LoaderOptions(config.batch_size, config.workers)
+    _check_images(images, folder, shards, options)
+    with Progress("repair", "images", total=count_images(info, shards)) as progress:
+        build_shards(writer, codec, shards, images, teacher, options, progress)
+
+
+def _check_images(images: MiddleImages, folder: Path, shards: list[int], options: LoaderOptions) -> None:
+    """Check that the images of damaged shards are those that were there, by the checksum of each image's pixels.
+
+    Raises:
+        InputError: some have changed. Rebuilding their shards would also overwrite sound records of these images.
+    """
+    expected: dict[str, int | None] = {}
+    batches: list[ImageRange] = []
+    for shard in shards:
+        checksums = _pixel_checksums(shard_path(folder, shard), shard)
+        if checksums:
+            expected |= checksums
+            batches += images.batches_of(shard, options.batch_size)
+    changed: list[str] = []
+    for batch in images.load(batches, options.num_workers(len(batches))):
+        changed += [key for key, image in batch if _pixel_checksum(image) != expected[key]]
+    if changed:
+        names = ", ".join(changed[:SHOWN_IMAGES]) + (", ..." if len(changed) > SHOWN_IMAGES else "")
+        raise InputError(
+            f"{folder}: {len(changed)} images are not what they were ({names}); bring them back, or tokenize again"
+        )
+
+
+def _pixel_checksums(file: Path, shard: int) -> dict[str, int | None]:
+    """Checksum of the stored pixels of each image of a shard, None for a skipped image, by the image's key.
+
+    Empty for a shard in which no record can be read any more: the file is missing or was renamed, or its header or its
+    table of checksums is damaged.
+    """
+    try:
+        header = ShardHeader.from_file(file)
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            checksums = opened.get_tensor("record_checksums")
+    except (InputError, OSError, safetensors.SafetensorError):
+        return {}
+    if header.shard != shard or checksum(checksums.tobytes()) != header.checksums["record_checksums"]:
+        return {}
+    return {image.path: int(checksums[image.row, PIXELS]) if image.row >= 0 else None for image in header.images}
+
+
+def _pixel_checksum(image: MiddleImage | Skipped) -> int | None:
+    if isinstance(image, Skipped):
+        return None
+    return xxhash.xxh3_64_intdigest(stored_pixels(image).contiguous().numpy().tobytes())
+
+
+def _read_manifest(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.read(folder / MANIFEST_FILE)
+    except InputError:
+        return None
+
+
+def _report(folder: Path, shards: list[int], before: Manifest | None) -> None:
+    """Say how many shards were built, and how many of them have the bytes that the old manifest lists."""
+    after = Manifest.read(folder / MANIFEST_FILE)
+    outcome = ""
+    if before is not None and len(before.shards) == len(after.shards):
+        same = sum(before.shards[shard] == after.shards[shard] for shard in shards)
+        outcome = f", {same} of them to the same bytes"
+    log.info(f"{folder}: {len(shards)} shards made again{outcome}")
