@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from fastmae.errors import InputError
 from fastmae.tokens.codec import code_layout, learns, load_codec, parse_codec
-from fastmae.tokens.quantise import deal, learn_codec, learn_from, share_variance
+from fastmae.tokens.learn import deal, learn_codec, learn_from, share_variance
 
 C = 48
 NAMES = [
@@ -224,7 +224,7 @@ ELSEWHERE = """
 import sys, torch
 from safetensors.numpy import load_file, save_file
 from fastmae.tokens.codec import load_codec
-from fastmae.tokens.quantise import learn_codec
+from fastmae.tokens.learn import learn_codec
 assert "faiss" not in sys.modules, "only learning needs faiss"
 torch.set_num_threads(3)
 given, out = load_file(sys.argv[1]), {}

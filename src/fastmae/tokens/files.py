@@ -1,9 +1,9 @@
 """Where a store's files are: in a folder, or behind a URL and read through a cache of whole files on this machine.
 
-Any number of processes and stores may share one cache. Each file is downloaded beside its place under a lock of its own,
-so it is fetched once; a download whose lock is free was left behind by a kill, and is deleted. One lock for the whole
-cache guards its size: before a download and again when it takes its place, the shards used least recently make room.
-fsspec's own caches of files have neither a limit of size nor locks between processes, so this one is ours.
+Any number of processes and stores may share one cache. Each file is downloaded beside its place under a lock of its
+own, so it is fetched once; a download whose lock is free was left behind by a kill, and is deleted. One lock for the
+whole cache guards its size: before a download and again when it takes its place, the shards used least recently make
+room. fsspec's own caches of files have neither a limit of size nor locks between processes, so this one is ours.
 """
 
 import contextlib
@@ -73,15 +73,16 @@ class LocalFiles:
 class RemoteFiles:
     """The files of a store behind a URL, each fetched whole into a cache when it is first needed.
 
-    Before `pin`, each object fetches every file anew, so that a rebuilt store is noticed; shards can be read only after it.
-    An object can be used in forked processes and in several threads, and can be pickled. fsspec finds the credentials
-    where it always does for that kind of URL, and takes options from its own configuration (FSSPEC_S3_ANON=true, say).
+    Before `pin`, each object fetches every file anew, so that a rebuilt store is noticed; shards can be read only
+    after it. An object can be used in forked processes and in several threads, and can be pickled. fsspec finds the
+    credentials where it always does for that kind of URL, and takes options from its own configuration
+    (FSSPEC_S3_ANON=true, say).
 
     Args:
         url: the store's folder: s3://, gs://, https://, hf://, or any other that fsspec knows.
         cache: folder on this machine, shared by any number of stores; created when missing.
-        limit_bytes: most bytes that all files in `cache` may take. Only downloads under way come on top. The shards used
-            least recently are removed to make room; a store's small files are never removed.
+        limit_bytes: most bytes that all files in `cache` may take. Only downloads under way come on top. The shards
+            used least recently are removed to make room; a store's small files are never removed.
     """
 
     def __init__(self, url: str, cache: Path, limit_bytes: int):
@@ -139,9 +140,9 @@ class RemoteFiles:
     def prefetch(self, names: Sequence[str]) -> None:
         """Fetch files that will be needed soon, in the background and in this order.
 
-        A new call replaces what the last one still had to fetch. Files that are in the cache already count as used now,
-        so what is not needed soon is evicted first. A prefetch waits neither for room nor for another process; its errors
-        are raised when `path` is called for the file.
+        A new call replaces what the last one still had to fetch. Files that are in the cache already count as used
+        now, so what is not needed soon is evicted first. A prefetch waits neither for room nor for another process;
+        its errors are raised when `path` is called for the file.
         """
         names = names[:PREFETCH_AT_MOST]
         _upcoming[self._home] = {str(self._cached_path(name)) for name in names}
@@ -199,7 +200,7 @@ def is_url(text: str) -> bool:
 
 
 def open_files(location: str | Path, cache: Path, limit_bytes: int) -> StoreFiles:
-    """The files of a store in a folder, or behind a URL through `cache` (see `RemoteFiles`); a folder needs no cache."""
+    """The files of a store in a folder, or behind a URL by way of `cache` (see `RemoteFiles`)."""
     if isinstance(location, str) and is_url(location):
         return RemoteFiles(location, cache, limit_bytes)
     return LocalFiles(Path(location))
@@ -248,9 +249,10 @@ class _BoundedFolder:
     def _evict(self, target: Path, size: int, spared: Collection[str] | None) -> None:
         shards, small_bytes, arriving_bytes = self._contents(target)
         if small_bytes + size > self.limit:
+            limit, need, small = (f"{count / 1e6:.4g} MB" for count in (self.limit, size, small_bytes))
             raise InputError(
-                f"{self.folder}: the cache may hold {self.limit / 1e6:.4g} MB, but {target.name} takes {size / 1e6:.4g} MB "
-                f"beside {small_bytes / 1e6:.4g} MB of small files; allow it at least the sum, better that of several shards"
+                f"{self.folder}: the cache may hold {limit}, but {target.name} takes {need} beside {small} of small "
+                "files; allow it at least the sum, better that of several shards"
             )
         excess = small_bytes + arriving_bytes + sum(shard.size for shard in shards) + size - self.limit
         evictable = [shard for shard in sorted(shards) if shard.path not in (spared or ())]
@@ -263,7 +265,7 @@ class _BoundedFolder:
             excess -= shard.size
 
     def _contents(self, target: Path) -> tuple[list[_CachedShard], int, int]:
-        """The shards, the bytes of all other complete files, and the bytes of downloads so far; without `target` and its own."""
+        """The shards, and the bytes of all other complete files and of all downloads so far; `target` is left out."""
         shards: list[_CachedShard] = []
         small_bytes = arriving_bytes = 0
         for folder, _, names in os.walk(

@@ -1,4 +1,4 @@
-"""From the store to the model: batches of aligned views, copied from the map straight into the batch, in loader workers."""
+"""From the store to the model: loader workers copy aligned views from the mapped shards straight into a batch."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from fastmae.tokens.shard import DamagedError
 log = logging.getLogger(__name__)
 
 LAYOUTS = {"jpeg": torch.channels_last, "raw": torch.contiguous_format}
-"""Memory layout of a batch's pixels, by how the store keeps them: a decoded JPEG has a pixel's channels side by side."""
+"""Memory layout of a batch's pixels, by how the store keeps them: a decoded JPEG is channels last."""
 
 
 @dataclass
@@ -25,10 +25,10 @@ class ViewBatch:
 
     Attributes:
         pixels: uint8 [B, K, H, W].
-        tokens: for each store, [B, N, C'] as its codec encodes them, patches row by row; empty where no tokens are read.
-        means: for each store, float16 [B, C], the mean token of each image, or [B, 0] where the codec keeps none.
+        tokens: for each teacher's store, codes [B, N, C'], patches row by row; no entries where no tokens are read.
+        means: for each teacher's store, float16 [B, C], the mean token of each image, or [B, 0] where the codec keeps none.
         ids_shuffle: int64 [B, N]: see `Draw.ids_shuffle`.
-        crop: int64 [B, 3]: row and column of the view's first patch in the middle image, and 1 where the view is flipped.
+        crop: int64 [B, 3], row and column of the view's first patch in the middle image, and 1 for a flipped view.
         middle: uint8 [B, K, S, S], the whole middle images, where the target reads them.
     """
 
@@ -62,12 +62,12 @@ class StoreViews(Dataset[ViewBatch]):
     """(epoch, index) -> a random aligned view of that image, always the same for one seed.
 
     Args:
-        stores: for each teacher its stores, one a middle size (`open_scales`), all of the same images. Pixels come from the
-            first teacher's.
+        stores: for each teacher its stores, one a middle size (`open_scales`), all of the same images. Pixels come
+            from the first teacher's.
         draws: how views are drawn.
         with_tokens: whether to read the stored tokens.
         with_middle: whether to read the whole middle images too.
-        on_damage: 'stop' at an image that is not what was written, or 'skip' it and take the next one of the store instead.
+        on_damage: 'stop' at an image that is not what was written, or 'skip' it and take the next one instead.
 
     Attributes:
         damaged: images that were skipped so far, by this process.
@@ -136,7 +136,7 @@ class StoreViews(Dataset[ViewBatch]):
     def _read(
         self, index: int, draw: Draw, pixels: np.ndarray, outputs: Sequence[tuple[np.ndarray, np.ndarray]]
     ) -> int:
-        """Write a view of an image, or of the next image that is not damaged, into `pixels` and each store's codes and mean.
+        """Write a view of an image, or of the next undamaged one, into `pixels` and into each store's (codes, mean).
 
         Returns:
             The number of the image that was read.

@@ -1,7 +1,7 @@
 """Reading a store. A view is a look-up (Eq. 2): one slice of a mapped tensor, O(1).
 
-Patch (r, c) of a middle image is its pixels [16 r : 16 (r + 1), 16 c : 16 (c + 1)] and its token [r, c] (for patch size 16).
-One pair of offsets, in patches, cuts both, so pixels and tokens can't come apart.
+Patch (r, c) of a middle image is its pixels [16 r : 16 (r + 1), 16 c : 16 (c + 1)] and its token [r, c] (for patch
+size 16). One pair of offsets, in patches, cuts both, so pixels and tokens can't come apart.
 """
 
 import contextlib
@@ -55,9 +55,10 @@ class View:
 class TokenStore:
     """A finished token store, opened for reading.
 
-    Images are numbered 0 to `len(store) - 1`: those that could be decoded, in the order of the list. Each process maps a
-    shard when it first reads from it, so a store can be handed to any number of loader workers. Everything is checked: the
-    small files when the store is opened, a shard's header when it is mapped, an image's record when it is first touched.
+    Images are numbered 0 to `len(store) - 1`: those that could be decoded, in the order of the list. Each process maps
+    a shard when it first reads from it, so a store can be handed to any number of loader workers. Everything is
+    checked: the small files when the store is opened, a shard's header when it is mapped, an image's record when it is
+    first touched.
 
     Args:
         folder: a folder that `fastmae tokenize` wrote, or the files of a store that is elsewhere (`open_files`).
@@ -146,10 +147,10 @@ class TokenStore:
     def read_codes(
         self, index: int, row: int, col: int, size: int, flipped: bool, out: np.ndarray, mean: np.ndarray
     ) -> None:
-        """Write the codes of a view into `out`, [s, s, C'] of the codec's dtype, and its image's mean into float16 [C] or [0].
+        """Write the codes of a view into `out`, [s, s, C'], and the mean of its image into `mean`, float16 [C] or [0].
 
-        A flipped view has the teacher's tokens of the mirrored image in a store with `flips` 'stored'. In any other store it
-        has the mirrored grid of tokens, as if the teacher were equivariant to flips.
+        A flipped view has the teacher's tokens of the mirrored image in a store with `flips` 'stored'. In any other
+        store it has the mirrored grid of tokens, as if the teacher were equivariant to flips.
         """
         self._check_view(row, col, size)
         stored_flip = flipped and self.info.flips == "stored"
@@ -180,13 +181,13 @@ class TokenStore:
         return self._keys.equals(other._keys)
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
-        """The index: one row for each image of the list, skipped ones too, with some or all columns of `INDEX_SCHEMA`."""
+        """The index, with all columns of `INDEX_SCHEMA` or some: a row for each image, skipped ones included."""
         with self._checked(INDEX_FILE).open("rb") as file:
             return read_parquet(file, columns)
 
     @cached_property
     def statistics(self) -> dict[str, torch.Tensor]:
-        """Over the store: `mean` and `std` of each token channel, float32 [C]; `pixel_mean` and `pixel_std`, float32 [K]."""
+        """`mean` and `std` of the token channels, float32 [C]; `pixel_mean` and `pixel_std`, float32 [K], in [0, 1]."""
         file = self._checked(STATISTICS_FILE)
         statistics = {name: torch.from_numpy(value) for name, value in load_tensors(file).items()}
         if not {"mean", "std", "pixel_mean", "pixel_std"} <= statistics.keys():
@@ -201,7 +202,7 @@ class TokenStore:
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std by which the middle images are normalised: ImageNet's for RGB, as in timm, else the store's own."""
+        """Mean and std by which middle images are normalised: for RGB ImageNet's, as in timm, else the store's own."""
         if self.info.channels == 3:
             return IMAGENET_MEAN, IMAGENET_STD
         std = self.statistics["pixel_std"].clamp(min=1e-3)
@@ -227,7 +228,7 @@ class TokenStore:
                 raise IndexError(f"a view of patches {offset} to {offset + size - 1} of a grid of {self.grid}")
 
     def _checked(self, name: str) -> Path:
-        """A small file, on this machine, with the bytes that were written; a damaged copy in the cache is fetched again."""
+        """A small file on this machine, after a check. A damaged copy in the cache is fetched again."""
         file = self.files.path(name)
         try:
             self.manifest.check(name, file)
@@ -305,7 +306,7 @@ def pooled_statistics(stores: Sequence[TokenStore]) -> dict[str, torch.Tensor]:
 
 
 def read_parquet(file: IO[bytes], columns: list[str] | None = None) -> pa.Table:
-    """Read a table on this thread alone: on a busy machine, pyarrow 26's own threads abort one process in five at its end."""
+    """Read a table on this thread alone: pyarrow 26's own abort one process in five at its end on a busy machine."""
     return pq.ParquetFile(file).read(columns=columns, use_threads=False)
 
 

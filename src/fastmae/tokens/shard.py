@@ -185,7 +185,7 @@ class OpenShards:
         self._fetched_again: set[int] = set()
 
     def read(self, number: int, read: Callable[[MappedShard], Value]) -> Value:
-        """What `read` returns for shard `number`. Where a cached copy turns out damaged, the shard is fetched anew, once.
+        """What `read` returns for shard `number`. A cached copy that turns out damaged is fetched anew, once.
 
         Raises:
             DamagedError: the shard, or the record that was read, is not what was written.
