@@ -1,4 +1,4 @@
-"""The page of a run: what stands on it, that it needs nothing beside it, and how a real browser shows it in light and dark."""
+"""The page of a real run: what it shows, that it needs no other file, and how a browser shows it."""
 
 import json
 import shutil
@@ -6,17 +6,11 @@ import subprocess
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fastmae.cli import run
-from fastmae.reporting.charts import Curves, bars
-from fastmae.reporting.pictures import _as_pixels
-from fastmae.student.targets import NormPix
 
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
+BROWSERS = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
 
 
 @pytest.fixture(scope="module")
@@ -29,98 +23,93 @@ def measured_run(vit_store, photos, tiny_student, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(measured_run, photos, tmp_path_factory):
-    made = tmp_path_factory.mktemp("also")
-    args = ["--epochs", "1", "--workers", "0", "--batch-size", "8"]
-    assert run(["finetune", str(measured_run), str(photos), "--out", str(made / "tuned"), *args]) == 0
+    """The page with a fine-tuned run and a benchmark's table added."""
+    folder = tmp_path_factory.mktemp("added")
+    short = ["--epochs", "1", "--workers", "0", "--batch-size", "8"]
+    assert run(["finetune", str(measured_run), str(photos), "--out", str(folder / "tuned"), *short]) == 0
     table = "# Step\n\n- CPU: some & other\n\n| method | s |\n| --- | ---: |\n| MAE <b> | 1.5 |\n\nA note.\n"
-    (made / "step.md").write_text(table)
-    Image.new("RGB", (40, 30)).save(made / "step.png")
-    assert run(["report", str(measured_run), "--images", "3", "--also", f"{made / 'tuned'},{made / 'step.md'}"]) == 0
+    (folder / "step.md").write_text(table)
+    Image.new("RGB", (40, 30)).save(folder / "step.png")
+    also = f"{folder / 'tuned'},{folder / 'step.md'}"
+    assert run(["report", str(measured_run), "--images", "3", "--also", also]) == 0
     return measured_run / "report.html"
 
 
-def test_everything_stands_on_one_page_that_needs_nothing_beside_it(page):
-    text = page.read_text()
+def test_the_page_shows_everything_and_needs_no_other_file(page):
+    html = page.read_text()
     for heading in (
-        "How it went",
-        "What it predicts",
-        "Where the last block looks",
-        "What it finds alike",
+        "Training curves",
+        "Predictions",
+        "Attention in the last block",
+        "Nearest neighbours",
         "finetune: tuned",
         "Step",
         "Settings",
+        "Images and store",
     ):
-        assert f"<h2>{heading}</h2>" in text, heading
-    assert (
-        text.count("data:image/png;base64,iVBOR") == 5
-    )  # predictions, attention, neighbours, confusion, the bench's figure
-    assert text.count("<svg") == 5  # losses, kNN, rate, images a second, gradient
-    assert "http" not in text
-    assert "MAE &lt;b&gt;" in text
-    assert '<p class="note">A note.</p>' in text
-    assert "CPU: some &amp; other" in text
+        assert f"<h2>{heading}</h2>" in html, heading
+    pictures = ("predictions", "attention", "neighbours", "confusion matrix", "benchmark's figure")
+    assert html.count("data:image/png;base64,iVBOR") == len(pictures)
+    charts = ("losses", "k-NN accuracy", "learning rate", "images per second", "gradient norm")
+    assert html.count("<svg") == len(charts)
+    assert "http" not in html
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_the_page_escapes_a_benchmarks_text(page):
+    html = page.read_text()
+    assert "MAE &lt;b&gt;" in html
+    assert "CPU: some &amp; other" in html
+    assert '<p class="note">A note.</p>' in html
+
+
+@pytest.mark.skipif(not BROWSERS, reason="needs Chromium")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_it_whole_in_light_and_dark(page, scheme, tmp_path):
+def test_a_browser_shows_the_whole_page_in_light_and_dark(page, scheme, tmp_path):
     flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
-    ]  # fmt: skip
-    shot = [BROWSER, *flags, "--window-size=1000,3000", f"--screenshot={tmp_path / 'shot.png'}", page.as_uri()]
-    subprocess.run(shot, check=True, capture_output=True, timeout=120)
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
+        "--window-size=1000,3000",
+        f"--screenshot={tmp_path / 'shot.png'}",
+    ]
+    subprocess.run([BROWSERS[0], *flags, page.as_uri()], check=True, capture_output=True, timeout=120)
     with Image.open(tmp_path / "shot.png") as picture:
         pixels = np.asarray(picture.convert("L"), dtype=float)
     margin = pixels[:, :8].mean()
     assert (margin > 200) if scheme == "light" else (margin < 60)
-    rows = np.abs(pixels - margin).max(1) > 40
-    assert rows[:1500].mean() > 0.5  # text, curves and pictures all the way down
-    curve = pixels[150:420, 50:480]
-    assert (np.abs(curve - margin) > 60).mean() > 0.004  # axes and lines in the page's own ink
+    rows_with_content = np.abs(pixels - margin).max(1) > 40
+    assert rows_with_content[:1500].mean() > 0.5  # text, curves and pictures all the way down
+    first_chart = pixels[150:420, 50:480]
+    assert (np.abs(first_chart - margin) > 60).mean() > 0.004  # axes and lines in the page's own text colour
 
 
-def test_pixels_come_back_from_their_normalised_patches():
-    images = torch.rand(2, 3, 32, 32)
-    target = NormPix(8, 3)
-
-    class Batch:
-        pixels = images
-
-    assert torch.allclose(_as_pixels(target(Batch(), images), images, 8), images, atol=1e-4)
-
-
-def test_a_run_of_maes_own_target_and_a_moved_store_are_drawn(vit_store, tiny_student, tmp_path, capsys):
+def test_a_run_with_pixels_as_target_is_shown_from_a_store_that_was_moved(vit_store, tiny_student, tmp_path, capsys):
+    mae_run, out = tmp_path / "mae", tmp_path / "page.html"
     args = [*tiny_student, "--target", "pixels", "--epochs", "1", "--workers", "0"]
-    assert run(["pretrain", str(vit_store), str(tmp_path / "mae"), *args]) == 0
-    (tmp_path / "mae" / "inputs.json").unlink()
-    assert run(["report", str(tmp_path / "mae")]) == 2
-    assert "give --store STORE" in capsys.readouterr().err
-    out = tmp_path / "page.html"
-    assert (
-        run(["report", str(tmp_path / "mae"), "--store", str(vit_store), "--out", str(out), "--images", "2", "--json"])
-        == 0
-    )
+    assert run(["pretrain", str(vit_store), str(mae_run), *args]) == 0
+    (mae_run / "inputs.json").unlink()
+    assert run(["report", str(mae_run)]) == 2
+    assert "--store STORE" in capsys.readouterr().err
+    moved = ["--store", str(vit_store), "--out", str(out), "--images", "2", "--json"]
+    assert run(["report", str(mae_run), *moved]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["html"] == str(out)
-    assert "predicting MAE&#39;s pixels" in out.read_text()
+    assert "pixels (MAE)" in out.read_text()
 
 
-def test_what_can_not_be_shown_is_one_line(measured_run, page, photos, tmp_path, capsys):
-    cases = [
-        ([str(tmp_path)], "not a run's folder"),
-        ([str(measured_run), "--also", str(tmp_path / "no.md")], "no such file"),
-        ([str(measured_run), "--also", str(measured_run)], "no finished run of finetune"),
-        ([str(measured_run), "--images", "0"], "--images 0"),
-    ]
-    for args, says in cases:
+def test_a_path_that_can_not_be_shown_is_named_in_one_line(measured_run, tmp_path, capsys):
+    (tmp_path / "empty.md").write_text("# A title and no table\n")
+    cases = {
+        str(tmp_path): [str(tmp_path)],
+        "no.md": [str(measured_run), "--also", str(tmp_path / "no.md")],
+        "empty.md": [str(measured_run), "--also", str(tmp_path / "empty.md")],
+        f"--also {measured_run}": [str(measured_run), "--also", str(measured_run)],  # of pretrain, not supervised
+        f"--also {tmp_path}": [str(measured_run), "--also", str(tmp_path)],
+    }
+    for named, args in cases.items():
         assert run(["report", *args]) == 2
-        err = capsys.readouterr().err
-        assert says in err.splitlines()[-1]
-
-
-def test_charts_take_the_pages_ink_and_leave_out_what_is_not_known():
-    drawn = Curves(
-        {"a": [{"x": 1, "y": 2.0}, {"x": 2, "y": None}, {"x": 3, "y": 4.0}], "b": [{"x": 1}]}, "x", "y", "x", "y"
-    ).svg()
-    assert "currentColor" in drawn
-    assert bars({"one <i>": 50.0}, "percent").count("&lt;i&gt;") >= 1
+        assert named in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,27 @@
+"""Line and bar charts."""
+
+from fastmae.reporting.charts import Curves, bars
+
+
+def test_charts_take_the_pages_text_colour_and_leave_out_missing_values():
+    entries = [{"x": 1, "y": 2.0}, {"x": 2, "y": None}, {"x": 3, "y": 4.0}]
+    svg = Curves({"a": entries, "b": [{"x": 1}]}, "x", "y", "x", "y").svg()
+    assert svg.startswith("<svg")
+    assert "currentColor" in svg
+
+
+def test_charts_escape_their_labels():
+    svg = bars({"one <i>": 50.0}, "percent")
+    assert "&lt;i&gt;" in svg
+    assert "<i>" not in svg
+
+
+def test_the_same_chart_has_the_same_source():
+    curves = Curves({"a": [{"x": 1, "y": 2.0}]}, "x", "y", "x", "y")
+    assert curves.svg() == curves.svg()
+
+
+def test_every_line_of_a_chart_is_drawn_when_there_are_more_lines_than_colours():
+    series = {f"line {number}": [{"x": 1, "y": number}, {"x": 2, "y": number}] for number in range(8)}
+    svg = Curves(series, "x", "y", "x", "y").svg()
+    assert all(name in svg for name in series)
