@@ -1,4 +1,4 @@
-"""Linear layers by convolution are linear layers."""
+"""Linear layers computed as convolutions give what torch's linear layers give."""
 
 import copy
 
@@ -14,61 +14,64 @@ from fastmae.runtime.fast_linear import AVX512, LEAST_BATCH, LEAST_PRODUCTS, Lin
 SIZES = {"large": (32, 49, 96, 80), "few": (LEAST_BATCH - 1, 200, 96, 80), "small": (16, 5, 48, 48)}
 
 
-def operands(batch, tokens, inputs, outputs):
-    draws = torch.Generator().manual_seed(0)
-    made = (torch.randn(*shape, generator=draws) for shape in ((batch, tokens, inputs), (outputs, inputs), (outputs,)))
-    return [tensor.requires_grad_() for tensor in made]
+def operands(batch, tokens, in_features, out_features):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((batch, tokens, in_features), (out_features, in_features), (out_features,))
+    return [torch.randn(*shape, generator=generator).requires_grad_() for shape in shapes]
 
 
-def ops(work):
-    with profile() as seen:
-        work()
-    return {event.key for event in seen.key_averages()}
+def operators_of(function):
+    with profile() as profiler:
+        function()
+    return {event.key for event in profiler.key_averages()}
+
+
+def uses_convolution(*arguments):
+    return any("convolution" in name for name in operators_of(lambda: linear(*arguments)))
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_values_and_gradients_are_torchs(size):
+def test_values_and_gradients_equal_torchs(size):
     tokens, weight, bias = operands(*SIZES[size])
-    for given in (
+    for arguments in (
         (tokens, weight, bias),
         (tokens, weight),
         (tokens.unflatten(1, (1, -1)), weight, bias),
         (tokens[:, 1:], weight, bias),
     ):
-        found, wanted = linear(*given), F.linear(*given)
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-        gradient = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
-        used = [tokens, weight, bias][: len(given)]
-        for mine, theirs in zip(
-            torch.autograd.grad(found, used, gradient), torch.autograd.grad(wanted, used, gradient), strict=True
-        ):
-            torch.testing.assert_close(mine, theirs, atol=1e-2, rtol=1e-4)
+        output, expected = linear(*arguments), F.linear(*arguments)
+        torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+        grad_output = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+        leaves = [tokens, weight, bias][: len(arguments)]
+        gradients = torch.autograd.grad(output, leaves, grad_output)
+        expected_gradients = torch.autograd.grad(expected, leaves, grad_output)
+        torch.testing.assert_close(gradients, expected_gradients, atol=1e-2, rtol=1e-4)
 
 
-@pytest.mark.skipif(not AVX512, reason="this CPU, or this torch, has no AVX-512 with oneDNN")
-def test_only_large_fp32_layers_go_to_onednn():
+@pytest.mark.skipif(not AVX512, reason="this CPU or this build of torch does not offer AVX-512 with oneDNN")
+def test_only_large_fp32_layers_run_in_onednn():
     tokens, weight, bias = operands(*SIZES["large"])
     assert tokens.numel() * len(weight) >= LEAST_PRODUCTS
-    assert "aten::mkldnn_convolution" in ops(lambda: linear(tokens, weight, bias))
+    assert "aten::mkldnn_convolution" in operators_of(lambda: linear(tokens, weight, bias))
     for size in ("few", "small"):
-        assert not any("convolution" in name for name in ops(lambda size=size: linear(*operands(*SIZES[size]))))
-    assert not any("convolution" in name for name in ops(lambda: linear(tokens.flatten(0, 1), weight, bias)))
-    assert not any("convolution" in name for name in ops(lambda: linear(tokens.double(), weight.double())))
+        assert not uses_convolution(*operands(*SIZES[size]))
+    assert not uses_convolution(tokens.flatten(0, 1), weight, bias)
+    assert not uses_convolution(tokens.double(), weight.double())
     with torch.autocast("cpu", torch.bfloat16):
-        assert not any("convolution" in name for name in ops(lambda: linear(tokens, weight, bias)))
+        assert not uses_convolution(tokens, weight, bias)
 
 
-def test_a_fast_layer_counts_as_many_operations():
+def test_a_fast_layer_counts_as_many_flops_as_torchs():
     tokens, weight, bias = operands(*SIZES["large"])
-    counts = []
-    for compute in (linear, F.linear):
+    flops = []
+    for function in (linear, F.linear):
         with FlopCounterMode(display=False) as counter:
-            compute(tokens, weight, bias).sum().backward()
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] == 3 * 2 * tokens.numel() * len(weight)
+            function(tokens, weight, bias).sum().backward()
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] == 3 * 2 * tokens.numel() * len(weight)
 
 
-def test_a_networks_layers_change_their_way_and_nothing_else():
+def test_a_network_with_fast_layers_keeps_its_parameters_and_outputs():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(96, 80), nn.GELU(), nn.Sequential(nn.Linear(80, 96, bias=False)))
     fast = with_fast_linear(copy.deepcopy(network))

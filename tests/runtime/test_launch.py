@@ -7,7 +7,7 @@ from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch, scales_gradients
 
 
-def test_only_a_scaled_loss_forbids_the_fused_optimizer():
+def test_only_16_mixed_scales_gradients():
     scaled = Fabric(
         accelerator="cpu",
         plugins=MixedPrecision("16-mixed", "cuda", scaler=torch.amp.GradScaler("cuda", enabled=False)),
@@ -17,7 +17,7 @@ def test_only_a_scaled_loss_forbids_the_fused_optimizer():
     assert not scales_gradients(Fabric(accelerator="cpu"))
 
 
-def test_launch_seeds_and_stays_on_fp32_where_there_is_no_gpu():
+def test_launch_seeds_and_uses_fp32_on_a_cpu():
     fabric = launch("cpu", "auto", 1, seed=5)
     assert (fabric.device.type, fabric.world_size, fabric.strategy.precision.precision) == ("cpu", 1, "32-true")
     first = torch.rand(3)
@@ -26,21 +26,21 @@ def test_launch_seeds_and_stays_on_fp32_where_there_is_no_gpu():
 
 
 @pytest.mark.parametrize(
-    ("device", "devices", "says"), [("tpu", 1, "unknown"), ("cuda:9", 1, "has none"), ("cpu", 0, "--devices 0")]
+    ("device", "devices", "option"), [("tpu", 1, "--device"), ("cuda:99", 1, "--device"), ("cpu", 9999, "--devices")]
 )
-def test_what_is_not_there_is_an_input_error(device, devices, says):
-    with pytest.raises(InputError, match=says):
+def test_a_device_that_is_not_available_is_an_input_error(device, devices, option):
+    with pytest.raises(InputError, match=f"{option} "):
         launch(device, "auto", devices, seed=0)
 
 
-def test_a_launcher_that_has_started_processes_knows_how_many(monkeypatch):
+def test_devices_must_agree_with_the_processes_that_a_launcher_has_started(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="torchrun has started 2 processes on this machine; leave --devices out"):
+    with pytest.raises(InputError, match="--devices 4: torchrun has started 2"):
         launch("cpu", "auto", 4, seed=0)
 
 
-def test_a_batch_script_of_slurm_is_one_process_whatever_its_job_asks_for(monkeypatch):
+def test_a_slurm_batch_script_is_one_process_whatever_its_job_asks_for(monkeypatch):
     for name, value in {
         "SLURM_JOB_NAME": "train",
         "SLURM_NTASKS": "8",
@@ -52,6 +52,6 @@ def test_a_batch_script_of_slurm_is_one_process_whatever_its_job_asks_for(monkey
     assert launch("cpu", "auto", 1, seed=0).world_size == 1
 
 
-def test_sharded_gradients_are_not_scaled():
+def test_fsdp_refuses_scaled_gradients():
     with pytest.raises(InputError, match="--strategy fsdp"):
         launch("cpu", "16-mixed", 2, seed=0, strategy="fsdp")

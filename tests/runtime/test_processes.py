@@ -4,9 +4,9 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 SRUN = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2", "SLURM_STEP_TASKS_PER_NODE": "3(x2)"}
 
 
-def test_a_process_is_numbered_by_what_started_it(monkeypatch):
+def test_the_innermost_launcher_numbers_a_process(monkeypatch):
     assert this_process() == Process()
-    monkeypatch.setenv("SLURM_PROCID", "0")  # of a batch script's shell, with no step
+    monkeypatch.setenv("SLURM_PROCID", "0")  # the shell of a batch script, outside any step
     monkeypatch.setenv("SLURM_NTASKS", "6")
     assert this_process() == Process()
     for name, value in SRUN.items():

@@ -1,4 +1,4 @@
-"""Windows has neither SIGUSR1 nor CPU affinity; Linux is made to look like that in a process of its own."""
+"""Windows has neither SIGUSR1 nor CPU affinity. A process of its own plays Windows on Linux."""
 
 import subprocess
 import sys

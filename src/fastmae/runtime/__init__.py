@@ -1,1 +1,1 @@
-"""The machine: device, processes, launch, worker processes, progress, files that appear whole."""
+"""What a command runs on: device, processes, DataLoader workers, log and progress, and files that appear whole."""

@@ -1,4 +1,4 @@
-"""What the command line shows of the package's log: messages on standard output, warnings and progress on standard error.
+"""What the command line shows of the package's log: messages on stdout, warnings and progress on stderr.
 
 The package itself only logs, to the logger "fastmae" and those below it. `show` is called by `fastmae.cli` alone.
 """

@@ -1,4 +1,4 @@
-"""What the machine has to compute with."""
+"""The device to compute on, the number of cores, and what to do when the device's memory is full."""
 
 import contextlib
 import os
@@ -11,35 +11,30 @@ from fastmae.runtime.processes import this_process
 
 
 def resolve_device(name: str) -> torch.device:
-    """`--device` -> a device that is there; auto takes a GPU before the CPU.
+    """`--device` as a device of this machine; 'auto' prefers a GPU to the CPU.
 
     Raises:
-        InputError: an unknown name, or a device that this machine or this torch does not have.
+        InputError: an unknown name, or a device that this machine or this build of torch does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"--device {name}: unknown; auto, cpu, cuda, cuda:N or mps") from error
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device.type, False) or (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise InputError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps") from error
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, False) or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise InputError(
-            f"--device {name}: this machine, or this build of torch {torch.__version__}, has none; take --device cpu"
+            f"--device {name}: not available on this machine or in torch {torch.__version__}; use --device cpu"
         )
     return torch.device("cpu") if device.type == "cpu" else device
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def own_device(name: str) -> torch.device:
-    """As `resolve_device`; of several processes on a machine, each takes a GPU of its own.
+    """Like `resolve_device`, but the processes on one machine each get a GPU of their own.
 
     Raises:
-        InputError: as `resolve_device`.
+        InputError: as in `resolve_device`.
     """
     device = resolve_device(name)
     if device.type == "cuda" and device.index is None:
@@ -47,9 +42,17 @@ def own_device(name: str) -> torch.device:
     return device
 
 
+def cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
-def memory_hint(way_out: str) -> Iterator[None]:
-    """A device that is out of memory as one line with a way out.
+def memory_hint(advice: str) -> Iterator[None]:
+    """Turn an out-of-memory error of the device into one line with advice.
+
+    Args:
+        advice: what the user can do, such as 'use --micro-batch 64'.
 
     Raises:
         OneProcessError: in place of torch's OutOfMemoryError.
@@ -57,4 +60,4 @@ def memory_hint(way_out: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OneProcessError(f"the device is out of memory; {way_out}") from error
+        raise OneProcessError(f"the device is out of memory; {advice}") from error

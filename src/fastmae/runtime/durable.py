@@ -1,7 +1,7 @@
-"""A file appears whole or not at all: written aside, flushed to the disk, renamed.
+"""A file appears whole or not at all: it is written beside its path, flushed to disk, and renamed.
 
-Shards, indexes, checkpoints and JSON all go through here, so that a kill or a full disk at any moment leaves either
-the old file or the new one.
+Shards, indexes, checkpoints and JSON files are all written this way. A kill or a full disk leaves either the old file
+or the new one.
 """
 
 import contextlib
@@ -15,62 +15,103 @@ from pathlib import Path
 from typing import Any
 
 PART_SUFFIX = ".part"
-"""What a file is called while it is written, after its writer: NAME.HOST.PID.part. Left behind by a kill, it is rubbish."""
+"""Suffix of a half-written file, NAME.HOST.PID.part, which names its writer. A killed writer leaves it behind."""
 ABANDONED_AFTER = 24 * 3600
-"""Seconds after which a part written by another machine counts as left behind."""
+"""Age in seconds from which another machine's part counts as left behind."""
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in `path`'s place.
+    """Let `write` fill a part beside `path`, then rename it to `path`.
 
     Args:
-        path: the file to appear; replaced when there already.
-        write: gets the path to write to.
+        path: the file to write; an existing file is replaced.
+        write: writes the content to the path that it gets.
 
     Raises:
-        OSError: as from `write` (a full disk, say); `path` is then as it was, and nothing is left beside it.
+        OSError: `write` failed (on a full disk, say). `path` is unchanged, and no part is left.
     """
-    aside = path.with_name(f"{path.name}.{_host()}.{os.getpid()}{PART_SUFFIX}")
+    part = _part_of(path)
     try:
-        write(aside)
-        with aside.open("rb") as file:
+        write(part)
+        with part.open("rb") as file:
             os.fsync(file.fileno())
-        aside.chmod(0o666 & ~_umask())  # some writers make files that only their owner may read
-        aside.replace(path)
+        part.chmod(0o666 & ~_umask())  # some writers create files that only their owner may read
+        part.replace(path)
     except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a failed write() does not know its file
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # an error of write() does not name the file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     _flush_folder(path.parent)
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Put a file in its place unless one is there already: of several processes that come with theirs, the first one's stays.
+    """Write a file unless it exists: if several processes write the same file, the first one's stays.
 
     Raises:
-        OSError: a full disk, say; nothing is left beside `path`.
+        OSError: a full disk, say; no part is left.
     """
-    aside = path.with_name(f"{path.name}.{_host()}.{os.getpid()}{PART_SUFFIX}")
+    part = _part_of(path)
     try:
-        with aside.open("wb") as file:
+        with part.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(aside, path)  # fails where `path` exists; a rename would replace it
+        os.link(part, path)  # fails if `path` exists, unlike a rename
     except FileExistsError:
         return
     except OSError:
-        if not aside.exists() or path.exists() or aside.stat().st_size != len(data):  # not for the want of hard links
+        # A file system without hard links: the part is complete, and `path` does not exist.
+        if not part.exists() or path.exists() or part.stat().st_size != len(data):
             raise
-        aside.replace(path)
+        part.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     _flush_folder(path.parent)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def holds_anything(folder: Path) -> bool:
+    """Whether a folder holds anything but half-written files."""
+    return any(not path.name.endswith(PART_SUFFIX) for path in folder.iterdir())
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete the parts in `folder` that killed writers left; those of running writers stay."""
+    for part in folder.glob(f"*{PART_SUFFIX}"):
+        if _is_abandoned(part):
+            part.unlink(missing_ok=True)
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{_host()}.{os.getpid()}{PART_SUFFIX}")
+
+
+def _is_abandoned(part: Path) -> bool:
+    name = re.fullmatch(r".+\.([^.]+)\.(\d+)\.part", part.name)
+    if name is None:
+        return False
+    host, pid = name.groups()
+    if host != _host():
+        with contextlib.suppress(FileNotFoundError):
+            return time.time() - part.stat().st_mtime > ABANDONED_AFTER
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's process
+        return False
+    return int(pid) == os.getpid()  # this process does not write while it cleans up
+
+
 def _flush_folder(folder: Path) -> None:
-    """Make a rename or a link in it last."""
+    """Flush the folder itself to disk, so that a rename or link in it lasts."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -82,42 +123,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
-def holds_anything(folder: Path) -> bool:
-    """Whether a folder holds more than what a killed writer left half-written."""
-    return any(not path.name.endswith(PART_SUFFIX) for path in folder.iterdir())
-
-
-def remove_parts(folder: Path) -> None:
-    """Delete what killed writers left half-written in `folder`; what a living one is writing stays."""
-    for part in folder.glob(f"*{PART_SUFFIX}"):
-        if _is_abandoned(part):
-            part.unlink(missing_ok=True)
-
-
-def _is_abandoned(part: Path) -> bool:
-    written_by = re.fullmatch(r".+\.([^.]+)\.(\d+)\.part", part.name)
-    if written_by is None:
-        return False
-    host, pid = written_by.groups()
-    if host != _host():
-        with contextlib.suppress(FileNotFoundError):
-            return time.time() - part.stat().st_mtime > ABANDONED_AFTER
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's process
-        return False
-    return int(pid) == os.getpid()  # this process is writing nothing while it cleans
 
 
 def _host() -> str:

@@ -1,14 +1,15 @@
-"""Lightning Fabric, and of its parts what is used here, imported without torchmetrics.
+"""The names of Lightning Fabric that the package uses, imported without torchmetrics.
 
-Fabric asks for the version of torchmetrics by importing all of it, and with it scipy and transformers where they are installed: a command
-took 7 s of CPU time to start, without it 4 s. It wants to know for its detection of loss spikes alone, which is not used here.
+To learn the version of torchmetrics, Fabric imports all of it, and with it scipy and transformers if they are
+installed. A command took 7 s of CPU time to start, and 4 s without it. Fabric needs the version only to detect loss
+spikes, which is not used here.
 """
 
 import sys
 
 _HIDDEN = "torchmetrics" not in sys.modules
 if _HIDDEN:
-    sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # how Python is told that there is none
+    sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # makes Python believe that it is not installed
 try:
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import (

@@ -1,4 +1,4 @@
-"""The Fabric that a run stands on: device, precision, processes."""
+"""Starts Lightning Fabric, which gives a run its device, its precision and its processes."""
 
 import logging
 import warnings
@@ -30,63 +30,58 @@ ENVIRONMENTS: dict[str, type[ClusterEnvironment]] = {
     "torchrun": TorchElasticEnvironment,
     "srun": SLURMEnvironment,
 }
-"""Launcher -> what tells Fabric of its processes; named here, since Fabric's own choice takes a SLURM batch script for an srun task."""
+"""Launcher -> how Fabric learns about the processes. Fabric itself would take a SLURM batch script for an srun task."""
 
 
 def launch(
     device: str, precision: Precision, devices: int, seed: int, strategy: str = "ddp", blocks: tuple[type, ...] = ()
 ) -> Fabric:
-    """Start Fabric: one process, `devices` processes of this command, or those that torchrun or SLURM has started.
+    """Start Fabric with one process, with `devices` processes of this command, or with those of torchrun or srun.
 
     Args:
         device: as `--device`.
         precision: as `--precision`.
-        devices: processes on this machine, where neither torchrun nor srun has started them.
-        seed: for what is drawn before the first step (weights).
-        strategy: of several processes, 'ddp' or 'fsdp'.
-        blocks: modules that FSDP shards one by one.
+        devices: number of processes on this machine, unless torchrun or srun has started them.
+        seed: for random draws before the first step, such as initial weights.
+        strategy: 'ddp' or 'fsdp', for several processes.
+        blocks: classes of the modules that FSDP shards one by one.
 
     Raises:
-        InputError: more devices than there are, or a strategy or precision that does not go with them.
+        InputError: more devices than there are, or a strategy or precision that doesn't suit them.
     """
-    # Fabric's tips and notes are about its own use, not the user's.
-    for name in ("lightning.fabric", "lightning_fabric", "lightning_utilities"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning_fabric")
-    chosen = resolve_device(device)
-    process, nodes = this_process(), 1
-    if process.launcher:
-        if devices not in (1, process.local_world_size):
-            started = f"{process.launcher} has started {process.local_world_size} processes on this machine"
-            raise InputError(f"--devices {devices}: {started}; leave --devices out")
-        devices, nodes = process.local_world_size, process.world_size // process.local_world_size
-    if chosen.index is not None and devices * nodes > 1:
+    _silence_fabric()
+    torch_device = resolve_device(device)
+    devices, nodes = _processes(devices)
+    world_size = devices * nodes
+    if torch_device.index is not None and world_size > 1:
         raise InputError(
-            f"--device {device}: names one device, for {devices * nodes} processes; take --device {chosen.type}"
+            f"--device {device}: names one device, but there are {world_size} processes; "
+            f"use --device {torch_device.type}"
         )
-    available = torch.cuda.device_count() if chosen.type == "cuda" else cores()
-    if not 1 <= devices <= available:
-        raise InputError(f"--devices {devices}: this machine has {available} of {chosen.type}")
-    settled = _precision(precision, chosen)
-    if settled == "16-mixed" and strategy == "fsdp" and devices * nodes > 1:
+    available = torch.cuda.device_count() if torch_device.type == "cuda" else cores()
+    if devices > available:
+        raise InputError(f"--devices {devices}: this machine has {available} ({torch_device.type})")
+    fabric_precision = _precision(precision, torch_device)
+    if fabric_precision == "16-mixed" and strategy == "fsdp" and world_size > 1:
         raise InputError(
-            "--strategy fsdp: goes with --precision bf16-mixed or 32-true; 16-mixed would scale each shard alone"
+            "--strategy fsdp: needs --precision bf16-mixed or 32-true, "
+            "since 16-mixed would scale the gradients of each shard on its own"
         )
     try:
         fabric = Fabric(
-            accelerator=chosen.type,
-            devices=[chosen.index] if chosen.index is not None else devices,
+            accelerator=torch_device.type,
+            devices=devices if torch_device.index is None else [torch_device.index],
             num_nodes=nodes,
-            strategy=_strategy(strategy, devices * nodes, blocks),
-            precision=settled,
-            plugins=ENVIRONMENTS[process.launcher](),
+            strategy=_strategy(strategy, world_size, blocks),
+            precision=fabric_precision,
+            plugins=ENVIRONMENTS[this_process().launcher](),
         )
     except (ValueError, RuntimeError) as error:  # a SLURM job of unequal machines, say
         raise InputError(f"--devices {devices}: the processes can't be set up ({first_line(error)})") from error
     fabric.launch()
     watch_peers(fabric)
     torch.manual_seed(seed)
-    if chosen.type == "cuda":
+    if torch_device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     return fabric
 
@@ -97,10 +92,10 @@ def bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def on_first_process(fabric: Fabric, action: Callable[[], object]) -> None:
-    """Do something once, while the other processes wait; where it fails, all of them fail, and none is left waiting.
+    """Do something in the first process while the others wait. If it fails there, it fails in all processes.
 
     Raises:
-        InputError: the action's own, or in place of its OSError (a full disk, say).
+        InputError: raised by the action, or in place of its OSError (a full disk, say).
     """
     failure = ""
     if fabric.is_global_zero:
@@ -116,12 +111,35 @@ def on_first_process(fabric: Fabric, action: Callable[[], object]) -> None:
 
 
 def scales_gradients(fabric: Fabric) -> bool:
-    """Whether losses are scaled (16-mixed): a fused optimizer would unscale inside its step, too late for clipping."""
+    """Whether the loss is scaled, as in 16-mixed.
+
+    A fused optimizer must not be used then: it unscales gradients inside its step, after they were clipped.
+    """
     return getattr(fabric.strategy.precision, "scaler", None) is not None
 
 
-def _strategy(name: str, processes: int, blocks: tuple[type, ...]) -> str | Strategy:
-    if processes == 1:
+def _silence_fabric() -> None:
+    """Hide Fabric's tips and notes: they are about using Fabric."""
+    for name in ("lightning.fabric", "lightning_fabric", "lightning_utilities"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning_fabric")
+
+
+def _processes(devices: int) -> tuple[int, int]:
+    """`--devices` as processes per machine and machines. torchrun and srun have decided both already."""
+    process = this_process()
+    if not process.launcher:
+        return devices, 1
+    if devices not in (1, process.local_world_size):
+        raise InputError(
+            f"--devices {devices}: {process.launcher} has started {process.local_world_size} processes "
+            f"on this machine; leave --devices out"
+        )
+    return process.local_world_size, process.world_size // process.local_world_size
+
+
+def _strategy(name: str, world_size: int, blocks: tuple[type, ...]) -> str | Strategy:
+    if world_size == 1:
         return "auto"
     if name == "ddp":
         return "ddp"
@@ -133,15 +151,15 @@ def _strategy(name: str, processes: int, blocks: tuple[type, ...]) -> str | Stra
         fully_shard(model, mesh=mesh["data_parallel"])
         return model
 
-    # FSDP2. Fabric's FSDPStrategy is the older FSDP, on CUDA only; this one also runs under gloo, so it is tested.
+    # FSDP2. Fabric's FSDPStrategy is the older FSDP, which needs CUDA; this one also runs on gloo, so tests cover it.
     return ModelParallelStrategy(
-        shard, data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        shard, data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
     )
 
 
-def _precision(wanted: Precision, device: torch.device) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
-    if wanted != "auto":
-        return wanted
+def _precision(precision: Precision, device: torch.device) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
+    if precision != "auto":
+        return precision
     if device.type != "cuda":
-        return "32-true"  # measured: on CPUs without bf16 units fp32 is the faster one
+        return "32-true"  # measured: faster than bf16 on CPUs without bf16 units
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

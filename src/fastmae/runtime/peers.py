@@ -1,10 +1,10 @@
-"""The processes of one run end together: where one is lost, a line says so, and nothing is left hanging."""
+"""The processes of one run end together: if one is lost, one line says so, and no other process is left hanging."""
 
 import atexit
 import functools
+import logging
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,20 +15,23 @@ import torch.distributed as dist
 from fastmae.errors import FailedCheckError, InputError, first_line
 from fastmae.runtime.fabric import Fabric
 
+log = logging.getLogger(__name__)
+
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
 GRACE = 20.0
-"""Seconds that a process has to end by itself once another one has: all of them do, after a signal or on bad input."""
-CONTINUES = "what was saved before is kept, and the same call continues"
+"""Seconds that a process gets to end by itself once another one has ended: after a signal or on bad input, all do."""
+CONTINUES = "saved work is kept, and the same call continues from it"
 _started: list[subprocess.Popen[bytes]] = []
 
 
 def watch_peers(fabric: Fabric) -> None:
-    """Keep an eye on the processes that Fabric has started for `--devices`; at exit, close the connections and leave none behind.
+    """Watch the processes that Fabric has started for `--devices`; at exit, close the connections and end them.
 
-    In place of Fabric's own observer, which looks every five seconds and ends this process by SIGKILL, without a word and also where
-    all are about to end by themselves. Its list of processes is empty after this, and with that it stops.
+    This replaces Fabric's own observer, which checks every five seconds and ends this process by SIGKILL, without a
+    message, even if all processes are about to end by themselves. The observer stops once its list of processes is
+    empty.
     """
     if fabric.world_size == 1:
         return
@@ -38,16 +41,16 @@ def watch_peers(fabric: Fabric) -> None:
         started.clear()
         threading.Thread(target=_watch, daemon=True).start()
         atexit.register(_end_started)
-    if dist.get_backend() == "gloo":  # for NCCL Fabric does it
-        atexit.register(_part)  # before the processes are waited for: they may wait for this one
+    if dist.get_backend() == "gloo":  # Fabric closes NCCL's connections itself
+        atexit.register(_disconnect)  # runs before `_end_started`, since the started processes may wait for this one
 
 
 def ends_with_its_peers(function: Callable[P, Result]) -> Callable[P, Result]:
-    """For a function that runs in several processes: a collective that fails since another process is gone is one line.
+    """For a function that runs in several processes: a collective that fails because a peer is gone becomes one line.
 
     Raises:
-        InputError: the other process has ended with code 2, and has said why.
-        FailedCheckError: it was killed, or can't be reached any more.
+        InputError: the peer has ended with code 2, after reporting the reason.
+        FailedCheckError: the peer failed in another way, was killed, or can't be reached.
     """
 
     @functools.wraps(function)
@@ -55,24 +58,24 @@ def ends_with_its_peers(function: Callable[P, Result]) -> Callable[P, Result]:
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            if not (
-                dist.is_available()
-                and dist.is_initialized()
-                and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
-            ):
+            if not _lost_a_peer(error):
                 raise
             failed = _first_failed(GRACE)
             if failed is None:
-                raise FailedCheckError(
-                    f"another process of this run has ended, or can't be reached any more ({first_line(error)}); {CONTINUES}"
-                ) from None
+                cause = f"another process of this run has ended or can't be reached ({first_line(error)})"
+                raise FailedCheckError(f"{cause}; {CONTINUES}") from None
             raise (InputError if failed.returncode == 2 else FailedCheckError)(_fate(failed)) from None
 
     return wrapped
 
 
+def _lost_a_peer(error: RuntimeError) -> bool:
+    connected = dist.is_available() and dist.is_initialized()
+    return connected and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
+
+
 def _first_failed(seconds: float) -> subprocess.Popen[bytes] | None:
-    """One of the started processes that has failed, or does so within some seconds."""
+    """A started process that has failed or fails within so many seconds; None if none does."""
     end = time.monotonic() + seconds
     while True:
         failed = next((process for process in _started if process.poll()), None)
@@ -82,19 +85,19 @@ def _first_failed(seconds: float) -> subprocess.Popen[bytes] | None:
 
 
 def _watch() -> None:
-    """End what hangs in a collective that can't come to an end."""
+    """Once a started process has failed, end the others and this one: they may wait in a collective that never ends."""
     while (failed := _first_failed(1.0)) is None:
         if all(process.returncode == 0 for process in _started):
             return
     time.sleep(GRACE)
-    print(f"fastmae: {_fate(failed)}", file=sys.stderr, flush=True)
+    log.warning(f"fastmae: {_fate(failed)}")
     for process in _started:
         process.kill()
     os._exit(2 if failed.returncode == 2 else 1)
 
 
-def _part() -> None:
-    if dist.is_initialized():  # not yet done by an earlier launch's
+def _disconnect() -> None:
+    if dist.is_initialized():  # an earlier launch may have registered this function too
         dist.destroy_process_group()
 
 
@@ -108,7 +111,8 @@ def _end_started() -> None:
 
 
 def _fate(failed: subprocess.Popen[bytes]) -> str:
-    number = f"process {_started.index(failed) + 2} of {len(_started) + 1} on this machine"
+    name = f"process {_started.index(failed) + 2} of {len(_started) + 1} on this machine"
     code = failed.returncode
-    how = f"was killed (signal {-code}; out of memory?)" if code < 0 else f"has ended with code {code}, and said why"
-    return f"{number} {how}; {CONTINUES}"
+    if code < 0:
+        return f"{name} was killed (signal {-code}; out of memory?); {CONTINUES}"
+    return f"{name} has ended with code {code} and reported why; {CONTINUES}"

@@ -1,11 +1,12 @@
-"""Which of several processes this one is, as torchrun or srun tell it."""
+"""Which of several processes this one is, from the environment variables of torchrun or srun."""
 
 import os
+import re
 from dataclasses import dataclass
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-"""SLURM_STEP_... stand only in what srun started: a batch script's own shell has SLURM_NTASKS too, and is one process."""
+"""srun alone sets SLURM_STEP_...; the shell of a batch script, which is one process, has SLURM_NTASKS too."""
 
 
 @dataclass(frozen=True)
@@ -13,10 +14,10 @@ class Process:
     """One of several processes.
 
     Attributes:
-        rank: its number among all, from 0.
-        world_size: how many there are.
-        local_rank: its number on its machine.
-        local_world_size: how many are on its machine.
+        rank: its number among all processes, from 0.
+        world_size: number of all processes.
+        local_rank: its number among the processes on its machine, from 0.
+        local_world_size: number of processes on its machine.
         launcher: 'torchrun', 'srun', or '' for a process that was started alone.
     """
 
@@ -28,12 +29,17 @@ class Process:
 
 
 def this_process() -> Process:
-    """What the environment says of this process."""
+    """This process, as its launcher describes it."""
     for launcher, names in (("torchrun", TORCHRUN), ("srun", SRUN)):
         if all(name in os.environ for name in names):
-            # SLURM writes `4` or `4(x2),3`: on two machines four, on one three. Fabric wants them equal, and says so.
-            rank, world_size, local_rank, local_world_size = (
-                int(os.environ[name].split("(")[0].split(",")[0]) for name in names
-            )
+            rank, world_size, local_rank, local_world_size = (_first_number(os.environ[name]) for name in names)
             return Process(rank, world_size, local_rank, local_world_size, launcher)
     return Process()
+
+
+def _first_number(value: str) -> int:
+    """4 for `4`, and for SLURM's `4(x2),3`: four tasks on each of two machines, three on another.
+
+    Fabric refuses machines with unequal numbers of tasks.
+    """
+    return int(re.split(r"[(,]", value, maxsplit=1)[0])

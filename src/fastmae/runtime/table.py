@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """One line for the column names and one for each row. The first column is aligned to the left, the others to the right.
+    """One line for the column names and one for each row; the first column aligned left, the others right.
 
     Args:
         rows: at least one; all with the same keys, which are the column names.
@@ -12,10 +12,9 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
     names = list(rows[0])
     lines = [names, *([row[name] for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return "\n".join(_aligned(line, widths) for line in lines)
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    others = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+    return "  ".join([cells[0].ljust(widths[0]), *others]).rstrip()

@@ -1,41 +1,91 @@
-"""A DataLoader's worker processes: how many, what signals they heed, and how their errors come out as one line."""
+"""Worker processes of a DataLoader: how many there are, which signals they obey, and how their errors are reported."""
 
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from operator import length_hint
+from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from fastmae.errors import InputError, OneProcessError
 from fastmae.runtime.device import cores
 
 Batch = TypeVar("Batch")
+
 # Windows has no SIGUSR1.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""On which a run saves itself and stops: Ctrl-C, and what schedulers send before they take a machine away."""
+"""Signals on which a run saves itself and stops: Ctrl-C, and those that schedulers send before they take a machine."""
+
+MOST_WORKERS = 8
+"""Most workers that `--workers -1` chooses."""
 
 
-def worker_count(wanted: int) -> int:
-    """`--workers` -> loading processes: -1 leaves one core to the model and takes at most 8.
+def worker_count(workers: int) -> int:
+    """`--workers` as a number of processes: -1 leaves one core to the main process, and chooses at most 8."""
+    return workers if workers >= 0 else max(1, min(MOST_WORKERS, cores() - 1))
+
+
+def as_is(batch: Batch) -> Batch:
+    """`collate` for a data set that gives whole batches."""
+    return batch
+
+
+def batches(
+    dataset: Dataset[Any],
+    device: torch.device,
+    workers: int,
+    *,
+    batch_size: int | None = None,
+    sampler: Iterable[Any] | None = None,
+    batch_sampler: Iterable[Any] | None = None,
+    collate: Callable[[Any], Any] | None = None,
+) -> Iterator[Any]:
+    """Batches of a data set, loaded ahead by worker processes. Every command loads its images this way.
+
+    The batches stay on the CPU. Give one of `batch_size`, `sampler` and `batch_sampler`.
+
+    Args:
+        dataset: images by index.
+        device: where the batches will be used; for a GPU they are loaded into pinned memory.
+        workers: as `--workers`; there are never more workers than batches.
+        batch_size: images per batch, in the order of the data set.
+        sampler: one entry per batch, for a data set that gives a whole batch for an entry.
+        batch_sampler: a list of indices per batch.
+        collate: turns the images of a batch into the batch. Default: torch's `default_collate`; with `sampler`,
+            `default_convert`.
 
     Raises:
-        InputError: less than -1.
+        OneProcessError: a worker met bad data or was killed.
     """
-    if wanted < -1:
-        raise InputError(f"--workers {wanted}: give 0 or more, or -1 to choose by the cores")
-    return wanted if wanted >= 0 else max(1, min(8, cores() - 1))
+    if batch_size is not None:
+        batch_sampler = BatchSampler(range(len(dataset)), batch_size, drop_last=False)  # type: ignore[arg-type]
+    order = batch_sampler if sampler is None else sampler
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=1 if sampler is None else None,  # torch wants its default, 1, beside a batch_sampler
+        sampler=sampler,
+        batch_sampler=batch_sampler,
+        num_workers=min(worker_count(workers), length_hint(order, sys.maxsize)),  # a generator's length is unknown
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=heed_only_the_parent,
+    )
+    return guarded(loader)
 
 
 def heed_only_the_parent(_: int) -> None:
-    """For workers: Ctrl-C, or a scheduler's signal to all, reaches them too; when to stop is the main process's decision.
+    """`worker_init_fn` that leaves it to the main process when to stop.
 
-    The main process's own SIGTERM ends a worker: multiprocessing sends it at exit and then waits without a limit.
+    Ctrl-C, or a scheduler's signal to a whole job, reaches the workers too; they ignore it. SIGTERM ends a worker only
+    if the main process sent it: multiprocessing does so at exit, and then waits for the worker without a limit.
     """
     for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has none, and keeps the loader's own handler
+    if hasattr(signal, "sigwaitinfo"):  # without it, as on macOS, DataLoader's own handler stays
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_when_the_parent_says, daemon=True).start()
 
@@ -47,26 +97,33 @@ def _exit_when_the_parent_says() -> None:
 
 
 def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """The loader's batches, with what goes wrong in a worker as one line instead of that worker's traceback.
+    """The loader's batches; an error in a worker becomes one line instead of the worker's traceback.
 
     Raises:
-        OneProcessError: raised by a worker on bad data, or a worker that was killed.
+        OneProcessError: a worker met bad data or was killed.
     """
     try:
         yield from loader
         return
     except (InputError, OSError, EOFError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, RuntimeError) and text.startswith(
-            "Caught "
-        ):  # a worker's own error, with its traceback as text
-            failure = text.rstrip().splitlines()[-1].split(": ", 1)[-1]
-        elif isinstance(error, InputError):  # raised in this process, which loads by itself
-            failure = text
-        elif "DataLoader worker (pid" in text or (loader.num_workers and isinstance(error, OSError | EOFError)):
-            # Noticed by torch, or by this process when it came to fetch a tensor from a worker that was gone.
-            failure = "a loading process was killed (out of memory?); give the same command again to continue, with fewer --workers"
-        else:
+        message = _loading_failure(error, has_workers=loader.num_workers > 0)
+        if message is None:
             raise
-    # Raised out here, so that the error does not keep the loader's frames, and with them its processes, alive.
-    raise OneProcessError(failure)
+    # Raised outside the handler: as its context, the caught error would keep the loader and its processes alive.
+    raise OneProcessError(message)
+
+
+def _loading_failure(error: Exception, has_workers: bool) -> str | None:
+    """What went wrong, as one line; None for an error that is not about loading."""
+    text = str(error)
+    if text.startswith("Caught ") and not isinstance(error, RuntimeError):
+        return text.rstrip().splitlines()[-1].split(": ", 1)[-1]  # a worker's traceback, whose last line is the error
+    if isinstance(error, InputError):
+        return text  # without workers, this process loads
+    # torch notices that a worker died; or fetching a tensor from the dead worker fails.
+    if "DataLoader worker (pid" in text or (has_workers and isinstance(error, OSError | EOFError)):
+        return (
+            "a loading process was killed (out of memory?); "
+            "give the same command again to continue, with fewer --workers"
+        )
+    return None
