@@ -1,0 +1,96 @@
+"""Building a store: processes and sizes that share codebooks, odd names, and calls that are refused."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("codec", ["int8", "pq16"])
+def test_two_processes_build_the_same_store_as_one(codec, photos, tokenize, contents, tmp_path):
+    assert tokenize(photos / "train", tmp_path / "one", "--codec", codec)[0] == 0
+    for rank in ("1", "0"):
+        share = ["--rank", rank, "--world-size", "2"]
+        assert tokenize(photos / "train", tmp_path / "two", "--codec", codec, *share)[0] == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_the_sizes_of_a_store_share_their_codebooks(photos, tokenize, verify, tmp_path):
+    store = tmp_path / "s"
+    assert tokenize(photos / "train", store, "--codec", "pq16", "--middle-size", "64,96")[0] == 0
+    codebooks = [(store / size / "codebooks.safetensors").read_bytes() for size in ("64", "96")]
+    assert codebooks[0] == codebooks[1]
+    assert verify(store)[0] == 0
+
+
+def test_lost_codebooks_come_back_from_their_copy_and_are_never_learnt_anew_for_old_shards(
+    photos, small_store, tokenize, contents, tmp_path
+):
+    store = tmp_path / "s"
+    shutil.copytree(small_store, store)
+    for name in ("codebooks.safetensors", "shards/00003.safetensors"):
+        (store / name).unlink()
+    options = ["--codec", "pq16", "--pixels", "jpeg", "--codec-images", "8"]
+    assert tokenize(photos / "train", store, *options)[0] == 0
+    assert contents(store).keys() == contents(small_store).keys()
+    assert contents(store)["codebooks.safetensors"] == contents(small_store)["codebooks.safetensors"]
+    for name in ("codebooks.safetensors", "codebooks.copy.safetensors", "shards/00003.safetensors"):
+        (store / name).unlink()
+    code, _, err = tokenize(photos / "train", store, *options)
+    assert code == 2
+    assert "codebooks.safetensors" in err
+
+
+def test_names_that_are_not_utf8_and_a_single_image_make_a_store(
+    photos, vit_weights, fastmae_command, flip_bit, tmp_path
+):
+    images, store = Path(str(tmp_path) + "/im\udce9ges"), tmp_path / "störe"
+    images.mkdir()
+    shutil.copyfile(photos / "train" / "china" / "00.jpg", images / "\udcff.jpg")
+
+    def call(*args):
+        command = [*fastmae_command, *map(str, args), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}, done.stderr
+
+    teacher = ["--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", vit_weights]
+    options = [*teacher, "--middle-size", "96", "--workers", "0", "--codec", "fp32", "--pixels", "raw"]
+    code, result, err = call("tokenize", images, store, *options, "--dry-run")
+    assert (code, result["images"]) == (0, 1), err
+    assert result["images_per_second"] > 0
+    assert call("tokenize", images, store, *options)[0] == 0
+    flip_bit(store / "shards" / "00000.safetensors", -9)
+    code, result, err = call("verify", store, "--repair", "--workers", "0")
+    assert (code, result) == (0, {"ok": True, "damaged": []}), err
+    code, _, err = call("tokenize", images, str(tmp_path) + "/st\udcefre", *options)
+    assert code == 2
+    assert "UTF-8" in err
+
+
+def test_a_refused_call_leaves_nothing_in_the_way_of_the_right_one(photos, tokenize, tmp_path):
+    code, _, err = tokenize(photos / "val", tmp_path / "s", "--codec", "pq999")
+    assert code == 2
+    assert "--codec pq999" in err
+    assert not (tmp_path / "s").exists()
+    assert tokenize(photos / "val", tmp_path / "s")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--middle-size", "100"], "--middle-size 100"),
+        (["--middle-size", "96,big"], "--middle-size 96,big"),
+        (["--channels", "5"], "--channels 5"),
+        (["--channels", "5", "--teacher-channels", "0,1,5"], "--teacher-channels 0,1,5"),
+        (["--channels", "5", "--teacher-channels", "0,1,4", "--pixels", "jpeg"], "--pixels raw"),
+        (["--rank", "1"], "--world-size"),
+        (["--rank", "2", "--world-size", "2"], "--rank 2"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(options, named, photos, tokenize, tmp_path):
+    code, _, err = tokenize(photos / "val", tmp_path / "s", *options)
+    assert code == 2
+    assert named in err
+    assert not (tmp_path / "s").exists()
