@@ -11,7 +11,7 @@ pq<M>        M bytes a token (pq48: 48): product quantisation (Jegou et al. 2011
              `centroids` [M, 256, d].
 
 pq<M> also stores the mean token of each image, float16 [C], and encodes what remains of the tokens without it:
-token = mean + decoded codes. The stored mean makes the mean of the decoded tokens exact, where an image's category lies.
+token = mean + decoded codes. The stored mean makes the decoded tokens' mean exact, and there an image's category lies.
 
 Decoding pq is also a sum over m of row code[m] of  tables[m] = centroids[m] @ inverse[m d : (m + 1) d].  The tables are
 not stored: at C = 768, M = 48 they take 38 MB, the codebooks 5.5 MB.

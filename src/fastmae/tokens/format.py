@@ -1,20 +1,24 @@
-"""The token store's format: which files there are, and what each holds. Neither torch models nor commands here.
+"""The token store's format: its files, and what each of them holds. Knows neither torch models nor commands.
 
-store.json                 what made the store (`StoreInfo`); written first
-lists/0.list               keys of the images, sorted, a zero byte after each; lists/1.list: those that `--add` brought, ...
-codebooks.safetensors      what a codec has learnt (`codec`), and a copy of it, codebooks.copy.safetensors: without it no token can be
-                           read; only with codecs that learn
-shards/00000.safetensors   `tokens` [n, grid, grid, C'] as the codec writes them; with flips stored also `flipped_tokens`, the same
-                           of the mirrored middle images; the pixels of the middle images: `jpeg` uint8 [bytes] with
-                           `jpeg_offsets` int64 [n + 1], or `pixels` uint8 [n, K, S, S]; `record_checksums` uint64 [n, 2 or 3], of
-                           each image its tokens', pixels' and flipped tokens' xxh3-64; sums for the statistics; metadata key
-                           `fastmae`: JSON of a `ShardHeader`
-statistics.safetensors     over the whole store: `mean`, `std` float32 [C] of each token channel; `pixel_mean`, `pixel_std`
-                           float32 [K] of each channel of the middle images, in [0, 1]
-index.parquet              a row an image
-manifest.json              size and checksum of every file (`manifest`); written last, so its presence says that the store is finished
+store.json              settings that made the store (`StoreInfo`); written first
+lists/0.list            the images' keys, sorted, a zero byte after each; lists/1.list: those that `--add` brought, ...
+codebooks.safetensors   what the codec has learnt (`codec`), for codecs that learn; without it no token can be read, so
+                        there is a copy, codebooks.copy.safetensors
+shards/00000.safetensors
+    tokens              codes [n, grid, grid, C'] of the codec's dtype; with pq<M> also `token_means`, float16 [n, C]
+    flipped_tokens      the same of the mirrored middle images, with flips stored (and `flipped_token_means`)
+    jpeg, jpeg_offsets  the middle images as JPEGs, uint8 [bytes], and where each begins and ends, int64 [n + 1]
+    pixels              instead, with raw pixels: uint8 [n, K, S, S]
+    record_checksums    uint64 [n, 2 or 3], xxh3-64 of each image's tokens, pixels and flipped tokens
+    channel_sums, pixel_sums   sums for the store's statistics
+    metadata            key `fastmae`: a `ShardHeader` in JSON
+statistics.safetensors  over the whole store: `mean` and `std` of each token channel, float32 [C]; `pixel_mean` and
+                        `pixel_std` of each channel of the middle images, float32 [K], in [0, 1]
+index.parquet           a row for each image
+manifest.json           size and checksum of every file (`manifest`); written last: it marks a finished store
 
-A store of several middle sizes is a folder of such stores, one a size (256/, 352/, ...), beside scales.json, which lists them.
+A store of several middle sizes is a folder of such stores, one for each size (256/, 352/, ...), and scales.json, which
+lists them.
 """
 
 import hashlib
@@ -24,7 +28,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import pyarrow as pa
 import safetensors
@@ -44,18 +48,19 @@ CODEBOOKS_COPY = "codebooks.copy.safetensors"
 LISTS_FOLDER = "lists"
 SHARDS_FOLDER = "shards"
 SCALES_FILE = "scales.json"
-METADATA_KEY = "fastmae"  # one key only: safetensors keeps no order among several, and shards must be the same bytes
+METADATA_KEY = "fastmae"
+"""The only key: safetensors keeps no order among several, and a shard must always be the same bytes."""
 
 TOKENS, PIXELS, FLIPPED = range(3)
 """Columns of a shard's `record_checksums`."""
 
 INDEX_SCHEMA = pa.schema(
     [
-        ("path", pa.string()),  # the image's key: relative to the source folder, say
-        ("label", pa.string()),  # name of the folder that held the image
+        ("path", pa.string()),  # the image's key, such as its path in the source folder
+        ("label", pa.string()),  # name of the image's folder
         ("shard", pa.int32()),
-        ("row", pa.int32()),  # within the shard; -1 for a skipped image
-        ("width", pa.int32()),  # of the picture itself, upright; 0 where unknown
+        ("row", pa.int32()),  # in the shard's tensors; -1 for a skipped image
+        ("width", pa.int32()),  # of the upright picture; 0 where unknown
         ("height", pa.int32()),
         ("status", pa.string()),  # 'ok', or why it was skipped
     ]
@@ -64,13 +69,13 @@ INDEX_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Part:
-    """Images that came into the store together: by the first `tokenize`, or by an `--add`.
+    """Images that came into the store together: by the first `tokenize`, or by one `--add`.
 
     Attributes:
-        images: in the list, skipped ones included.
-        images_sha256: digest of the list (`images.listing`).
+        images: number of images in the list, skipped ones included.
+        images_sha256: digest of the list (`images.image_list`).
         source: absolute path of the folder or file that the list was read from.
-        kind: of the source: 'folder', 'list', 'tar' or 'datasets'.
+        kind: kind of source: 'folder', 'list', 'tar' or 'datasets'.
     """
 
     images: int
@@ -81,20 +86,20 @@ class Part:
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """The contents of store.json: everything that a reader or a resumed writer must agree on.
+    """The contents of store.json: everything that readers and resumed writers must agree on.
 
     Attributes:
-        teacher: what made the tokens, as `Teacher.describe` gives it.
+        teacher: what made the tokens, as `Teacher.describe` returns it.
         token_dim: channels of a token, C.
         middle_size: side of the middle image, in pixels.
         patch_size: side of a patch, in pixels.
-        channels: of the middle images, K: 3 for RGB.
+        channels: channels of the middle images, K: 3 for RGB.
         resize: how a picture becomes a middle image: 'whole' or 'center-crop'.
-        codec: how a token lies on disk: 'fp16', 'pq48', ... (`codec`).
-        flips: 'approximate' (a flipped view mirrors its tokens) or 'stored' (the mirrored images' own tokens are there).
+        codec: name of the codec: 'fp16', 'pq48', ... (`codec`).
+        flips: 'approximate' (a flipped view mirrors its tokens) or 'stored' (the mirrored images' tokens are stored).
         pixels: 'jpeg' or 'raw'.
         jpeg_quality: 1 to 100; 0 when the pixels are raw.
-        shard_size: images a shard (skipped ones included); a part's last one may hold fewer.
+        shard_size: images in a shard, skipped ones included; the last shard of a part may hold fewer.
         parts: the image lists, one after the other.
     """
 
@@ -118,79 +123,65 @@ class StoreInfo:
 
     @property
     def images(self) -> int:
-        """In all lists, skipped ones included."""
+        """Number of images in all lists, skipped ones included."""
         return sum(part.images for part in self.parts)
 
     @property
     def images_sha256(self) -> str:
-        """One digest of all lists: that of the list itself where there is one."""
+        """One digest of all lists; with a single list, the list's own."""
         if len(self.parts) == 1:
             return self.parts[0].images_sha256
         return hashlib.sha256("".join(part.images_sha256 for part in self.parts).encode()).hexdigest()
 
     @cached_property
     def _first_shards(self) -> list[int]:
-        """Of each part, and of one that would follow."""
+        """Number of the first shard of each part, and of a part that would follow."""
         return list(accumulate((-(-part.images // self.shard_size) for part in self.parts), initial=0))
 
     @property
     def shards(self) -> int:
-        """How many shards the finished store has."""
+        """Number of shards of the finished store."""
         return self._first_shards[-1]
 
     def part_of(self, shard: int) -> tuple[int, range]:
-        """Which part a shard belongs to, and which places of that part's list it holds."""
+        """The part that a shard belongs to, and the indices of the shard's images in that part's list."""
         part = bisect_right(self._first_shards, shard) - 1
         first = (shard - self._first_shards[part]) * self.shard_size
         return part, range(first, min(first + self.shard_size, self.parts[part].images))
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads back."""
+        """The contents of store.json."""
         return {"format": FORMAT_NAME, "version": FORMAT_VERSION, "grid": self.grid, **asdict(self)}
 
     @classmethod
     def from_json(cls, value: Any, path: Path) -> "StoreInfo":
-        """Check and take over the contents of a store.json.
+        """Check the contents of a store.json.
+
+        Args:
+            value: the parsed JSON.
+            path: the file, for messages.
 
         Raises:
-            InputError: another format, another version, or a field that is missing or of the wrong type.
+            InputError: another format or version, a field that is missing or of the wrong type, or impossible sizes.
         """
         if not isinstance(value, dict) or value.get("format") != FORMAT_NAME:
             raise InputError(f"{path}: not a token store's description; give a folder that `fastmae tokenize` made")
         if value.get("version") != FORMAT_VERSION:
-            raise InputError(
-                f"{path}: format version {value.get('version')!r}, this fastmae reads {FORMAT_VERSION}; "
-                "use the fastmae that made it, or tokenize again"
-            )
-        _check_types(cls, value, path)
-        parts = value["parts"]
+            versions = f"format version {value.get('version')!r}, this fastmae reads {FORMAT_VERSION}"
+            raise InputError(f"{path}: {versions}; use the fastmae that made it, or tokenize again")
+        settings = _checked_fields(cls, value, path)
+        parts = tuple(Part(**_checked_fields(Part, part, path)) for part in value["parts"])
         for part in parts:
-            _check_types(Part, part, path)
-            if not Path(part["source"]).is_absolute() or ".." in Path(part["source"]).parts:
-                raise InputError(
-                    f"{path}: source '{part['source']}' is not a whole path; the file was changed by hand?"
-                )
-        made = {
-            **{field.name: value[field.name] for field in fields(cls)},
-            "parts": tuple(Part(**_own(Part, part)) for part in parts),
-        }
-        info = cls(**made)
-        sizes = (
-            info.middle_size,
-            info.patch_size,
-            info.channels,
-            info.token_dim,
-            info.shard_size,
-            *(part.images for part in info.parts),
-        )
-        if not parts or min(sizes) < 1 or info.middle_size % info.patch_size:
-            raise InputError(
-                f"{path}: sizes that can't be (middle {info.middle_size}, patch {info.patch_size}); the file was changed by hand?"
-            )
+            if not Path(part.source).is_absolute() or ".." in Path(part.source).parts:
+                raise InputError(f"{path}: source '{part.source}' is not a whole path{_BY_HAND}")
+        info = cls(**{**settings, "parts": parts})
+        sizes = [info.middle_size, info.patch_size, info.channels, info.token_dim, info.shard_size]
+        if not parts or min(sizes + [part.images for part in parts]) < 1 or info.middle_size % info.patch_size:
+            raise InputError(f"{path}: impossible sizes (middle {info.middle_size}, patch {info.patch_size}){_BY_HAND}")
         return info
 
     def differences(self, other: "StoreInfo") -> list[str]:
-        """What differs between two descriptions, as 'name: mine, not theirs'; where the images lay does not count."""
+        """What differs from another description, as 'name: mine, not theirs'; where the images lie does not count."""
         mine, theirs = _flat(self), _flat(other)
         return [
             f"{name}: {mine.get(name)}, not {theirs.get(name)}" for name in mine if mine.get(name) != theirs.get(name)
@@ -202,10 +193,10 @@ class ImageRecord:
     """One image of a shard, in the order of the list.
 
     Attributes:
-        path: its key.
-        row: within the shard's tensors, or -1 when skipped.
-        width: of the picture, upright, in pixels; 0 when skipped.
-        height: the same.
+        path: the image's key.
+        row: row in the shard's tensors, or -1 for a skipped image.
+        width: of the upright picture, in pixels; 0 when skipped.
+        height: of the upright picture, in pixels; 0 when skipped.
         status: 'ok', or why the image was skipped.
     """
 
@@ -218,14 +209,20 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The metadata of a shard: its number, a checksum a tensor (xxh3-64 of its bytes, hex), and its images."""
+    """The metadata of a shard.
+
+    Attributes:
+        shard: the shard's number.
+        checksums: xxh3-64 of each tensor's bytes, in hex, by the tensor's name.
+        images: all images of the shard, skipped ones included.
+    """
 
     shard: int
     checksums: dict[str, str]
     images: list[ImageRecord]
 
     def to_metadata(self) -> dict[str, str]:
-        """As safetensors metadata; ASCII only, so that file names of any encoding survive."""
+        """The safetensors metadata; ASCII only, so that file names of any encoding survive."""
         value = {
             "version": FORMAT_VERSION,
             "shard": self.shard,
@@ -236,7 +233,7 @@ class ShardHeader:
 
     @classmethod
     def from_file(cls, path: Path) -> "ShardHeader":
-        """That of a shard on disk.
+        """Read the header of a shard on disk.
 
         Raises:
             InputError: as `from_metadata`, or a damaged file.
@@ -249,18 +246,23 @@ class ShardHeader:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None, path: Path) -> "ShardHeader":
-        """Read back what `to_metadata` wrote.
+        """Read back what `to_metadata` returned.
+
+        Args:
+            metadata: the safetensors metadata.
+            path: the shard, for messages.
 
         Raises:
             InputError: the file is not a shard of a token store, or not as it was written.
         """
+        way_out = "delete it and run tokenize again"
         try:
             value = json.loads((metadata or {})[METADATA_KEY])
             header = cls(value["shard"], value["checksums"], [ImageRecord(*image) for image in value["images"]])
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not a shard of a token store; delete it and run tokenize again") from error
+            raise InputError(f"{path}: not a shard of a token store; {way_out}") from error
         if header.to_metadata() != metadata:
-            raise InputError(f"{path}: its header is damaged; delete it and run tokenize again")
+            raise InputError(f"{path}: its header is damaged; {way_out}")
         return header
 
 
@@ -281,17 +283,17 @@ def read_store_info(folder: Path) -> StoreInfo:
 
 
 def shard_name(shard: int) -> str:
-    """Of shard number `shard`, within the store."""
+    """Name of a shard's file within the store."""
     return f"{SHARDS_FOLDER}/{shard:05d}.safetensors"
 
 
 def shard_path(store: Path, shard: int) -> Path:
-    """Where shard number `shard` lies."""
+    """Path of a shard's file."""
     return store / shard_name(shard)
 
 
 def list_name(part: int) -> str:
-    """Of a part's image list, within the store."""
+    """Name of a part's image list within the store."""
     return f"{LISTS_FOLDER}/{part}.list"
 
 
@@ -307,24 +309,16 @@ def _flat(info: StoreInfo) -> dict[str, Any]:
     return {**{f"teacher {name}": value for name, value in teacher.items() if name != "weights_file"}, **flat}
 
 
-def _check_types(kind: type, value: Any, path: Path) -> None:
-    types: dict[str, type] = {"int": int, "str": str, "dict[str, Any]": dict, "tuple[Part, ...]": list}
+_BY_HAND = "; the file was changed by hand?"
+
+
+def _checked_fields(kind: Any, value: Any, path: Path) -> dict[str, Any]:
+    """A JSON object's values for the fields of a dataclass, each of the field's type (a list for a tuple)."""
+    checked = {}
     for field in fields(kind):
-        wanted = types[field.type if isinstance(field.type, str) else _name(field.type)]
-        given = value.get(field.name) if isinstance(value, dict) else None
-        if type(given) is not wanted:
-            raise InputError(
-                f"{path}: '{field.name}' is missing or not of type {wanted.__name__}; the file was changed by hand?"
-            )
-
-
-def _own(kind: Any, value: dict[str, Any]) -> dict[str, Any]:
-    return {field.name: value[field.name] for field in fields(kind)}
-
-
-def _name(annotation: Any) -> str:
-    return (
-        annotation.__name__
-        if annotation in (int, str)
-        else str(annotation).replace("fastmae.tokens.format.", "").replace("typing.", "")
-    )
+        origin: Any = get_origin(field.type) or field.type
+        json_type = list if origin is tuple else origin
+        checked[field.name] = value.get(field.name) if isinstance(value, dict) else None
+        if type(checked[field.name]) is not json_type:  # not isinstance, which takes a bool for an int
+            raise InputError(f"{path}: '{field.name}' is missing or not of type {json_type.__name__}{_BY_HAND}")
+    return checked

@@ -25,8 +25,8 @@ class ViewBatch:
 
     Attributes:
         pixels: uint8 [B, K, H, W].
-        tokens: for each teacher's store, codes [B, N, C'], patches row by row; no entries where no tokens are read.
-        means: for each teacher's store, float16 [B, C], the mean token of each image, or [B, 0] where the codec keeps none.
+        tokens: for each teacher's store, codes [B, N, C'], patches row by row; [] when tokens are not read.
+        means: for each teacher's store, the images' mean tokens, float16 [B, C], or [B, 0] where it keeps none.
         ids_shuffle: int64 [B, N]: see `Draw.ids_shuffle`.
         crop: int64 [B, 3], row and column of the view's first patch in the middle image, and 1 for a flipped view.
         middle: uint8 [B, K, S, S], the whole middle images, where the target reads them.

@@ -1,8 +1,8 @@
-"""manifest.json: what a finished store consists of, so that any changed bit in any of its files is found.
+"""manifest.json: the files of a finished store, with checksums by which any changed bit in any of them is found.
 
-It holds the size and checksum of every small file, and of each shard its size and the checksum of its header; the header
-holds a checksum of each of the shard's tensors, and a tensor of the shard one of each image's record. So a reader knows
-that a file is what was written without reading more of it than it needs. The manifest ends with a checksum of itself.
+It lists size and checksum of every small file, and of each shard the size and the checksum of its header. The header
+holds a checksum of each tensor; one of these tensors holds a checksum of each image's record. So a reader can check
+what it reads without reading the rest. The manifest ends with a checksum of itself.
 """
 
 import json
@@ -28,9 +28,10 @@ from fastmae.tokens.format import (
 )
 
 HEADER_LENGTH = 8
-"""Bytes in front of a safetensors header, with its length."""
+"""Bytes before a safetensors header, which hold its length."""
 LONGEST_HEADER = 100_000_000
-"""The limit that safetensors itself sets."""
+"""The limit that safetensors itself sets, in bytes."""
+_REPAIR = "`fastmae verify STORE --repair` brings it back"
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Manifest:
     """The contents of manifest.json.
 
     Attributes:
-        info: as in store.json, a second copy of which this is.
-        files: name -> (bytes, xxh3-64) of the files that are read whole.
-        shards: of each shard (bytes, xxh3-64 of its header).
+        info: a copy of store.json.
+        files: (bytes, xxh3-64) of each small file, by its name.
+        shards: (bytes, xxh3-64 of the header) of each shard.
     """
 
     info: StoreInfo
@@ -49,30 +50,30 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Of everything in it: two stores with one digest hold the same."""
+        """xxh3-64 of the manifest: two stores with the same digest have the same contents."""
         return checksum(self._body().encode())
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file that it lists."""
+        """Bytes of every file that it lists, by the file's name."""
         small = {name: size for name, (size, _) in self.files.items()}
         return small | {shard_name(number): size for number, (size, _) in enumerate(self.shards)}
 
     def total_bytes(self) -> int:
-        """Of the whole store."""
+        """Bytes of the whole store."""
         return sum(self.sizes().values()) + len(store_text(self.info).encode()) + len(self.text().encode())
 
     def write(self, folder: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write manifest.json into a store, whole or not at all."""
         text = self.text()
         write_whole(folder / MANIFEST_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
 
     def text(self) -> str:
-        """The file's contents."""
+        """The contents of the file."""
         return f'{{"manifest": {self._body()}, "digest": "{self.digest}"}}\n'
 
     @classmethod
     def read(cls, file: Path) -> "Manifest":
-        """Read and check it.
+        """Read and check a manifest.json.
 
         Raises:
             InputError: missing, damaged, or of another format.
@@ -86,21 +87,24 @@ class Manifest:
                 {str(name): (int(size), str(digest)) for name, (size, digest) in value["files"].items()},
                 [(int(size), str(digest)) for size, digest in value["shards"]],
             )
-            whole = manifest.text() == text
+            as_written = manifest.text() == text
         except FileNotFoundError as error:
-            raise InputError(
-                f"{file.parent}: the store is not finished; run the same `fastmae tokenize` again to continue it"
-            ) from error
+            way_out = "run the same `fastmae tokenize` again to continue it"
+            raise InputError(f"{file.parent}: the store is not finished; {way_out}") from error
         except InputError:
             raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise InputError(f"{file}: damaged; {_REPAIR}") from error
-        if not whole:
+        if not as_written:
             raise InputError(f"{file}: damaged, or changed by hand; {_REPAIR}")
         return manifest
 
     def check(self, name: str, file: Path) -> None:
-        """A small file is the one that was written.
+        """Check that a small file is the one that was written.
+
+        Args:
+            name: of the file, within the store.
+            file: where it is.
 
         Raises:
             InputError: missing or changed.
@@ -108,17 +112,17 @@ class Manifest:
         if name not in self.files:
             raise InputError(f"{file.parent / MANIFEST_FILE}: lists no {name}; {_REPAIR}")
         try:
-            found = measure(file)
+            measured = measure(file)
         except FileNotFoundError as error:
             raise InputError(f"{file}: missing; {_REPAIR}") from error
-        if found != self.files[name]:
+        if measured != self.files[name]:
             raise InputError(f"{file}: damaged, or changed by hand; {_REPAIR}")
 
     def check_all(self, folder: Path) -> None:
-        """Every small file is the one that was written.
+        """Check that every small file of a store is the one that was written.
 
         Raises:
-            InputError: one is not.
+            InputError: one is missing or changed.
         """
         for name in self.files:
             self.check(name, folder / name)
@@ -134,11 +138,8 @@ class Manifest:
         return json.dumps(value)
 
 
-_REPAIR = "`fastmae verify STORE --repair` brings it back"
-
-
 def measure(file: Path) -> tuple[int, str]:
-    """A file's bytes and their xxh3-64, in bounded memory."""
+    """A file's size in bytes and its xxh3-64, read in bounded memory."""
     digest, size = xxhash.xxh3_64(), 0
     with file.open("rb") as opened:
         while block := opened.read(1 << 20):
@@ -148,7 +149,7 @@ def measure(file: Path) -> tuple[int, str]:
 
 
 def load_tensors(file: Path) -> dict[str, np.ndarray]:
-    """A small safetensors file.
+    """Read a small safetensors file.
 
     Raises:
         InputError: missing or damaged.
@@ -165,31 +166,30 @@ def store_text(info: StoreInfo) -> str:
 
 
 def check_description(manifest: Manifest, info: StoreInfo, folder: Path) -> None:
-    """store.json says what the manifest says.
+    """Check that a store's store.json and its copy in the manifest agree.
 
     Raises:
-        InputError: it does not.
+        InputError: they differ.
     """
     if info != manifest.info:
-        differing = info.differences(manifest.info) or ["where the images lay"]
-        raise InputError(
-            f"{folder / STORE_FILE}: was changed after the store was finished ({'; '.join(differing)}); {_REPAIR}"
-        )
+        differences = "; ".join(info.differences(manifest.info) or ["where the images lay"])
+        file = folder / STORE_FILE
+        raise InputError(f"{file}: was changed after the store was finished ({differences}); {_REPAIR}")
 
 
 def read_header(file: Path) -> bytes:
-    """A safetensors file's header with its length in front, as it lies on the disk.
+    """Read the header of a safetensors file, with the eight bytes of its length in front.
 
     Raises:
         InputError: no such file, or one that is too short for its header.
     """
     try:
         with file.open("rb") as opened:
-            first = opened.read(HEADER_LENGTH)
-            length = int.from_bytes(first, "little")
-            rest = opened.read(length) if length <= LONGEST_HEADER else b""
+            length_bytes = opened.read(HEADER_LENGTH)
+            length = int.from_bytes(length_bytes, "little")
+            header = opened.read(length) if length <= LONGEST_HEADER else b""
     except FileNotFoundError as error:
         raise InputError(f"{file}: missing; {_REPAIR}") from error
-    if len(first) < HEADER_LENGTH or len(rest) != length:
+    if len(length_bytes) < HEADER_LENGTH or len(header) != length:
         raise InputError(f"{file}: truncated, or not a shard; {_REPAIR}")
-    return first + rest
+    return length_bytes + header
