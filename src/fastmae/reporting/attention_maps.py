@@ -9,7 +9,7 @@ from matplotlib import colormaps
 
 from fastmae.errors import InputError
 from fastmae.images.views import normalise
-from fastmae.pretraining.knn_every import MiddleViews
+from fastmae.pretraining.knn_every import CentreViews
 from fastmae.reporting.image_grid import displayable, image_grid_png
 from fastmae.tokens import TokenStore
 
@@ -18,7 +18,7 @@ HEADS_SHOWN = 3
 
 @torch.no_grad()
 def attention_maps_png(encoder: Any, store: TokenStore, images: int) -> bytes:
-    """One row for each image: the middle view, the mean attention of all heads, and the heads with the sharpest one.
+    """One row for each image: the central view, the mean attention of all heads, and the heads with the sharpest one.
 
     Args:
         encoder: a timm VisionTransformer with a class token, in evaluation mode.
@@ -34,8 +34,8 @@ def attention_maps_png(encoder: Any, store: TokenStore, images: int) -> bytes:
     if not hasattr(attention, "qkv") or getattr(encoder, "rope", None) is not None:
         raise InputError("this encoder's attention has rotary positions or a layout of its own")
     indices = np.linspace(0, len(store) - 1, images).round().astype(np.int64)
-    middle_views = MiddleViews(store, indices, encoder.patch_embed.img_size[0])
-    pixels = torch.stack([middle_views[row] for row in range(images)])
+    centre_views = CentreViews(store, indices, encoder.patch_embed.img_size[0])
+    pixels = torch.stack([centre_views[row] for row in range(images)])
     weights = _class_attention(encoder, normalise(pixels, *store.normalisation))
     sharpest = weights.std(-1).mean(0).topk(min(HEADS_SHOWN, attention.num_heads)).indices.sort().values.tolist()
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastmae.pretraining.knn_every import MiddleViews
-from fastmae.probes.embed import embed_pictures, embed_with_encoder
+from fastmae.pretraining.knn_every import CentreViews
+from fastmae.probes.embed import embed_images, embed_with_encoder
 from fastmae.reporting.image_grid import displayable, image_grid_png
 from fastmae.tokens import TokenStore
 
@@ -17,7 +17,7 @@ NEIGHBOURS = 6
 
 @torch.no_grad()
 def nearest_neighbours_png(encoder: Any, store: TokenStore, queries: int, gallery: int) -> bytes:
-    """One row for each query: the middle view, then the images nearest to it by the cosine of their mean patch tokens.
+    """One row for each query: the central view, then the images nearest to it by the cosine of their mean patch tokens.
 
     Args:
         encoder: in evaluation mode, on the CPU.
@@ -26,9 +26,9 @@ def nearest_neighbours_png(encoder: Any, store: TokenStore, queries: int, galler
         gallery: number of images to search, taken at equal distances in the store.
     """
     indices = np.unique(np.linspace(0, len(store) - 1, min(gallery, len(store))).round().astype(np.int64))
-    views = MiddleViews(store, indices, encoder.patch_embed.img_size[0])
+    views = CentreViews(store, indices, encoder.patch_embed.img_size[0])
     embed = embed_with_encoder(encoder, "mean", None, *store.normalisation)
-    features = embed_pictures(views, len(indices), embed, torch.device("cpu"), 64, 0, "neighbours", quiet=True)
+    features = embed_images(views, embed, torch.device("cpu"), 64, 0, "neighbours", quiet=True)
     features = F.normalize(features, dim=1)
     rows = np.linspace(0, len(indices) - 1, queries + 2)[1:-1].round().astype(int)
     nearest = (features[rows] @ features.T).topk(min(NEIGHBOURS, len(indices)), dim=1).indices

@@ -56,7 +56,7 @@ def predictions_png(run: Path, store: TokenStore, images: int, seed: int) -> byt
 
 
 def _views_of_spread_images(store: TokenStore, config: PretrainConfig, images: int, seed: int) -> ViewBatch:
-    """The middle view of images at equal distances in the store, unflipped, with a mask as in training."""
+    """The central view of images at equal distances in the store, unflipped, with a mask as in training."""
     grid = config.image_size // store.info.patch_size
     draws = ViewDraws(grid, False, config.mask, visible_patches(grid**2, config.mask_ratio), seed)
     margin = (store.grid - grid) // 2
