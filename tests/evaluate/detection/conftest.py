@@ -11,38 +11,39 @@ from PIL import Image
 
 COLOURS = {3: (230, 40, 40), 8: (40, 60, 240)}
 """Category id -> colour of its rectangles."""
+Box = tuple[int, int, int, int]
+"""(left, top, width, height) in pixels."""
 
 
-def rectangle_runs(width: int, height: int, box: tuple[int, int, int, int]) -> list[int]:
-    """Uncompressed COCO run lengths of a filled box (left, top, width, height), written out: down the columns, background first."""
-    left, top, wide, high = box
-    mask = np.zeros((height, width), dtype=int)
-    mask[top : top + high, left : left + wide] = 1
+def rectangle_runs(image_width: int, image_height: int, box: Box) -> list[int]:
+    """Uncompressed run lengths of a filled box, computed without pycocotools: down the columns, background first."""
+    left, top, width, height = box
+    mask = np.zeros((image_height, image_width), dtype=int)
+    mask[top : top + height, left : left + width] = 1
     flat = mask.flatten(order="F")
     edges = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff([0, *edges, len(flat)]).tolist()
     return [0, *runs] if flat[0] else runs
 
 
-def annotate(
-    number: int, image: dict[str, Any], category: int, box: tuple[int, int, int, int], as_rle: bool
-) -> dict[str, Any]:
-    left, top, wide, high = box
-    polygon = [[left, top, left + wide, top, left + wide, top + high, left, top + high]]
+def annotate(annotation_id: int, image: dict[str, Any], category: int, box: Box, as_rle: bool) -> dict[str, Any]:
+    left, top, width, height = box
+    right, bottom = left + width, top + height
+    polygon = [[left, top, right, top, right, bottom, left, bottom]]
     rle = {"size": [image["height"], image["width"]], "counts": rectangle_runs(image["width"], image["height"], box)}
     return {
-        "id": number,
+        "id": annotation_id,
         "image_id": image["id"],
         "category_id": category,
         "bbox": list(box),
-        "area": wide * high,
+        "area": width * height,
         "iscrowd": 0,
         "segmentation": rle if as_rle else polygon,
     }
 
 
 def draw_split(folder: Path, images: int, seed: int) -> dict[str, Any]:
-    """Write the photos of a split; what its annotations.json is to hold."""
+    """Write a split's photos, and give the content of its annotations.json."""
     rng = np.random.default_rng(seed)
     content: dict[str, Any] = {
         "images": [],
@@ -57,9 +58,8 @@ def draw_split(folder: Path, images: int, seed: int) -> dict[str, Any]:
         for category, left in ((3, 4), (8, 34)):
             box = (left, int(rng.integers(2, 12)), int(rng.integers(16, 26)), int(rng.integers(20, 36)))
             pixels[box[1] : box[1] + box[3], box[0] : box[0] + box[2]] = COLOURS[category]
-            content["annotations"].append(
-                annotate(len(content["annotations"]) + 1, image, category, box, as_rle=number % 2 == 1)
-            )
+            annotation_id = len(content["annotations"]) + 1
+            content["annotations"].append(annotate(annotation_id, image, category, box, as_rle=number % 2 == 1))
         Image.fromarray(pixels).save(folder / "images" / image["file_name"])
         content["images"].append(image)
     return content
@@ -67,9 +67,12 @@ def draw_split(folder: Path, images: int, seed: int) -> dict[str, Any]:
 
 @pytest.fixture
 def rectangles(tmp_path: Path) -> Callable[..., Path]:
-    """(change) -> DATA of four training and two validation photos with two objects each, `change` applied to the training annotations."""
+    """(change) -> a data folder of four training and two validation photos with two objects each.
 
-    def make(change: Callable[[dict[str, Any]], object] | None = None, split: str = "train") -> Path:
+    `change` is applied to the annotations of the training split, or of the named one.
+    """
+
+    def write(change: Callable[[dict[str, Any]], object] | None = None, split: str = "train") -> Path:
         data = tmp_path / "data"
         for name, images, seed in (("train", 4, 0), ("val", 2, 1)):
             content = draw_split(data / f"my_{name}", images, seed)
@@ -78,4 +81,4 @@ def rectangles(tmp_path: Path) -> Callable[..., Path]:
             (data / f"my_{name}" / "annotations.json").write_text(json.dumps(content), encoding="utf-8")
         return data
 
-    return make
+    return write

@@ -1,11 +1,11 @@
-"""Masks from polygons and run lengths, against pixels written out."""
+"""Masks from polygons and run lengths, compared with pixels."""
 
 import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from fastmae.evaluate.detection.masks import _runs_of_text, area, bounds, decode, encode, paste
+from fastmae.evaluate.detection.masks import _read_compressed, area, decode, encode, paste
 
 SIZE = (20, 12)
 BOX = (2, 3, 10, 6)
@@ -28,7 +28,7 @@ def runs_of(mask):
     return runs
 
 
-def text_of(mask):
+def compressed(mask):
     return coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
 
 
@@ -37,14 +37,14 @@ def test_a_polygon_and_both_kinds_of_run_lengths_give_the_same_mask():
     for segmentation in (
         POLYGON,
         {"size": [12, 20], "counts": runs_of(expected)},
-        {"size": [12, 20], "counts": text_of(expected)},
+        {"size": [12, 20], "counts": compressed(expected)},
     ):
         counts = encode(segmentation, SIZE)
         assert (decode(counts, SIZE) == expected).all()
-        assert (area(counts, SIZE), bounds(counts, SIZE)) == (60.0, [2.0, 3.0, 10.0, 6.0])
+        assert area(counts, SIZE) == 60.0
 
 
-def test_several_polygons_are_one_mask_and_those_of_two_points_are_none():
+def test_several_polygons_give_one_mask_and_polygons_of_two_points_give_none():
     other = [14, 0, 18, 0, 18, 4, 14, 4]
     counts = encode([*POLYGON, other, [1, 1, 5, 5]], SIZE)
     assert (decode(counts, SIZE) == box_mask() + box_mask((14, 0, 4, 4))).all()
@@ -59,7 +59,7 @@ def test_compressed_run_lengths_are_read_as_pycocotools_reads_them():
         mask = (rng.random((height, width)) < rng.random()).astype(np.uint8)
         if number % 2:
             mask = np.repeat(mask[:, :1], width, axis=1)
-        assert _runs_of_text(text_of(mask)) == runs_of(mask)
+        assert _read_compressed(compressed(mask)) == runs_of(mask)
 
 
 @pytest.mark.parametrize(
@@ -69,34 +69,34 @@ def test_compressed_run_lengths_are_read_as_pycocotools_reads_them():
         ([1, 2, 3, 4, 5, 6], "x, y, x, y"),
         ([[1, 2, 3, 4, 5, 6, 7]], "x, y, x, y"),
         ([["a", 2, 3, 4, 5, 6]], "not a list of numbers"),
-        ([[1, 2, 3, 4, 5, float("nan")]], "no number"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "NaN"),
         ([[1, 2, 3, 4, 5, 1e9]], "far outside"),
         ({"size": [20, 12], "counts": [240]}, r"of size \[20, 12\], the image is \[12, 20\]"),
         ({"size": [12, 20], "counts": [239]}, "239 pixels in all, the image has 240"),
         ({"size": [12, 20], "counts": [-1, 241]}, "not run lengths"),
-        ({"size": [12, 20], "counts": text_of(box_mask())[:-1]}, "pixels in all"),
+        ({"size": [12, 20], "counts": compressed(box_mask())[:-1]}, "pixels in all"),
         ({"size": [12, 20], "counts": ""}, "0 pixels in all"),
         ({"size": [12, 20], "counts": "\u1234\x00o" * 9}, "run"),
         ({"size": [12, 20]}, "not run lengths"),
     ],
 )
-def test_what_is_no_mask_of_the_image_is_refused_with_the_reason(segmentation, reason):
+def test_a_segmentation_that_is_no_mask_of_the_image_is_refused_with_the_reason(segmentation, reason):
     with pytest.raises(ValueError, match=reason):
         encode(segmentation, SIZE)
 
 
-def test_a_mask_is_decoded_at_a_smaller_size():
+def test_a_mask_can_be_decoded_at_a_smaller_size():
     counts = encode({"size": [12, 20], "counts": runs_of(box_mask((4, 2, 8, 6)))}, SIZE)
     assert (decode(counts, SIZE, (10, 6)) == box_mask((2, 1, 4, 3), (10, 6))).all()
 
 
-def test_a_full_mask_is_pasted_over_exactly_its_box():
+def test_a_full_mask_covers_exactly_its_box():
     counts = paste(torch.ones(28, 28), (2.0, 3.0, 12.0, 9.0), SIZE)
     assert (decode(counts, SIZE) == box_mask()).all()
     assert (decode(paste(torch.ones(28, 28), (-5.0, -5.0, 40.0, 40.0), SIZE), SIZE) == 1).all()
 
 
-def test_a_pixel_belongs_to_a_pasted_mask_when_its_centre_does():
+def test_a_pixel_belongs_to_a_pasted_mask_if_its_centre_does():
     left_half = torch.zeros(28, 28)
     left_half[:, :14] = 1.0
     counts = paste(left_half, (2.4, 3.0, 12.4, 9.6), SIZE)
@@ -104,5 +104,5 @@ def test_a_pixel_belongs_to_a_pasted_mask_when_its_centre_does():
 
 
 @pytest.mark.parametrize("box", [(5.0, 5.0, 5.0, 9.0), (30.0, 2.0, 40.0, 8.0), (-9.0, 2.0, -3.0, 8.0)])
-def test_a_box_without_pixels_has_an_empty_mask(box):
+def test_a_box_without_pixels_gives_an_empty_mask(box):
     assert area(paste(torch.ones(28, 28), box, SIZE), SIZE) == 0
