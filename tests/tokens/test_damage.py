@@ -1,4 +1,4 @@
-"""A store that is not what was written: the reader says so or gives what was written, whatever was done to it."""
+"""A damaged store: whatever was done to it, the reader refuses it or gives what was written."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def copy(small_store, tmp_path):
 
 @pytest.fixture(scope="module")
 def written(small_store):
-    """What the sound store gives for each image."""
+    """What the undamaged store gives for each image, and its statistics."""
     return read_all(TokenStore(small_store))
 
 
@@ -40,16 +40,16 @@ def files_of(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def damaged(data, kind, place, bit):
-    place %= max(1, len(data))
+def damaged(data, kind, offset, bit):
+    offset %= max(1, len(data))
     if kind == "flip":
-        return data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :] if data else data
+        return data[:offset] + bytes([data[offset] ^ (1 << bit)]) + data[offset + 1 :] if data else data
     if kind == "cut":
-        return data[:place]
+        return data[:offset]
     if kind == "zero":
-        return data[:place] + bytes(len(data[place : place + 64])) + data[place + 64 :]
+        return data[:offset] + bytes(len(data[offset : offset + 64])) + data[offset + 64 :]
     if kind == "grow":
-        return data[:place] + b"\0" + data[place:]
+        return data[:offset] + b"\0" + data[offset:]
     return b""
 
 
@@ -60,67 +60,62 @@ def damaged(data, kind, place, bit):
     st.integers(0, 10**9),
     st.integers(0, 7),
 )
-def test_a_mutated_store_never_gives_wrong_tokens_in_silence(
-    small_store, written, tmp_path_factory, which, kind, place, bit
+def test_a_mutated_store_never_gives_wrong_tokens_silently(
+    small_store, written, tmp_path_factory, number, kind, offset, bit
 ):
     folder = tmp_path_factory.mktemp("mutated") / "s"
     shutil.copytree(small_store, folder)
     names = files_of(folder)
-    file = folder / names[which % len(names)]
+    file = folder / names[number % len(names)]
     if kind == "delete":
         file.unlink()
     elif kind == "swap":  # with another file of the store
-        other = folder / names[(which + 1 + place % (len(names) - 1)) % len(names)]
+        other = folder / names[(number + 1 + offset % (len(names) - 1)) % len(names)]
         shutil.copyfile(other, file)
     else:
-        file.write_bytes(damaged(file.read_bytes(), kind, place, bit))
+        file.write_bytes(damaged(file.read_bytes(), kind, offset, bit))
     try:
         views, statistics = read_all(TokenStore(folder))
     except InputError as error:
         assert "\n" not in str(error)
     else:
-        for (pixels, tokens), (right_pixels, right_tokens) in zip(views, written[0], strict=True):
-            assert torch.equal(pixels, right_pixels)
-            assert torch.equal(tokens, right_tokens)
+        for (pixels, tokens), (written_pixels, written_tokens) in zip(views, written[0], strict=True):
+            assert torch.equal(pixels, written_pixels)
+            assert torch.equal(tokens, written_tokens)
         assert all(torch.equal(statistics[name], written[1][name]) for name in statistics)
     finally:
         shutil.rmtree(folder.parent)
 
 
-def test_a_damaged_record_stops_training_with_its_name_or_is_skipped(copy, flip_in_record):
+def test_a_damaged_image_is_refused_by_name_or_replaced_by_the_next_one(copy, flip_in_record):
     store = TokenStore(copy)
     paths = store.table()["path"].to_pylist()
     flip_in_record(copy, 1, 3)  # image 11 of shards of 8
     draws = ViewDraws(4, True, "random", 4, seed=0)
     visits = [(0, index) for index in range(8, 14)]
-    with pytest.raises(
-        DamagedError, match=f"image {paths[11]}: .*00001.safetensors: the tokens of its image 3 are damaged"
-    ):
+    with pytest.raises(DamagedError, match=f"image {paths[11]}: .*00001.safetensors: .*image 3"):
         StoreViews([[TokenStore(copy)]], draws)[(0, 11)]
-    without = StoreViews([[TokenStore(copy)]], draws, on_damage="skip")
-    batch = without.__getitems__(visits)
+    skipping = StoreViews([[TokenStore(copy)]], draws, on_damage="skip")
+    batch = skipping.__getitems__(visits)
     expected = StoreViews([[TokenStore(copy)]], draws).__getitems__([(0, i) for i in (8, 9, 10)])
     assert torch.equal(batch.tokens[0][:3], expected.tokens[0])
-    assert without.damaged == {11}
-    stand_in = TokenStore(copy)
+    assert skipping.damaged == {11}
     draw = draws.draw(0, 11, [6])
-    assert torch.equal(batch.pixels[3], stand_in.view_pixels(12, draw.row, draw.col, 4, draw.flipped))
+    assert torch.equal(batch.pixels[3], TokenStore(copy).view_pixels(12, draw.row, draw.col, 4, draw.flipped))
 
 
-def test_pretrain_stops_at_damage_by_default_and_goes_on_without_the_image_on_request(
-    copy, flip_in_record, tiny_student, tmp_path, capfd
-):
+def test_pretrain_stops_at_a_damaged_image_or_skips_it_on_request(copy, flip_in_record, tiny_student, tmp_path, capfd):
     flip_in_record(copy, 0, 2)
     args = ["pretrain", str(copy), str(tmp_path / "run"), *tiny_student, "--epochs", "1", "--workers", "1"]
     assert run(args) == 2
     err = capfd.readouterr().err
-    assert "the tokens of its image 2 are damaged" in err.splitlines()[-1]
+    assert "00000.safetensors" in err.splitlines()[-1]
     assert "Traceback" not in err
     assert run([*args, "--on-damage", "skip"]) == 0
     assert "skipped image" in capfd.readouterr().err
 
 
-def test_a_run_that_meets_damage_saves_what_it_has_trained(copy, flip_in_record, tiny_student, tmp_path):
+def test_a_run_that_stops_at_damage_saves_a_checkpoint(copy, flip_in_record, tiny_student, tmp_path):
     args = [
         "pretrain",
         str(copy),
@@ -133,19 +128,18 @@ def test_a_run_that_meets_damage_saves_what_it_has_trained(copy, flip_in_record,
         "--shuffle-window",
         "1",
     ]
-    flip_in_record(
-        copy, int(np.random.default_rng((0, 0)).permutation(4)[-1]), 0
-    )  # of the last shard of the first epoch
+    last_shard = int(np.random.default_rng((0, 0)).permutation(4)[-1])  # of the first epoch
+    flip_in_record(copy, last_shard, 0)
     assert run(args) == 2
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 2
 
 
-def test_a_record_is_checked_once_in_a_process(copy):
+def test_only_the_records_that_were_read_are_checked(copy):
     store = TokenStore(copy)
     store.view(0, 0, 0, 4)
-    shard = store._shards[0]
-    assert shard.checked[0].tolist() == [True, True, False]
-    assert not shard.checked[1:].any()
+    checked = store.shards.read(0, lambda shard: shard.checked)
+    assert checked[0].tolist() == [True, True, False]
+    assert not checked[1:].any()
 
 
 def edit(path, **changes):
@@ -159,12 +153,12 @@ def edit_part(path, **changes):
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lambda s: edit(s / "store.json", version=99), "format version 99"),
         (lambda s: edit(s / "store.json", format="other"), "not a token store"),
         (lambda s: edit(s / "store.json", middle_size="96"), "'middle_size' is missing or not of type int"),
-        (lambda s: edit(s / "store.json", patch_size=0), "sizes that can't be"),
+        (lambda s: edit(s / "store.json", patch_size=0), "store.json: impossible sizes"),
         (
             lambda s: edit(s / "store.json", token_dim=96),
             "store.json: was changed after the store was finished .token_dim: 96, not 192",
@@ -173,7 +167,7 @@ def edit_part(path, **changes):
         (lambda s: edit_part(s / "store.json", source="/data/../etc"), "is not a whole path"),
         (lambda s: edit_part(s / "store.json", source="/data"), "where the images lay"),
         (lambda s: edit_part(s / "store.json", images=31), "store.json: was changed"),
-        (lambda s: edit(s / "store.json", parts=[]), "sizes that can't be"),
+        (lambda s: edit(s / "store.json", parts=[]), "store.json: impossible sizes"),
         (lambda s: edit(s / "store.json", parts=[3]), "'images' is missing"),
         (lambda s: (s / "store.json").write_text("{"), "can't be read"),
         (lambda s: (s / "store.json").unlink(), "no store.json"),
@@ -194,9 +188,9 @@ def edit_part(path, **changes):
         (lambda s: (s / "statistics.safetensors").unlink(), "statistics.safetensors: missing"),
     ],
 )
-def test_a_damaged_store_is_one_clear_line(copy, damage, says):
+def test_a_damaged_store_is_refused_with_the_name_of_the_file(copy, damage, message):
     damage(copy)
-    with pytest.raises(InputError, match=says) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         store = TokenStore(copy)
         assert store.statistics["mean"].shape == (192,)
         store.view(0, 0, 0, 4)
@@ -204,7 +198,7 @@ def test_a_damaged_store_is_one_clear_line(copy, damage, says):
 
 
 def test_checksums_cover_every_byte_of_a_shard(small_store):
-    """No gaps: the header names every byte after it, and each tensor has a checksum."""
+    """The tensors that the header lists leave no gaps, and each tensor has a checksum."""
     for shard in range(4):
         data, header = shard_path(small_store, shard).read_bytes(), read_header(shard_path(small_store, shard))
         entries = json.loads(header[8:])

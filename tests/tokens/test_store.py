@@ -1,4 +1,4 @@
-"""The invariant that carries the method, and what a reader does with a store that is not right."""
+"""The invariant that carries the method: a view's tokens are the teacher's features of the view's own pixels."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_view_tokens_and_pixels_equal_the_teachers_sub_grid_at_every_offset(vit_
                     )
 
 
-def test_a_jpeg_store_in_fp16_holds_the_teachers_view_of_its_own_pixels(photos, vit_weights, tmp_path):
+def test_a_jpeg_store_holds_the_teachers_features_of_the_decoded_jpegs(photos, vit_weights, tmp_path):
     args = [
         "--teacher",
         "timm/vit_tiny_patch16_224",
@@ -73,46 +73,46 @@ def test_a_jpeg_store_in_fp16_holds_the_teachers_view_of_its_own_pixels(photos, 
 
 
 @pytest.mark.parametrize(
-    "place", [(-1, 0, 0, 4), (30, 0, 0, 4), (0, 3, 0, 4), (0, 0, -1, 4), (0, 0, 0, 7), (0, 0, 0, 0)]
+    "view", [(-1, 0, 0, 4), (30, 0, 0, 4), (0, 3, 0, 4), (0, 0, -1, 4), (0, 0, 0, 7), (0, 0, 0, 0)]
 )
-def test_a_view_outside_the_store_or_the_image_is_an_index_error(vit_store, place):
+def test_a_view_outside_the_store_or_the_image_is_an_index_error(vit_store, view):
     with pytest.raises(IndexError):
-        TokenStore(vit_store).view(*place)
+        TokenStore(vit_store).view(*view)
 
 
 def test_loader_workers_give_the_same_batches_as_none(vit_store):
     views = StoreViews([[TokenStore(vit_store)]], ViewDraws(4, True, "random", 4, seed=3), with_middle=True)
-    views[(0, 0)]  # opened here already: a worker must open its own
+    views[(0, 0)]  # this process has mapped a shard; a worker must map its own
     visits = [[(epoch, index) for index in range(12)] for epoch in range(3)]
     batches = [list(DataLoader(views, batch_sampler=visits, num_workers=n, collate_fn=as_read)) for n in (0, 2)]
-    for alone, shared in zip(*batches, strict=True):
-        assert torch.equal(alone.pixels, shared.pixels)
-        assert torch.equal(alone.tokens[0], shared.tokens[0])
-        assert torch.equal(alone.middle, shared.middle)
-        assert torch.equal(alone.order, shared.order)
-    assert alone.tokens[0].shape == (12, 16, 192)
-    assert alone.middle.shape == (12, 3, 96, 96)
+    for here, worker in zip(*batches, strict=True):
+        assert torch.equal(here.pixels, worker.pixels)
+        assert torch.equal(here.tokens[0], worker.tokens[0])
+        assert torch.equal(here.middle, worker.middle)
+        assert torch.equal(here.ids_shuffle, worker.ids_shuffle)
+    assert here.tokens[0].shape == (12, 16, 192)
+    assert here.middle.shape == (12, 3, 96, 96)
 
 
-def test_a_flipped_sample_is_the_unflipped_view_mirrored_in_pixels_and_tokens(vit_store):
+def test_a_flipped_view_has_mirrored_pixels_and_tokens(vit_store):
     store = TokenStore(vit_store)
     draws = ViewDraws(4, True, "random", 4, seed=0)
     views = StoreViews([[store]], draws)
     seen = set()
     for index in range(12):
         draw = draws.draw(0, index, [6])
-        view, sample = store.view(index, draw.row, draw.col, 4), views[(0, index)]
+        view, batch = store.view(index, draw.row, draw.col, 4), views[(0, index)]
         mirror = (lambda x, dim: x.flip(dim)) if draw.flipped else (lambda x, dim: x)
-        assert torch.equal(sample.pixels, mirror(view.pixels, 2))
-        assert torch.equal(sample.tokens[0], mirror(view.tokens, 1).reshape(16, -1))
-        assert sample.place.tolist() == [draw.row, draw.col, int(draw.flipped)]
+        assert torch.equal(batch.pixels[0], mirror(view.pixels, 2))
+        assert torch.equal(batch.tokens[0][0], mirror(view.tokens, 1).reshape(16, -1))
+        assert batch.crop.tolist() == [[draw.row, draw.col, int(draw.flipped)]]
         seen.add(draw.flipped)
     assert seen == {True, False}
 
 
 @pytest.fixture(scope="module")
 def two_sizes(photos, vit_weights, tmp_path_factory):
-    """Middle images of 64 and 96 px, with the mirrored images' tokens."""
+    """A store with middle images of 64 and 96 px and stored flips."""
     store = tmp_path_factory.mktemp("stores") / "two.tokens"
     args = [
         "--teacher",
@@ -129,17 +129,17 @@ def two_sizes(photos, vit_weights, tmp_path_factory):
     return store
 
 
-def test_stored_flips_are_the_teachers_own_of_the_mirrored_image(two_sizes, vit_weights):
+def test_stored_flips_are_the_teachers_features_of_the_mirrored_image(two_sizes, vit_weights):
     store = open_scales(two_sizes)[1]
     teacher = load_teacher("timm/vit_tiny_patch16_224", 96, 6, vit_weights)
     mirrored = store.pixels(5).flip(-1)
     expected = teacher(mirrored[None])[0]
     for row, col in ((0, 0), (1, 2), (2, 1)):
         tokens = store.view_tokens(5, row, col, 4, flipped=True)
-        place = 6 - col - 4  # where the view lies in the mirrored image
-        torch.testing.assert_close(tokens, expected[row : row + 4, place : place + 4], atol=1e-5, rtol=1e-5)
+        left = 6 - col - 4  # where the view begins in the mirrored image
+        torch.testing.assert_close(tokens, expected[row : row + 4, left : left + 4], atol=1e-5, rtol=1e-5)
         pixels = store.view_pixels(5, row, col, 4).flip(-1)
-        assert torch.equal(pixels, mirrored[:, 16 * row : 16 * row + 64, 16 * place : 16 * place + 64])
+        assert torch.equal(pixels, mirrored[:, 16 * row : 16 * row + 64, 16 * left : 16 * left + 64])
     assert not torch.allclose(
         store.view_tokens(5, 0, 0, 6).flip(1), store.view_tokens(5, 0, 0, 6, flipped=True), atol=1e-3
     )
@@ -154,14 +154,14 @@ def test_views_of_several_sizes_are_aligned_at_each(two_sizes):
     for index in range(12):
         draw = draws.draw(0, index, [4, 6])
         view = scales[draw.scale].view(index, draw.row, draw.col, 3)
-        sample = views[(0, index)]
-        assert torch.equal(sample.pixels, view.pixels)
-        assert torch.equal(sample.tokens[0], view.tokens.flatten(0, 1))
+        batch = views[(0, index)]
+        assert torch.equal(batch.pixels[0], view.pixels)
+        assert torch.equal(batch.tokens[0][0], view.tokens.flatten(0, 1))
         seen.add(draw.scale)
     assert seen == {0, 1}
 
 
-def test_statistics_over_several_sizes_are_those_of_all_their_tokens(two_sizes):
+def test_pooled_statistics_are_those_of_the_tokens_of_all_sizes(two_sizes):
     scales = open_scales(two_sizes)
     tokens = torch.cat([s.view(i, 0, 0, s.grid).tokens.flatten(0, 1) for s in scales for i in range(len(s))]).double()
     pooled = pooled_statistics(scales)
@@ -197,14 +197,14 @@ def test_a_folder_of_several_sizes_that_is_damaged_or_other_is_one_line(two_size
         open_scales(copy)
 
 
-def test_statistics_are_each_channels_over_the_whole_store(vit_store):
+def test_statistics_are_the_mean_and_std_of_each_channel_over_the_store(vit_store):
     store = TokenStore(vit_store)
     tokens = torch.cat([store.view(i, 0, 0, 6).tokens.flatten(0, 1) for i in range(len(store))]).double()
     torch.testing.assert_close(store.statistics["mean"], tokens.mean(0).float(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(store.statistics["std"], tokens.std(0, correction=0).float(), atol=1e-5, rtol=1e-4)
 
 
-def test_shards_carry_checksums_of_their_tensors(vit_store):
+def test_a_shard_lists_the_checksum_of_each_of_its_tensors(vit_store):
     import safetensors
 
     from fastmae.tokens.format import ShardHeader

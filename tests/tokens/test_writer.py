@@ -1,4 +1,4 @@
-"""What a store's bytes depend on, and what stands in the way of continuing one."""
+"""What the bytes of a store depend on, and which stores can be continued."""
 
 import json
 import shutil
@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastmae.cli import run
-from fastmae.runtime.durable import write_whole
 
 ARGS = [
     "--teacher",
@@ -35,7 +34,7 @@ def build(photos, store, weights, *more):
 @pytest.mark.parametrize(
     "lost", [["shards/00002.safetensors"], ["shards/00000.safetensors", "index.parquet"], ["statistics.safetensors"]]
 )
-def test_an_unfinished_store_is_completed_to_the_same_bytes(
+def test_an_unfinished_store_is_completed_with_the_same_bytes(
     lost, photos, vit_store, vit_weights, tmp_path, abandoned_part
 ):
     store = tmp_path / "s"
@@ -47,7 +46,7 @@ def test_an_unfinished_store_is_completed_to_the_same_bytes(
     assert contents(store) == contents(vit_store)
 
 
-def test_processes_that_share_a_store_end_in_the_bytes_of_one(
+def test_processes_that_share_a_store_write_the_bytes_of_one_process(
     photos, vit_store, vit_weights, tmp_path, capsys, monkeypatch
 ):
     store = tmp_path / "s"
@@ -74,7 +73,7 @@ def test_processes_that_share_a_store_end_in_the_bytes_of_one(
         ["--rank", "-1", "--world-size", "2"],
     ],
 )
-def test_a_share_that_is_none_is_one_line(share, photos, vit_weights, tmp_path, capsys):
+def test_an_impossible_rank_or_world_size_is_refused(share, photos, vit_weights, tmp_path, capsys):
     assert build(photos, tmp_path / "s", vit_weights, *share) == 2
     assert "--rank" in capsys.readouterr().err
 
@@ -96,14 +95,16 @@ def test_a_finished_store_is_left_alone(photos, vit_store, vit_weights, capsys):
         (["--teacher-block", "3"], "block"),
     ],
 )
-def test_other_settings_than_the_begun_store_are_refused_by_name(more, named, photos, vit_store, vit_weights, capsys):
+def test_settings_that_differ_from_those_of_the_store_are_refused_by_name(
+    more, named, photos, vit_store, vit_weights, capsys
+):
     before = contents(vit_store)
     assert build(photos, vit_store, vit_weights, *more) == 2
     assert named in capsys.readouterr().err
     assert contents(vit_store) == before
 
 
-def test_a_folder_that_is_something_else_is_not_touched(photos, vit_weights, tmp_path, capsys):
+def test_a_folder_that_is_not_a_store_is_left_alone(photos, vit_weights, tmp_path, capsys):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "thesis.tex").write_text("mine")
     assert build(photos, tmp_path / "s", vit_weights) == 2
@@ -111,7 +112,7 @@ def test_a_folder_that_is_something_else_is_not_touched(photos, vit_weights, tmp
     assert contents(tmp_path / "s") == {"thesis.tex": b"mine"}
 
 
-def test_undecodable_files_are_skipped_named_and_indexed(photos, vit_weights, tmp_path, capsys):
+def test_files_that_cannot_be_decoded_are_skipped_and_named_in_the_index(photos, vit_weights, tmp_path, capsys):
     images = tmp_path / "images"
     shutil.copytree(photos / "val", images)
     (images / "broken.jpg").write_bytes(b"<html>")
@@ -132,7 +133,7 @@ def test_undecodable_files_are_skipped_named_and_indexed(photos, vit_weights, tm
     assert "broken.jpg: not an image" in capsys.readouterr().err
 
 
-def test_nothing_but_broken_files_is_an_error(vit_weights, tmp_path, capsys):
+def test_a_folder_of_broken_files_alone_is_refused(vit_weights, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.jpg").write_bytes(b"<html>")
     assert (
@@ -142,20 +143,7 @@ def test_nothing_but_broken_files_is_an_error(vit_weights, tmp_path, capsys):
     assert "not one image could be decoded" in capsys.readouterr().err
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
-    file = tmp_path / "x"
-    file.write_text("old")
-
-    def fail(aside):
-        aside.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write_whole(file, fail)
-    assert contents(tmp_path) == {"x": b"old"}
-
-
-def test_a_disk_that_takes_no_more_is_one_line_and_the_call_can_be_repeated(
+def test_after_a_full_disk_the_same_command_completes_the_store(
     photos, vit_store, vit_weights, tmp_path, fastmae_command
 ):
     import resource
@@ -175,7 +163,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_the_call_can_be_repeated(
     assert contents(tmp_path / "s") == contents(vit_store)
 
 
-def test_a_kill_before_anything_was_written_leaves_a_folder_that_can_be_used(
+def test_a_folder_that_holds_only_what_a_kill_left_can_be_used(
     photos, vit_store, vit_weights, tmp_path, abandoned_part
 ):
     store = tmp_path / "s"
