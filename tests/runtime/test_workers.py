@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -52,6 +53,7 @@ def test_a_bad_input_is_the_same_line_with_and_without_workers(num_workers):
     with pytest.raises(InputError) as caught:
         list(guarded(DataLoader(Failing(damaged_image), num_workers=num_workers)))
     assert str(caught.value) == "photo.jpg: damaged: cut short"
+    assert multiprocessing.active_children() == []
 
 
 def test_a_failing_disk_in_a_worker_is_one_line():

@@ -109,7 +109,10 @@ def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
         message = _loading_failure(error, has_workers=loader.num_workers > 0)
         if message is None:
             raise
-    # Raised outside the handler: as its context, the caught error would keep the loader and its processes alive.
+        # torch's `reraise` makes a cycle of the error and its traceback, whose frames hold the workers. Until Python
+        # collects it, they would live on, and its collection within a later worker would start a thread there.
+        error.__traceback__ = None
+    # Raised outside the handler, or the error would stay as the context of this one.
     raise OneProcessError(message)
 
 
