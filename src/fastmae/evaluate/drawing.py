@@ -1,4 +1,4 @@
-"""What the pictures of `segment` and `detect` share: which images are drawn, the hues of classes, and PNG bytes."""
+"""Drawing shared by `segment` and `detect`: choosing images, the hues of classes, PNG bytes."""
 
 import io
 from collections.abc import Sequence

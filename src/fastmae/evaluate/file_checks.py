@@ -1,4 +1,4 @@
-"""Checks of many image files before training starts: what `segment` and `detect` share."""
+"""Checks of many image files before training starts, shared by `segment` and `detect`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The detector and its pyramid: shapes and strides, places of anchors and RoIAlign, dtypes under mixed precision."""
+"""The detector and its pyramid: shapes, strides, positions of anchors and RoIAlign, dtypes under mixed precision."""
 
 import pytest
 import timm

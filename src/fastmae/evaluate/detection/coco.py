@@ -195,7 +195,7 @@ def read_split(files: SplitFiles, classes: dict[int, str] | None = None, progres
 
 
 def _starts(lengths: Iterable[int]) -> np.ndarray:
-    """Where parts of these lengths begin when they are joined, and where the last one ends; int64."""
+    """int64 [n + 1]: where each of n joined pieces begins, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(list(lengths), dtype=np.int64)])
 
 

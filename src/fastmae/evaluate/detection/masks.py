@@ -1,7 +1,7 @@
 """Object masks: read from polygons or run lengths, kept as compressed run lengths (COCO's RLE), decoded when needed.
 
-pycocotools does all conversions. It reads past the end of short run lengths and allocates whatever a polygon's extent
-demands, so what comes from files is checked here first, which needs our own reader of compressed run lengths.
+pycocotools does all conversions. It reads past the end of short run lengths and allocates as much memory as a polygon's
+extent demands, so segmentations from files are checked here first; that needs our own reader of compressed run lengths.
 
 COCO's run lengths go down the columns and begin with background.
 """

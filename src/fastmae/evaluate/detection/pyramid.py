@@ -45,7 +45,7 @@ class SimplePyramid(nn.Module):
         self.levels = nn.ModuleList(
             nn.Sequential(scale, *_projection(channels, out_channels)) for scale, channels in scales
         )
-        train_all_that_is_read(encoder)
+        train_all_but_unread_parts(encoder)
 
     def forward(self, images: Sequence[torch.Tensor]) -> "OrderedDict[str, torch.Tensor]":
         """Images float32 [K, H, W], sides multiples of two patches -> five named maps float32 [B, C, rows, cols].
@@ -59,13 +59,16 @@ class SimplePyramid(nn.Module):
         indices_by_shape: dict[torch.Size, list[int]] = defaultdict(list)
         for index, image in enumerate(images):
             indices_by_shape[image.shape].append(index)
-        maps_by_image: dict[int, Sequence[torch.Tensor]] = {}
+        names = (*ROI_LEVELS, PROPOSAL_LEVEL)
+        maps_of_image: dict[int, list[torch.Tensor]] = {}
         for indices in indices_by_shape.values():
             batch = torch.stack([images[index] for index in indices])
-            maps_by_image.update(zip(indices, zip(*self._maps(batch), strict=True), strict=True))
-        images_by_map = zip(*(maps_by_image[index] for index in range(len(images))), strict=True)
-        names = (*ROI_LEVELS, PROPOSAL_LEVEL)
-        return OrderedDict((name, _pad_and_stack(maps)) for name, maps in zip(names, images_by_map, strict=True))
+            for index, *maps in zip(indices, *self._maps(batch), strict=True):
+                maps_of_image[index] = maps
+        return OrderedDict(
+            (name, _pad_and_stack([maps_of_image[index][level] for index in range(len(images))]))
+            for level, name in enumerate(names)
+        )
 
     def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         """[B, K, H, W] -> the five maps, [B, C, H / stride, W / stride], the coarsest rounded up."""
@@ -78,10 +81,10 @@ class SimplePyramid(nn.Module):
         return [*maps, F.max_pool2d(maps[-1], kernel_size=1, stride=2)]
 
 
-def train_all_that_is_read(encoder: Encoder) -> None:
-    """Train the whole encoder, with its positions, which pre-training fixes; but not what follows its last block.
+def train_all_but_unread_parts(encoder: Encoder) -> None:
+    """Train the whole encoder with its positions, which pre-training fixes, but not what follows its last block.
 
-    The pyramid doesn't read that (the final norm as a rule). Were it to require gradients, DDP would wait for them.
+    The pyramid doesn't read those parts, usually the final norm. If they required gradients, DDP would wait for them.
     """
     encoder.requires_grad_(True)
     for name in ("norm", "fc_norm", "attn_pool"):
