@@ -105,6 +105,10 @@ def test_the_list_of_sizes_is_verified_and_repaired(photos, tokenize, verify, co
         assert "scales.json" in err
         assert verify(store, "--repair")[0] == 0
         assert contents(store) == finished
+    (store / "64" / "store.json").unlink()  # the size must not drop out of the list for that
+    assert verify(store)[0] == 1
+    assert verify(store, "--repair")[0] == 0
+    assert contents(store) == finished
     scales.write_text('{"sizes": []}')
     assert run(["inspect", str(store)]) == 2
 

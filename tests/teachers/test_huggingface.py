@@ -1,4 +1,4 @@
-"""transformers' vision models, at random and saved by save_pretrained: the loaded teacher gives what the model gives."""
+"""Random vision models of transformers, saved by save_pretrained: the loaded teacher gives the model's own features."""
 
 import json
 
@@ -53,7 +53,7 @@ def normalised(pixels):
 
 
 @pytest.mark.parametrize("name", [name for name in VITS if name not in ("vit_mae", "clip")])
-def test_a_saved_vit_gives_its_last_hidden_states_patches(name, pixels, tmp_path):
+def test_a_saved_vit_gives_the_patches_of_its_last_hidden_state(name, pixels, tmp_path):
     model = saved(name, tmp_path)
     teacher = load_teacher(f"hf/{tmp_path}", 64, 4)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_a_saved_vit_gives_its_last_hidden_states_patches(name, pixels, tmp_path
     torch.testing.assert_close(teacher(pixels).flatten(1, 2), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_clips_last_hidden_state_is_before_its_norm(pixels, tmp_path):
+def test_without_a_norm_clip_gives_its_last_hidden_state(pixels, tmp_path):
     model = saved("clip", tmp_path)
     with torch.no_grad():
         expected = model(normalised(pixels)).last_hidden_state[:, 1:]
@@ -70,9 +70,9 @@ def test_clips_last_hidden_state_is_before_its_norm(pixels, tmp_path):
     torch.testing.assert_close(bare, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_mae_sees_all_patches_in_their_order(pixels, tmp_path):
+def test_mae_encodes_all_patches_in_their_order(pixels, tmp_path):
     model = saved("vit_mae", tmp_path)
-    noise = torch.arange(16.0).expand(2, 16)  # with it, and nothing masked, the model keeps every patch where it is
+    noise = torch.arange(16.0).expand(2, 16)  # an ascending order: with nothing masked, every patch keeps its place
     model.config.mask_ratio = 0.0
     with torch.no_grad():
         expected = model(normalised(pixels), noise=noise).last_hidden_state[:, 1:]
@@ -91,7 +91,7 @@ def test_every_family_takes_another_grid_and_another_block(name, pixels, tmp_pat
     assert torch.isfinite(tokens).all()
 
 
-def test_a_cnn_of_transformers_gives_a_grid(pixels, tmp_path):
+def test_a_cnn_gives_the_map_of_a_stage(pixels, tmp_path):
     torch.manual_seed(0)
     config = transformers.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], image_size=64)
     model = transformers.ConvNextModel(config).eval()
@@ -104,7 +104,7 @@ def test_a_cnn_of_transformers_gives_a_grid(pixels, tmp_path):
     torch.testing.assert_close(teacher(pixels), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_swin_of_transformers_gives_a_grid(pixels, tmp_path):
+def test_a_swin_gives_the_map_of_its_last_stage(pixels, tmp_path):
     torch.manual_seed(0)
     config = transformers.SwinConfig(embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4, image_size=64)
     model = transformers.SwinModel(config).eval()
@@ -116,7 +116,7 @@ def test_a_swin_of_transformers_gives_a_grid(pixels, tmp_path):
     torch.testing.assert_close(teacher(pixels), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_that_is_not_there_or_not_whole_is_one_line(tmp_path):
+def test_a_missing_model_or_image_processor_is_reported_in_one_line(tmp_path):
     with pytest.raises(InputError, match=r"hf/.*can't be loaded") as caught:
         load_teacher(f"hf/{tmp_path}/none", 64, 4)
     assert "\n" not in str(caught.value)

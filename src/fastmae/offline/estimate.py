@@ -109,11 +109,11 @@ def measure_sample(
     Raises:
         InputError: none of the images can be decoded.
     """
-    batches = images.evenly_spaced(num_images, min(options.batch_size, max(1, num_images // 4)))
+    ranges = images.evenly_spaced(num_images, min(options.batch_size, max(1, num_images // 4)))
     start, untimed, outputs = time.monotonic(), 0, []
-    for batch in images.load(batches, options.num_workers(len(batches))):
+    for batch in images.load(ranges, options.workers):
         outputs.append(run_teacher(teacher, batch, images, options).to_host())
-        if len(outputs) == 1 < len(batches):
+        if len(outputs) == 1 < len(ranges):
             start, untimed = time.monotonic(), len(batch)
     pixel_bytes = [pixels.numel() for output in outputs for pixels in output.pixels]
     if not pixel_bytes:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fastmae.errors import InputError
 from fastmae.images.entries import key_of
@@ -20,7 +19,7 @@ from fastmae.images.middle import MiddleImage, make_middle_image
 from fastmae.images.reading import Skipped, read_or_skip
 from fastmae.images.sources import Source
 from fastmae.runtime.progress import Progress
-from fastmae.runtime.workers import guarded, heed_only_the_parent, worker_count
+from fastmae.runtime.workers import as_is, batches, worker_count
 from fastmae.teachers import Teacher
 from fastmae.tokens.codec import Codec, learns, load_codec
 from fastmae.tokens.format import CODEBOOKS_FILE, ImageRecord, StoreInfo, list_name
@@ -50,10 +49,6 @@ class LoaderOptions:
     batch_size: int
     workers: int
     strict: bool = False
-
-    def num_workers(self, num_batches: int) -> int:
-        """Decoding processes for this many batches: no more than there are batches."""
-        return min(worker_count(self.workers), num_batches)
 
 
 class MiddleImages(Dataset[list[KeyedImage]]):
@@ -112,18 +107,9 @@ class MiddleImages(Dataset[list[KeyedImage]]):
         positions = range(0, list_length, max(1, list_length // num_images))
         return [(part, positions[start : start + batch_size]) for start in range(0, len(positions), batch_size)]
 
-    def load(self, batches: Iterable[ImageRange], num_workers: int) -> Iterator[list[KeyedImage]]:
-        """The images of each batch in order, decoded ahead of time in worker processes."""
-        loader = DataLoader(
-            self,
-            batch_size=None,
-            sampler=batches,
-            num_workers=num_workers,
-            collate_fn=_unchanged,
-            prefetch_factor=2 if num_workers else None,
-            worker_init_fn=heed_only_the_parent,
-        )
-        return guarded(loader)
+    def load(self, ranges: Iterable[ImageRange], workers: int) -> Iterator[list[KeyedImage]]:
+        """The images of each range in order, decoded ahead of time by worker processes (-1 as in `LoaderOptions`)."""
+        return batches(self, torch.device("cpu"), workers, sampler=ranges, collate=as_is)
 
 
 @dataclass
@@ -176,14 +162,14 @@ def build_shards(
     """
     shards = list(shards)
 
-    def batches() -> Iterator[tuple[int, ImageRange]]:
+    def ranges() -> Iterator[tuple[int, ImageRange]]:
         return ((shard, batch) for shard in shards for batch in images.batches_of(shard, options.batch_size))
 
-    num_workers = options.num_workers(sum(1 for _ in batches()))
-    decoded = images.load((image_range for _, image_range in batches()), num_workers)
+    num_workers = min(worker_count(options.workers), sum(1 for _ in ranges()))
+    decoded = images.load((image_range for _, image_range in ranges()), num_workers)
     started = (
         (shard, run_teacher(teacher, batch, images, options))
-        for (shard, _), batch in zip(batches(), decoded, strict=True)
+        for (shard, _), batch in zip(ranges(), decoded, strict=True)
     )
     # Outputs are collected until a shard is complete. Then the thread writes the shard while the teacher goes on with
     # the next one. Before it gets another shard, the last one must be on the disk: two shards at most are in memory.
@@ -244,11 +230,11 @@ def sample_tokens(
     Raises:
         InputError: none of the images can be decoded.
     """
-    batches = images.evenly_spaced(num_images, options.batch_size)
-    tokens_per_image = -(-SAMPLE_TOKENS // sum(len(positions) for _, positions in batches))
+    ranges = images.evenly_spaced(num_images, options.batch_size)
+    tokens_per_image = -(-SAMPLE_TOKENS // sum(len(positions) for _, positions in ranges))
     generator = torch.Generator().manual_seed(seed)
     samples = []
-    for batch in images.load(batches, options.num_workers(len(batches))):
+    for batch in images.load(ranges, options.workers):
         for grid in run_teacher(teacher, batch, images, options).to_host().tokens:
             flat = grid.flatten(0, 1)
             drawn = flat[torch.randperm(len(flat), generator=generator)[:tokens_per_image]]
@@ -311,8 +297,3 @@ def _one_behind(outputs: Iterator[tuple[int, TeacherOutput]]) -> Iterator[tuple[
         previous = output
     if previous is not None:
         yield previous
-
-
-def _unchanged(batch: Any) -> Any:
-    """The loader's collate function: a batch arrives complete."""
-    return batch

@@ -55,23 +55,23 @@ KINDS_WITH_LOCATIONS = ("tar", "datasets")
 """Kinds of sources whose image lists also say where in an archive each image lies."""
 
 
-def repair(config: VerifyConfig, folder: Path, damages: list[Damage]) -> None:
+def repair(config: VerifyConfig, folder: Path, damage: list[Damage]) -> None:
     """Restore the damaged files of a store, and build the shards that are damaged or missing.
 
     Args:
         config: options of `verify`.
         folder: store of one middle size.
-        damages: what `audit` found there.
+        damage: what `audit` found there.
 
     Raises:
         InputError: something can't be made again. All shards are then as they were.
     """
-    info, files = description_of(folder), {damage.file for damage in damages}
+    info, files = description_of(folder), {damaged.file for damaged in damage}
     if STORE_FILE in files:
         write_whole(folder / STORE_FILE, lambda temporary: temporary.write_text(store_text(info), encoding="utf-8"))
     _restore_codebooks(folder, files)
     writer = StoreWriter(folder, info)
-    damaged_shards = {damage.shard for damage in damages if damage.shard is not None}
+    damaged_shards = {damaged.shard for damaged in damage if damaged.shard is not None}
     shards = sorted(damaged_shards.union(writer.missing_shards()))
     _restore_lists(folder, info, files, {info.part_of(shard)[0] for shard in shards})
     manifest = _read_manifest(folder)
@@ -125,14 +125,14 @@ def _check_images(images: MiddleImages, folder: Path, shards: list[int], options
         InputError: some have changed. Rebuilding their shards would also overwrite sound records of these images.
     """
     expected: dict[str, int | None] = {}
-    batches: list[ImageRange] = []
+    ranges: list[ImageRange] = []
     for shard in shards:
         checksums = _pixel_checksums(shard_path(folder, shard), shard)
         if checksums:
             expected |= checksums
-            batches += images.batches_of(shard, options.batch_size)
+            ranges += images.batches_of(shard, options.batch_size)
     changed: list[str] = []
-    for batch in images.load(batches, options.num_workers(len(batches))):
+    for batch in images.load(ranges, options.workers):
         changed += [key for key, image in batch if _pixel_checksum(image) != expected[key]]
     if changed:
         names = ", ".join(changed[:SHOWN_IMAGES]) + (", ..." if len(changed) > SHOWN_IMAGES else "")

@@ -29,14 +29,7 @@ from fastmae.offline.estimate import check_disk, dry_run
 from fastmae.offline.fill import LoaderOptions, MiddleImages, build_shards, count_images, sample_tokens, stored_codec
 from fastmae.offline.inspect import store_summary, summary_over_scales
 from fastmae.offline.listing import ListedImages, check_lists, keep_list, listed_images, sources_of
-from fastmae.offline.options import (
-    Share,
-    build_teacher,
-    check_options,
-    describe_store,
-    middle_sizes,
-    process_share,
-)
+from fastmae.offline.options import Share, build_teacher, check_options, describe_store, middle_sizes, process_share
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import holds_anything, write_json
 from fastmae.runtime.progress import Progress

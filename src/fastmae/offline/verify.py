@@ -13,7 +13,7 @@ from fastmae.offline.repair import repair
 from fastmae.runtime.durable import write_json
 from fastmae.runtime.progress import Progress
 from fastmae.tokens.audit import Damage, audit, description_of
-from fastmae.tokens.format import SCALES_FILE, STORE_FILE
+from fastmae.tokens.format import MANIFEST_FILE, SCALES_FILE, STORE_FILE
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         InputError: no store, or damage that can't be repaired.
     """
     refuse_url(config.store, "verify")
-    sizes = sorted(
-        int(store.name) for store in config.store.glob("*/") if store.name.isdigit() and (store / STORE_FILE).exists()
-    )
+    sizes = _sizes(config.store)
     folders = [config.store / str(size) for size in sizes] or [config.store]
     damaged = _check_scales(config, sizes) if sizes else []
     first_lists = [part.images_sha256 for part in description_of(folders[0]).parts]
@@ -50,6 +48,13 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     return result
 
 
+def _sizes(folder: Path) -> list[int]:
+    """Middle sizes of the stores in a folder, also of a store that has lost its description or its manifest."""
+    stores = [store for store in folder.glob("*/") if store.name.isdigit()]
+    descriptions = (STORE_FILE, MANIFEST_FILE)
+    return sorted(int(store.name) for store in stores if any((store / name).exists() for name in descriptions))
+
+
 def _check_scales(config: VerifyConfig, sizes: list[int]) -> list[dict[str, Any]]:
     """Check the list of a store's middle sizes; a repair writes it again. Returns the damage that is left."""
     file = config.store / SCALES_FILE
@@ -67,27 +72,27 @@ def _check_scales(config: VerifyConfig, sizes: list[int]) -> list[dict[str, Any]
 def _check_store(config: VerifyConfig, folder: Path) -> list[dict[str, Any]]:
     """Check the store of one middle size, and repair it if asked to. Returns the damage that is left."""
     with Progress("verify", "shards", total=description_of(folder).shards) as progress:
-        damages = list(audit(folder, partial(progress.advance, 1)))
-    if damages:
-        log.info(_as_lines(folder, damages))
-    if damages and config.repair:
-        repair(config, folder, damages)
-        damages = list(audit(folder))
-        log.info(f"{folder}: {'still damaged' if damages else 'repaired'}")
-    return [_as_json(folder, damage) for damage in damages]
+        damage = list(audit(folder, partial(progress.advance, 1)))
+    if damage:
+        log.info(_as_lines(folder, damage))
+    if damage and config.repair:
+        repair(config, folder, damage)
+        damage = list(audit(folder))
+        log.info(f"{folder}: {'still damaged' if damage else 'repaired'}")
+    return [_as_json(folder, damaged) for damaged in damage]
 
 
-def _as_json(folder: Path, damage: Damage) -> dict[str, Any]:
-    return {"file": str(folder / damage.file), "what": damage.what, "images": list(damage.images)}
+def _as_json(folder: Path, damaged: Damage) -> dict[str, Any]:
+    return {"file": str(folder / damaged.file), "what": damaged.what, "images": list(damaged.images)}
 
 
-def _as_lines(folder: Path, damages: list[Damage]) -> str:
+def _as_lines(folder: Path, damage: list[Damage]) -> str:
     """A line for each damaged file: what is wrong with it, and the images whose records are damaged."""
     lines = []
-    for damage in damages[:SHOWN_DAMAGE]:
-        file = folder / damage.file
-        images = f"; images {', '.join(damage.images)}" if damage.images else ""
-        lines.append(f"{file}: {damage.what.removeprefix(f'{file}: ')}{images}")
-    if len(damages) > SHOWN_DAMAGE:
-        lines.append(f"... and {len(damages) - SHOWN_DAMAGE} more")
+    for damaged in damage[:SHOWN_DAMAGE]:
+        file = folder / damaged.file
+        images = f"; images {', '.join(damaged.images)}" if damaged.images else ""
+        lines.append(f"{file}: {damaged.what.removeprefix(f'{file}: ')}{images}")
+    if len(damage) > SHOWN_DAMAGE:
+        lines.append(f"... and {len(damage) - SHOWN_DAMAGE} more")
     return "\n".join(lines)
