@@ -121,10 +121,6 @@ class MappedShard:
         self._check(row, PIXELS, data)
         return data
 
-    def pixels_checksum(self, row: int) -> int | None:
-        """xxh3-64 of an image's JPEG or pixels as they were written; None for row -1, a skipped image."""
-        return None if row < 0 else int(self.record_checksums[row, PIXELS])
-
     def damaged_records(self) -> list[int]:
         """Rows whose tokens or pixels are not what was written. Reads every byte."""
         read_pixels = self.jpeg if self.pixels is None else self.raw_pixels
