@@ -12,49 +12,51 @@ B, V, N, W = 3, 4, 16, 32
 
 @pytest.fixture
 def blocks():
+    """Ours and timm's, with the same weights."""
     torch.manual_seed(0)
-    mine = DecoderBlock(W, 4, qkv_bias=True)
-    for parameter in mine.parameters():
+    block = DecoderBlock(W, 4, qkv_bias=True)
+    for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    timms = Block(W, 4, qkv_bias=True)
-    timms.load_state_dict(mine.state_dict())
-    return mine, timms
+    timms_block = Block(W, 4, qkv_bias=True)
+    timms_block.load_state_dict(block.state_dict())
+    return block, timms_block
 
 
 @pytest.fixture
 def inputs():
-    draws = torch.Generator().manual_seed(1)
-    order = torch.rand(B, N, generator=draws).argsort(1)
-    visible, by_place = torch.randn(B, V, W, generator=draws), torch.randn(N, W, generator=draws)
-    return visible.requires_grad_(), by_place.requires_grad_(), order[:, V:]
+    """Visible tokens [B, V, W], the mask token at each position [N, W], and the masked positions [B, N - V]."""
+    generator = torch.Generator().manual_seed(1)
+    ids_shuffle = torch.rand(B, N, generator=generator).argsort(1)
+    visible, mask_tokens = torch.randn(B, V, W, generator=generator), torch.randn(N, W, generator=generator)
+    return visible.requires_grad_(), mask_tokens.requires_grad_(), ids_shuffle[:, V:]
 
 
-def gradients(block, inputs, out):
-    return torch.autograd.grad(out.square().sum(), [*inputs[:2], *block.parameters()])
+def all_tokens(inputs):
+    visible, mask_tokens, ids_mask = inputs
+    return torch.cat([visible, mask_tokens[ids_mask]], dim=1)
+
+
+def gradients(block, inputs, output):
+    return torch.autograd.grad(output.square().sum(), [*inputs[:2], *block.parameters()])
 
 
 @pytest.mark.parametrize("first", [0, 1, V])
-@pytest.mark.parametrize("by_its_place", [True, False])
-def test_what_is_computed_is_what_timms_block_gives_there_with_the_same_gradients(first, by_its_place, blocks, inputs):
-    mine, timms = blocks
-    visible, by_place, places = inputs
-    found = mine(visible, first, (by_place, places)) if by_its_place else mine(whole(inputs), first)
-    wanted = timms(whole(inputs))[:, first:]
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    for here, there in zip(gradients(mine, inputs, found), gradients(timms, inputs, wanted), strict=True):
-        assert there.any()
-        torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-4)
+@pytest.mark.parametrize("projects_per_position", [True, False])
+def test_outputs_and_gradients_equal_those_of_timms_block(first, projects_per_position, blocks, inputs):
+    block, timms_block = blocks
+    visible, *masked = inputs
+    output = block(visible, first, masked) if projects_per_position else block(all_tokens(inputs), first)
+    expected = timms_block(all_tokens(inputs))[:, first:]
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    block_gradients = gradients(block, inputs, output)
+    assert all(gradient.any() for gradient in block_gradients)
+    torch.testing.assert_close(block_gradients, gradients(timms_block, inputs, expected), atol=1e-3, rtol=1e-4)
 
 
-def test_queries_and_mlp_are_those_of_what_is_predicted_and_a_masked_place_is_projected_once(blocks, inputs):
-    mine, timms = blocks
-    visible, by_place, places = inputs
-    square, hidden = 2 * W * W, N - V
-    assert flops_of(lambda: timms(whole(inputs))) == 12 * square * B * N + 4 * B * N * N * W
-    spared = flops_of(lambda: mine(visible, V, (by_place, places)))
-    assert spared == 3 * square * (B * V + N) + 9 * square * B * hidden + 4 * B * hidden * N * W
-
-
-def whole(inputs):
-    visible, by_place, places = inputs
-    return torch.cat([visible, by_place[places]], dim=1)
+def test_only_predicted_patches_take_queries_and_mlp_and_masked_ones_are_projected_once_per_position(blocks, inputs):
+    block, timms_block = blocks
+    visible, *masked = inputs
+    square, num_masked = 2 * W * W, N - V
+    assert flops_of(lambda: timms_block(all_tokens(inputs))) == 12 * square * B * N + 4 * B * N * N * W
+    flops = flops_of(lambda: block(visible, V, masked))
+    assert flops == 3 * square * (B * V + N) + 9 * square * B * num_masked + 4 * B * num_masked * N * W

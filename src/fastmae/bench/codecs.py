@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmae.bench.timing import Turn, interleave, same_every_round
-from fastmae.student.targets import patch_norm
+from fastmae.student.normalisation import patch_norm
 from fastmae.tokens.codec import Codec
 
 VIEWS, VIEW = 64, 14

@@ -1,1 +1,1 @@
-"""The student (Sec. 3.2.4): encoder, decoder, loss, and what it predicts."""
+"""The student (Sec. 3.2.4): encoder, decoder and loss; and its targets, with guidance normalisation (Sec. 4.2.2)."""

@@ -1,6 +1,9 @@
-"""A block of the decoder: timm's, but computing only what is asked for. The parameters, their names and the function are timm's.
+"""A block of the decoder: timm's block, without the work whose results the decoder does not need.
 
-Shapes: B views, V visible patches a view (with the class token, where the decoder sees it), H masked ones, N places, W the width.
+Parameters, their names, and what is computed are timm's.
+
+Shapes: B views, N patches per view, V visible and M masked ones, W the decoder's width. V counts the prefix tokens too,
+where the decoder sees them.
 """
 
 from typing import Any
@@ -11,33 +14,38 @@ from timm.models.vision_transformer import Block
 
 
 class DecoderBlock(Block):
-    """A transformer block that spares two kinds of work, a third of a one-block decoder's.
+    """A transformer block that saves a third of the work of a one-block decoder, in two ways.
 
-    The last block's queries, its MLP and what follows are needed for the patches that are predicted alone: keys and values come from all.
-    And in the first block all masked patches of one place are alike, in every view: they are normalised and projected once a place.
+    In the last block, only the predicted patches need queries and an MLP; all tokens give keys and values.
+    In the first block, a masked patch is the mask token plus its position, which is the same in every view: norm and
+    projection run once for each of the N positions instead of B * M times.
     """
 
     attn: Any
 
-    def forward(  # type: ignore[override]  # timm's takes tokens alone, and attention masks that a decoder has no use for
+    def forward(  # type: ignore[override]  # timm's block also takes attention masks, which a decoder does not need
         self, tokens: torch.Tensor, first: int = 0, masked: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """What timm's block gives from place `first` on.
+        """What timm's block gives, from token `first` on.
 
         Args:
-            tokens: [B, V, W], or [B, V + H, W] when `masked` is not given.
-            first: of the tokens that are computed; the others are only attended to.
-            masked: the rest of the tokens: [N, W], what a masked patch of each place is, and int64 [B, H], their places.
+            tokens: [B, V, W] with `masked`, else [B, V + M, W].
+            first: index of the first token that is computed; the tokens before it are only attended to.
+            masked: the masked patches, which follow `tokens`: the mask token at each position, [N, W], and the
+                positions int64 [B, M].
 
         Returns:
-            [B, V + H - first, W].
+            [B, V + M - first, W].
         """
-        qkv = self.attn.qkv(self.norm1(tokens))
+        qkv = self.attn.qkv(self.norm1(tokens))  # [B, V, 3 W]
         if masked is not None:
-            by_place, places = masked
-            qkv = torch.cat([qkv, F.embedding(places, self.attn.qkv(self.norm1(by_place)))], dim=1)
-            tokens = torch.cat([tokens, F.embedding(places, by_place)], dim=1)
-        query, key, value = qkv.unflatten(2, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        seen = F.scaled_dot_product_attention(query[:, :, first:], key, value)
-        tokens = tokens[:, first:] + self.attn.proj(seen.transpose(1, 2).flatten(2))
+            # Project the mask token once per position, then look up each masked patch: V -> V + M tokens.
+            mask_tokens, ids_mask = masked
+            qkv = torch.cat([qkv, F.embedding(ids_mask, self.attn.qkv(self.norm1(mask_tokens)))], dim=1)
+            tokens = torch.cat([tokens, F.embedding(ids_mask, mask_tokens)], dim=1)
+        # Attention of the tokens from `first` on to all tokens; q, k and v are [B, heads, V + M, W / heads].
+        q, k, v = qkv.unflatten(2, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(q[:, :, first:], k, v)
+        # Residuals and MLP, of the same tokens.
+        tokens = tokens[:, first:] + self.attn.proj(attended.transpose(1, 2).flatten(2))
         return tokens + self.mlp(self.norm2(tokens))

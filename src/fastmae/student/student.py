@@ -1,9 +1,10 @@
-"""The student: f of Eq. 1. Mask before the encoder, encode what is visible, decode with one block, compare with the target.
+"""The student, f of Eq. 1: mask the image, encode the visible patches, decode, and predict the target.
 
-The encoder is timm's ViT as it is, so its weights leave as they are; what is added around it here is thrown away after
-pre-training. Nothing here knows files, stores or teachers.
+The encoder is timm's ViT, so its weights can be used elsewhere as they are. The decoder and the heads around it are
+thrown away after pre-training. This module knows no files, stores or teachers.
 
-Shapes: B views, N patches a view, V of them visible, D the encoder's width, W the decoder's, C the target's channels, K the images'.
+Shapes: B views, N patches per view, V visible ones, M predicted ones, D the encoder's width, W the decoder's, C target
+channels, K image channels, R prefix tokens (class token and registers).
 """
 
 from typing import Any
@@ -27,20 +28,20 @@ from fastmae.student.loss import Prediction
 
 
 class Student(nn.Module):
-    """Masked autoencoder over a timm ViT.
+    """Masked autoencoder around a timm ViT.
 
     Args:
         encoder: from `build_encoder`.
-        target_dim: C, channels of what is predicted.
-        mask_ratio: share of the patches that is masked. (Sec. 4.1.1)
-        all_layers: every encoder layer has a head of its own. (Sec. 4.2.1)
-        fusion: the decoder reads the sum of all layers' projected outputs (as ConvMAE does with its stages).
-        decoder_depth: blocks. (Sec. 4.3.3)
+        target_dim: C.
+        mask_ratio: fraction of the patches that is masked. (Sec. 4.1.1)
+        all_layers: every encoder layer has a head that predicts the target of the visible patches. (Sec. 4.2.1)
+        fusion: the decoder reads the sum of all layers' projected outputs, as ConvMAE fuses its stages.
+        decoder_depth: number of blocks. (Sec. 4.3.3)
         decoder_width: W.
         decoder_heads: attention heads of a block.
-        decoder_class_token: the decoder sees the encoder's class token (and registers) too, as MAE's does.
-        predict_visible: the decoder predicts the visible patches too, not the masked ones alone.
-        checkpoint_activations: compute the blocks' activations again in the backward pass instead of keeping them.
+        decoder_class_token: the decoder also sees the prefix tokens, as in MAE.
+        predict_visible: the decoder predicts the visible patches too.
+        checkpoint_activations: recompute the blocks' activations in the backward pass instead of keeping them.
     """
 
     def __init__(
@@ -77,48 +78,48 @@ class Student(nn.Module):
         self.decoder_embed = nn.Linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.decoder_position = nn.Parameter(sincos_positions(grid, decoder_width), requires_grad=False)
-        self.decoder_blocks = nn.Sequential(
-            *(
-                DecoderBlock(decoder_width, decoder_heads, qkv_bias=True, norm_layer=LayerNorm)
-                for _ in range(decoder_depth)
-            )
-        )
+        blocks = [
+            DecoderBlock(decoder_width, decoder_heads, qkv_bias=True, norm_layer=LayerNorm)
+            for _ in range(decoder_depth)
+        ]
+        self.decoder_blocks = nn.Sequential(*blocks)
         self.decoder_norm = LayerNorm(decoder_width)
         self.decoder_head = nn.Linear(decoder_width, target_dim)
         self._initialise()
 
     def forward(self, images: torch.Tensor, ids_shuffle: torch.Tensor) -> Prediction:
-        """Predict the target from the visible patches: that of the masked ones, and of their own by every layer.
+        """Predict the target: the decoder, of the masked patches; every layer's head, of the visible ones.
 
         Args:
             images: float [B, K, H, W], normalised.
-            ids_shuffle: int64 [B, N]: the first V places are visible, the rest masked.
+            ids_shuffle: int64 [B, N], a permutation of the patches: the first V are visible, the others masked.
         """
         prefix, layers = self.encode_with_prefix(images, ids_shuffle[:, : self.visible])
-        by_layer = (
-            [head(layer) for head, layer in zip(self.layer_heads, layers, strict=True)] if self.layer_heads else []
-        )
-        return Prediction(self.decode(layers, ids_shuffle, prefix if self.decoder_prefix else None), by_layer)
+        layer_preds: list[torch.Tensor] = []
+        if self.layer_heads:
+            layer_preds = [head(layer) for head, layer in zip(self.layer_heads, layers, strict=True)]
+        decoded = self.decode(layers, ids_shuffle, prefix if self.decoder_prefix else None)
+        return Prediction(decoded, layer_preds)
 
-    def encode(self, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
-        """The patch tokens after each encoder block, the last one after the final norm too.
+    def encode(self, images: torch.Tensor, ids_keep: torch.Tensor) -> list[torch.Tensor]:
+        """The visible patches' tokens after each encoder block; after the last block, they have passed the final norm.
 
         Args:
-            images: [B, K, H, W].
-            visible: int64 [B, V], places of the patches that the encoder sees.
+            images: float [B, K, H, W], normalised.
+            ids_keep: int64 [B, V], the visible patches.
 
         Returns:
-            One [B, V, D] a block.
+            [B, V, D] for each block.
         """
-        return self.encode_with_prefix(images, visible)[1]
+        return self.encode_with_prefix(images, ids_keep)[1]
 
     def encode_with_prefix(
-        self, images: torch.Tensor, visible: torch.Tensor
+        self, images: torch.Tensor, ids_keep: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Class and register tokens at the end, [B, R, D], and what `encode` gives."""
+        """The prefix tokens after the final norm, [B, R, D], and what `encode` returns."""
         masking = (self.encoder.patch_embed.proj, self.encoder.patch_drop)
         for module in masking:
-            module.ids_keep = visible
+            module.ids_keep = ids_keep
         try:
             final, layers = self.encoder.forward_intermediates(images, output_fmt="NLC")
         finally:
@@ -130,44 +131,41 @@ class Student(nn.Module):
     def decode(
         self, layers: list[torch.Tensor], ids_shuffle: torch.Tensor, prefix: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Predict the masked patches.
+        """Predict the masked patches, or all of them with `predict_visible`.
 
         Args:
-            layers: as `encode` gives them.
+            layers: as `encode` returns them.
             ids_shuffle: int64 [B, N].
-            prefix: [B, R, D], the encoder's class token and registers, for a decoder that sees them; they have no position.
+            prefix: [B, R, D], the encoder's prefix tokens if the decoder sees them.
 
         Returns:
-            [B, M, C], for the last M places of `ids_shuffle`.
+            [B, M, C], for the last M patches of `ids_shuffle`.
         """
-        read = layers[-1]
+        # The encoder's output, or the sum of all layers: [B, V, D].
+        latent = layers[-1]
         if self.fusion_projections:
-            read = self.fusion_norm(
-                torch.stack(
-                    [project(layer) for project, layer in zip(self.fusion_projections, layers, strict=True)]
-                ).sum(0)
-            )
-        # Attention knows no ids_shuffle, so the patches stay shuffled: visible ones first, positions shuffled along.
-        visible, hidden = ids_shuffle.split([self.visible, self.patches - self.visible], dim=1)
-        tokens = self.decoder_embed(read) + self.decoder_position[visible]
-        if prefix is not None:
+            projected = [project(layer) for project, layer in zip(self.fusion_projections, layers, strict=True)]
+            latent = self.fusion_norm(torch.stack(projected).sum(0))
+        # Attention ignores the order of tokens, so the patches stay shuffled, each with its own position: [B, V, W].
+        ids_keep, ids_mask = ids_shuffle.split([self.visible, self.patches - self.visible], dim=1)
+        tokens = self.decoder_embed(latent) + self.decoder_position[ids_keep]
+        if prefix is not None:  # the prefix tokens come first, and have no position
             tokens = torch.cat([self.decoder_embed(prefix).to(tokens.dtype), tokens], dim=1)
-        masked = (self.mask_token[0] + self.decoder_position, hidden)
+        # The first block adds the masked patches; the last one computes only the predicted ones.
+        masked = (self.mask_token[0] + self.decoder_position, ids_mask)
         first, *others = self.decoder_blocks
-        tokens = self._run(first, tokens, 0 if others else self.first_predicted, masked)
+        tokens = self._run_block(first, tokens, 0 if others else self.first_predicted, masked)
         for block in others:
-            tokens = self._run(block, tokens, self.first_predicted if block is others[-1] else 0)
+            tokens = self._run_block(block, tokens, self.first_predicted if block is others[-1] else 0)
         return self.decoder_head(self.decoder_norm(tokens))
 
-    def _run(self, block: nn.Module, *given: Any) -> torch.Tensor:
-        return (
-            checkpoint(block, *given, use_reentrant=False)
-            if self.checkpoint_activations and self.training
-            else block(*given)
-        )
+    def _run_block(self, block: nn.Module, *inputs: Any) -> torch.Tensor:
+        if self.checkpoint_activations and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def _initialise(self) -> None:
-        """MAE's: Xavier-uniform linear layers, zero biases, mask token of deviation 0.02 (the encoder came so already)."""
+        """MAE's: Xavier-uniform linear layers, zero biases, a mask token with std 0.02. The encoder has its weights."""
         for module in (
             self.layer_heads,
             self.fusion_projections,
@@ -180,7 +178,18 @@ class Student(nn.Module):
 
 
 def build_student(config: PretrainConfig, patch_size: int, target_dim: int, channels: int, on: str = "cpu") -> Student:
-    """The student at random, on a device ('meta' checks the sizes without allocating)."""
+    """The student that the options describe, with random weights.
+
+    Args:
+        config: the options.
+        patch_size: side of a patch, in pixels.
+        target_dim: C.
+        channels: image channels.
+        on: device; 'meta' checks the sizes without allocating.
+
+    Raises:
+        InputError: as in `build_encoder`.
+    """
     with torch.device(on):
         encoder = build_encoder(
             config.encoder,

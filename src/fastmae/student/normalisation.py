@@ -1,0 +1,48 @@
+"""Guidance normalisation (Sec. 4.2.2): how a teacher's features are normalised before the student predicts them.
+
+Shapes: B views, N patches per view, C channels.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+Normalisation = Callable[[torch.Tensor], torch.Tensor]
+"""Features [B, N, C] -> float32 [B, N, C]."""
+
+EPSILON = 1e-6
+"""Added to variances. MAE's value for norm-pix; TEC publishes none for its patch norm, so it is used there too."""
+
+
+def patch_norm(features: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance over the N patches, for each view and channel (TEC). features: [B, N, C]."""
+    return _standardise(features, dim=1)
+
+
+def channel_norm(features: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance over the C channels, for each patch (as MAE's norm-pix). features: [B, N, C]."""
+    return _standardise(features, dim=2)
+
+
+def store_norm(mean: torch.Tensor, std: torch.Tensor) -> Normalisation:
+    """Normalise each channel by its mean and std over the whole store, which keeps the differences between images.
+
+    On the last map of a CNN, patch norm would remove just those: each image's own mean, which tells its category.
+
+    Args:
+        mean: [C].
+        std: [C].
+    """
+    scale = torch.rsqrt(std.square() + EPSILON)
+    return lambda features: (features - mean.to(features.device)) * scale.to(features.device)
+
+
+def unchanged(features: torch.Tensor) -> torch.Tensor:
+    """No guidance normalisation."""
+    return features
+
+
+def _standardise(features: torch.Tensor, dim: int) -> torch.Tensor:
+    # Two passes: on a CPU they take a fifth of the time of torch.var_mean.
+    centred = features - features.mean(dim, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dim, keepdim=True) + EPSILON)
