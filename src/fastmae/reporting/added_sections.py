@@ -32,17 +32,17 @@ def added_section(path: Path) -> Section:
 def _section_of_run(path: Path) -> Section:
     """The last evaluation and the picture of a supervised run."""
     description, evaluations = read_run(path), read_evaluations(path)
-    if "task" not in description or not evaluations:
+    if "store" in description or not evaluations:
         raise InputError(f"--also {path}: not a finished run of finetune, linear, segment or detect")
     metrics = {name: value for name, value in evaluations[-1].items() if name not in ("step", "seconds")}
     picture = next((path / name for name in PICTURES if (path / name).exists()), None)
-    settings = description["settings"]
-    epochs = f"{settings['epochs']} {'epoch' if settings['epochs'] == 1 else 'epochs'}"
+    options = description["options"]
+    epochs = f"{options['epochs']} {'epoch' if options['epochs'] == 1 else 'epochs'}"
     return Section(
         heading=f"{description['task']}: {path.name}",
         text=(
-            f"{settings['images']:,} images, {epochs}, batch size {settings['batch_size']}, "
-            f"learning rate {settings['lr']:.2e}."
+            f"{description['images']:,} images, {epochs}, batch size {options['batch_size']}, "
+            f"learning rate {options['lr']:.2e}."
         ),
         rows=[{"metric": name, "value": value} for name, value in metrics.items()],
         picture=picture.read_bytes() if picture else None,
