@@ -155,6 +155,7 @@ def test_help_imports_no_heavy_library(fastmae_command):
     assert time.monotonic() - begun < 30
 
 
+@pytest.mark.slow
 def test_pretraining_starts_without_what_it_does_not_need(fastmae_command):
     probe = "import sys, fastmae.pretraining.pretrain; print(sorted({'torchmetrics', 'transformers', 'scipy', 'sklearn', 'pandas'} & set(sys.modules)))"
     assert (

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnxruntime
+import pytest
 
 from fastmae.cli import run
 
@@ -27,6 +28,7 @@ def test_the_graph_holds_how_to_prepare_its_input(exports):
     assert len(json.loads(metadata["mean"])) == len(json.loads(metadata["std"])) == 3
 
 
+@pytest.mark.slow
 def test_large_weights_are_written_to_a_file_beside_the_graph(tmp_path, monkeypatch):
     monkeypatch.setattr("fastmae.exporting.onnx_format.MAX_EMBEDDED_BYTES", 1 << 10)
     out = tmp_path / "out"

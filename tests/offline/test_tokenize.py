@@ -43,6 +43,7 @@ def test_lost_codebooks_come_back_from_their_copy_and_are_never_learnt_anew_for_
     assert "codebooks.safetensors" in err
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf8_and_a_single_image_make_a_store(
     photos, vit_weights, fastmae_command, flip_bit, tmp_path
 ):

@@ -78,6 +78,7 @@ def test_no_process_is_left_at_exit(start, monkeypatch):
     assert [process.wait(10) for process in peers._started] == [0, -9]
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_after_a_peer_has_failed_is_ended_with_a_message():
     script = """
 import subprocess, sys, threading, time

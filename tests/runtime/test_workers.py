@@ -62,6 +62,7 @@ def test_a_failing_disk_in_a_worker_is_one_line():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_line():
     # In a process of its own: torch's SIGCHLD handler may notice the killed worker once more, during the next test.
     program = """
@@ -89,6 +90,7 @@ def test_workers_survive_ctrl_c_and_sigterm_and_end_with_the_loader():
     assert len(list(guarded(loader))) == 4
 
 
+@pytest.mark.slow
 def test_a_process_ends_even_if_its_loader_still_has_workers():
     program = """
 import torch

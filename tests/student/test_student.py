@@ -22,6 +22,7 @@ def test_recomputed_activations_change_no_gradient(make_student, batch):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 def test_it_compiles_as_one_graph(name, make_student, batch):
     images, _, ids_shuffle = batch

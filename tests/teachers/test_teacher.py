@@ -47,6 +47,7 @@ def test_a_vit_of_any_patch_size_gives_one_normed_token_for_each_patch_of_the_st
     torch.testing.assert_close(tokens.flatten(1, 2), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -73,6 +74,7 @@ def test_weights_saved_and_loaded_give_the_features_of_the_original(name, tmp_pa
     torch.testing.assert_close(teacher(pixels).flatten(1, 2), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_openais_name_of_a_clip_gives_timms_encoder_with_the_activation_of_its_training(tmp_path):
     model = network("vit_base_patch32_clip_quickgelu_224")
     save_file(model.state_dict(), tmp_path / "w.safetensors")

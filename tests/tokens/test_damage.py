@@ -53,6 +53,7 @@ def damaged(data, kind, offset, bit):
     return b""
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(0, 10**6),

@@ -17,6 +17,7 @@ SMALL_IMAGES = ["--image-size", "64"]
 MIXED_PRECISION = ["--checkpoint-activations", "--precision", "bf16-mixed"]
 
 
+@pytest.mark.slow
 def test_a_run_reports_all_figures_draws_a_picture_and_can_be_opened(rectangles, tmp_path, capsys):
     data, out = rectangles(), tmp_path / "out"
     command = ["detect", ENCODER, str(data), "--out", str(out), *TINY, *SMALL_IMAGES, "--json"]

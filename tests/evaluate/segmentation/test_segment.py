@@ -26,6 +26,7 @@ def segment(capsys, *args):
     return json.loads(out.splitlines()[-1]), err
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_the_shapes_apart_and_reports_data_sizes_and_classes(tiny_run, shapes, tmp_path, capsys):
     out = tmp_path / "segmented"
     options = ["--epochs", 40, "--lr", 3e-3, "--eval-every", 20, "--layer-decay", 1, "--pictures", 3]
