@@ -18,7 +18,7 @@ from PIL import Image
 
 import fastmae
 from fastmae.cli import run
-from fastmae.evaluate.feature_files import SafetensorsEmbeddings
+from fastmae.evaluate.feature_files import SafetensorsFeatures
 from fastmae.images.middle import resize_whole, to_tensor
 from fastmae.images.views import normalise
 
@@ -195,6 +195,7 @@ def test_no_images_and_a_folder_as_the_file(tiny_run, photos, tmp_path, capsys):
     assert "is a folder; give a file in it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_call_leaves_the_earlier_file(tiny_run, photos, tmp_path, fastmae_command):
     images, out = tmp_path / "images", tmp_path / "out.safetensors"
     images.mkdir()
@@ -223,7 +224,7 @@ def test_a_file_grows_row_by_row_whatever_the_number_of_rows(tmp_path):
     for rows in (1, 9, 10, 101):  # lengths of the header's numbers
         vectors = np.random.default_rng(0).normal(size=(rows, 5)).astype(np.float32)
         grids = np.random.default_rng(1).normal(size=(rows, 2, 2, 5)).astype(np.float32)
-        file = SafetensorsEmbeddings(tmp_path / "a", 1000, 5, 2, "fp32", {})
+        file = SafetensorsFeatures(tmp_path / "a", 1000, 5, 2, "fp32", {})
         for row in range(rows):
             file.add([f"{row}"], vectors[row : row + 1], grids[row : row + 1])
         file.close()

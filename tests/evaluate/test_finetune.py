@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastmae.cli import run
-from fastmae.evaluate.classification import worst_pairs
+from fastmae.evaluate.classification import most_confused
 from fastmae.evaluate.finetune import ClassifierStep, build_classifier
-from fastmae.evaluate.transforms import LabelledPictures, full_augmentation
+from fastmae.evaluate.transforms import LabelledImages, full_augmentation
 from fastmae.probes.labelled import open_labelled
 from fastmae.runs.checkpoint import load_checkpoint
 from fastmae.runs.encoder import open_encoder
@@ -67,7 +67,7 @@ def test_smooth_labels_and_mixed_images_against_the_formula():
 
 def test_the_strongest_augmentation_draws_the_same_for_a_visit_and_never_fails(photos, tiny_run):
     data = open_labelled(photos)
-    pictures = LabelledPictures(
+    pictures = LabelledImages(
         data.train, data.train_labels, 3, full_augmentation(open_encoder(str(tiny_run)), "rand-m10-mstd2-inc1", 0.5)
     )
     for epoch in range(20):
@@ -78,9 +78,9 @@ def test_the_strongest_augmentation_draws_the_same_for_a_visit_and_never_fails(p
     assert not torch.equal(pictures[0, 0][0], pictures[1, 0][0])
 
 
-def test_the_worst_pairs_are_named():
+def test_the_most_confused_are_named():
     counts = torch.tensor([[5, 3, 0], [0, 9, 1], [0, 0, 2]])
-    assert worst_pairs(counts, ["a", "b", "c"]) == ["b for a (3)", "c for b (1)"]
+    assert most_confused(counts, ["a", "b", "c"]) == ["b for a (3)", "c for b (1)"]
 
 
 def tune(capsys, run_folder, photos, out, *options):
@@ -164,6 +164,7 @@ def test_data_that_can_not_be_learnt_from_are_named_before_the_start(tiny_run, p
     assert "give --out DIR" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_measure_as_one_does(tiny_run, photos, tmp_path, capsys, fastmae_command):
     plain = ["--augment", "crop", "--drop-path", "0", "--epochs", "2", "--eval-every", "1", *SHORT]
     assert run(["finetune", str(tiny_run), str(photos), "--out", str(tmp_path / "one"), *plain]) == 0

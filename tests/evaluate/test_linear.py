@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmae.cli import run
-from fastmae.evaluate.linear import KeptFeatures, build_probe, lars
+from fastmae.evaluate.linear import FeatureBatches, build_probe, lars
 
 
 def test_lars_scales_weights_by_trust_and_leaves_biases_alone():
@@ -34,7 +34,7 @@ def test_the_probe_standardises_by_batch_without_parameters_of_its_own():
 
 
 def test_kept_features_come_a_batch_at_a_time():
-    kept = KeptFeatures(torch.arange(12.0).view(6, 2), torch.arange(6))
+    kept = FeatureBatches(torch.arange(12.0).view(6, 2), torch.arange(6))
     features, labels = kept.__getitems__([(0, 3), (7, 1)])
     assert features.tolist() == [[6.0, 7.0], [2.0, 3.0]]
     assert labels.tolist() == [3, 1]

@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import fastmae
 from fastmae.cli import run
-from fastmae.evaluate.transforms import middle_crop
+from fastmae.evaluate.transforms import centre_crop
 from fastmae.exporting import export as export_command
 from fastmae.images.middle import resize_and_crop, to_tensor
 from fastmae.images.views import normalise
@@ -151,7 +151,7 @@ def test_a_fine_tuned_run_exports_its_encoder_and_its_classifier(tiny_run, photo
     assert "| top1 |" in card
     assert json.loads((tiny_run / "run.json").read_text())["store"]["teachers"][0]["weights_sha256"] in card
     by_timm = create_transform(**resolve_model_data_config(classifier))(picture)
-    torch.testing.assert_close(by_timm, middle_crop(open_encoder(str(tuned)))(picture), rtol=0, atol=4 / 255 / 0.224)
+    torch.testing.assert_close(by_timm, centre_crop(open_encoder(str(tuned)))(picture), rtol=0, atol=4 / 255 / 0.224)
     assert open_encoder(str(tmp_path / "classifier")).network.num_classes == 0
 
     capsys.readouterr()

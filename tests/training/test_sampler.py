@@ -41,10 +41,10 @@ def test_processes_share_out_the_same_global_batches(world_size):
 def test_accumulated_parts_make_up_the_same_share():
     for rank in range(2):
         whole = list(StepSampler(10, 8, 5, seed=1, rank=rank, world_size=2))
-        parts = list(StepSampler(10, 8, 5, seed=1, rank=rank, world_size=2, parts=2))
+        parts = list(StepSampler(10, 8, 5, seed=1, rank=rank, world_size=2, grad_accum_steps=2))
         assert [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)] == whole
-    resumed = StepSampler(10, 8, 5, seed=1, start_step=3, parts=2)
-    assert list(resumed) == list(StepSampler(10, 8, 5, seed=1, parts=2))[6:]
+    resumed = StepSampler(10, 8, 5, seed=1, start_step=3, grad_accum_steps=2)
+    assert list(resumed) == list(StepSampler(10, 8, 5, seed=1, grad_accum_steps=2))[6:]
     assert len(resumed) == 4
 
 

@@ -1,11 +1,13 @@
-"""`fastmae bench accuracy`: accuracy against training time, FastMAE beside MAE, on the same images, encoder and machine (Fig. 5).
+"""`fastmae bench accuracy`: accuracy against training time, FastMAE next to MAE (Fig. 5).
 
-Both get an equal share of the time, and a schedule that ends with it. Along the way the encoder is measured on held-out images, by k-NN
-and by a linear classifier; the clock stands still meanwhile. Tokenising is counted apart, and then added: it is paid once for a store.
+Both methods get the same images, encoder, machine and training time, and a schedule that ends with that time. Along the
+way the encoder is measured on held-out images, by k-NN and by a linear classifier; this does not count as training
+time. Tokenising is paid once per store, so ratios are given without it and with it.
 """
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,15 +19,14 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fastmae.bench.table import Table, machine
-from fastmae.bench.timing import check_positive
-from fastmae.config import BenchAccuracyConfig, PretrainConfig, TokenizeConfig, implied_values
-from fastmae.config.recipes import baseline_recipe, load_recipe
+from fastmae.config import BenchAccuracyConfig, PretrainConfig, TokenizeConfig
+from fastmae.config.recipes import check_baseline, load_recipe
 from fastmae.errors import InputError
 from fastmae.offline.tokenize import tokenize
-from fastmae.pretraining.plan import plan
+from fastmae.pretraining.plan import make_plan
 from fastmae.pretraining.pretrain import pretrain
-from fastmae.pretraining.step import speed
-from fastmae.probes.embed import WholeImages, embed_pictures, embed_with_encoder
+from fastmae.pretraining.speed import images_per_second
+from fastmae.probes.embed import WholeImages, embed_images, embed_with_encoder
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.probes.logistic import linear_accuracy
 from fastmae.probes.neighbours import knn_accuracy
@@ -34,244 +35,275 @@ from fastmae.reporting.html_page import Section, write_page
 from fastmae.runs.folder import RUN_FILE, read_evaluations, read_run
 from fastmae.runtime.device import own_device
 from fastmae.runtime.durable import write_json, write_whole
-from fastmae.runtime.workers import worker_count
 from fastmae.student.student import build_student
 from fastmae.tokens import TokenStore
 
+log = logging.getLogger(__name__)
 FASTMAE, MAE = "FastMAE", "MAE"
 TIMED_STEPS = 30
-EXTRA_FILE = "accuracy.json"
-"""Beside the store: what a continued call must know of the first one."""
-NEIGHBOURS, TEMPERATURE = 20, 0.07
-MEASURES = {"knn": "kNN top-1 %", "linear": "linear top-1 %"}
+RECORD_FILE = "accuracy.json"
+"""Beside the store: what a continued call must know about the first one."""
+DECODE_BATCH_SIZE, EMBED_BATCH_SIZE = 64, 256
+LABELS = {"knn": "kNN top-1 %", "linear": "linear top-1 %"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """The mean of a method's runs at one of its measurements: seconds of training, and top-1 in percent."""
+    """One measurement of a method, averaged over its runs.
+
+    Attributes:
+        seconds: training time.
+        knn: k-NN top-1 accuracy in percent.
+        linear: top-1 accuracy of the linear classifier in percent.
+        knn_std: standard deviation over the runs; None for a single run.
+        linear_std: the same for the linear classifier.
+    """
 
     seconds: float
     knn: float
     linear: float
-    knn_deviation: float | None
-    linear_deviation: float | None
+    knn_std: float | None
+    linear_std: float | None
 
 
 def bench_accuracy(config: BenchAccuracyConfig) -> dict[str, Any]:
-    """Tokenise, train, measure, compare, draw; the command's JSON.
+    """Tokenise, train and measure both methods, compare, draw; the command's JSON.
 
     Raises:
         InputError: images or options that can't be used.
     """
-    check_positive(seeds=config.seeds, points=config.points)
-    if not config.minutes > 0:
-        raise InputError(f"--minutes {config.minutes}: give more than 0")
     data = open_labelled(config.images)
-    baseline_recipe(config.mae_recipe, config.recipe)  # raises where they differ
-    store, tokenising = _tokenise(config)
-    measure = Measure(config, data, TokenStore(store))
-    tracks = {
-        name: [_train(config, name, store, seed, measure) for seed in range(config.seeds)] for name in (FASTMAE, MAE)
-    }
-    points = {name: _means(runs) for name, runs in tracks.items()}
-    ratios = {key: time_ratio(points, key, tokenising) for key in MEASURES}
+    check_baseline(config.mae_recipe, config.recipe)
+    store, tokenize_seconds = _tokenize(config)
+    measure = AccuracyMeasure(config, data, TokenStore(store))
+    seeds = range(config.seed, config.seed + config.seeds)
+    runs = {method: [_train(config, method, store, seed, measure) for seed in seeds] for method in (FASTMAE, MAE)}
+    points = {method: _mean_points(measurements) for method, measurements in runs.items()}
+    ratios = {key: time_ratio(points, key, tokenize_seconds) for key in LABELS}
+    _publish(config, points, ratios, tokenize_seconds, data)
     rows = [
-        {"method": name, **{k: v for k, v in vars(point).items() if v is not None}}
-        for name in points
-        for point in points[name]
+        {"method": method, **{name: value for name, value in vars(point).items() if value is not None}}
+        for method, curve in points.items()
+        for point in curve
     ]
-    _publish(config, points, ratios, tokenising, data)
     return {
         "rows": rows,
-        "tokenize_seconds": round(tokenising, 1),
+        "tokenize_seconds": round(tokenize_seconds, 1),
         "ratios": ratios,
         "html": str(config.out / "accuracy.html"),
     }
 
 
-class Measure:
+class AccuracyMeasure:
     """k-NN and linear accuracy of a student's encoder on the labelled images, which are decoded once.
 
     Args:
-        config: of the bench.
+        config: the bench's options.
         data: the labelled images.
-        store: tells how pictures come to the encoder's size.
+        store: tells how pictures are brought to the encoder's size.
     """
 
     def __init__(self, config: BenchAccuracyConfig, data: LabelledFolder, store: TokenStore):
         self.data, self.device = data, own_device(config.device)
         self.normalisation = store.normalisation
-        size, workers = int(load_recipe(config.recipe)["image_size"]), worker_count(config.workers)
+        size = int(load_recipe(config.recipe)["image_size"])
         self.pixels = {
-            split: embed_pictures(
-                WholeImages(paths, size, store.info.resize, store.info.channels), len(paths), lambda pixels: pixels,
-                torch.device("cpu"), 64, workers, f"decoding {split}",
+            split: embed_images(
+                WholeImages(paths, size, store.info.resize, store.info.channels),
+                lambda pixels: pixels,
+                torch.device("cpu"),
+                DECODE_BATCH_SIZE,
+                config.workers,
+                f"decoding {split}",
             ).to(torch.uint8)
             for split, paths in (("train", data.train), ("val", data.val))
-        }  # fmt: skip
+        }
 
     def __call__(self, student: Any) -> Mapping[str, float]:
-        """`knn` and `linear`, top-1 in percent; and the seconds that measuring took."""
-        begun = time.monotonic()
+        """`knn` and `linear`, top-1 in percent; and `measuring`, the seconds that it took."""
+        start = time.monotonic()
         embed = embed_with_encoder(student.encoder, "mean", None, *self.normalisation)
         train, val = (
-            embed_pictures(
-                TensorDataset(pixels), len(pixels), embed, self.device, 256, 0, f"measuring {split}", quiet=True
+            embed_images(
+                TensorDataset(pixels), embed, self.device, EMBED_BATCH_SIZE, 0, f"measuring {split}", quiet=True
             )
             for split, pixels in self.pixels.items()
         )
-        labels, classes = (self.data.train_labels, self.data.val_labels), len(self.data.classes)
-        knn, _ = knn_accuracy(train, labels[0], val, labels[1], classes, NEIGHBOURS, TEMPERATURE)
-        linear, _ = linear_accuracy(train, labels[0], val, labels[1], classes)
-        return {"knn": round(knn, 3), "linear": round(linear, 3), "measuring": round(time.monotonic() - begun, 2)}
+        features = (train, self.data.train_labels, val, self.data.val_labels, len(self.data.classes))
+        knn, linear = knn_accuracy(*features)[0], linear_accuracy(*features)[0]
+        return {"knn": round(knn, 3), "linear": round(linear, 3), "measuring": round(time.monotonic() - start, 2)}
 
 
-def time_ratio(points: Mapping[str, Sequence[Point]], key: str, tokenising: float) -> dict[str, Any]:
-    """How much sooner FastMAE is as accurate as MAE becomes at best.
+def time_ratio(points: Mapping[str, Sequence[Point]], key: str, tokenize_seconds: float) -> dict[str, Any]:
+    """How much sooner FastMAE reaches MAE's best accuracy.
 
-    Both curves are joined by straight lines; the first time at which FastMAE's reaches MAE's best counts.
+    Both curves are linear between their points. FastMAE's time is the first one at which its curve reaches MAE's best.
 
     Args:
-        points: method -> its measurements, in order.
+        points: method -> its points in order.
         key: 'knn' or 'linear'.
-        tokenising: seconds, which are added for `with_tokenising`.
+        tokenize_seconds: added to FastMAE's time for `with_tokenising`.
 
     Returns:
-        `accuracy` (MAE's best, percent), `mae_seconds`, `fastmae_seconds`, `ratio`, `with_tokenising`; None where FastMAE never reaches it.
+        `accuracy` (MAE's best, percent), `mae_seconds`, `fastmae_seconds`, `ratio`, `with_tokenising`; the last three
+        are None if FastMAE never reaches it.
     """
     best = max(points[MAE], key=lambda point: getattr(point, key))
-    wanted = getattr(best, key)
-    reached = first_reached([(point.seconds, getattr(point, key)) for point in points[FASTMAE]], wanted)
-    found: dict[str, Any] = {"accuracy": wanted, "mae_seconds": best.seconds, "fastmae_seconds": reached}
-    ratios = {"ratio": reached, "with_tokenising": None if reached is None else reached + tokenising}
-    return found | {name: None if not seconds else round(best.seconds / seconds, 2) for name, seconds in ratios.items()}
+    accuracy = getattr(best, key)
+    seconds = first_reached([(point.seconds, getattr(point, key)) for point in points[FASTMAE]], accuracy)
+    with_tokenising = None if seconds is None else seconds + tokenize_seconds
+    return {
+        "accuracy": accuracy,
+        "mae_seconds": best.seconds,
+        "fastmae_seconds": seconds,
+        "ratio": round(best.seconds / seconds, 2) if seconds else None,
+        "with_tokenising": round(best.seconds / with_tokenising, 2) if with_tokenising else None,
+    }
 
 
-def first_reached(curve: Sequence[tuple[float, float]], wanted: float) -> float | None:
-    """The first time at which a curve of (seconds, value), joined by straight lines, reaches a value; None: never."""
-    if curve[0][1] >= wanted:
+def first_reached(curve: Sequence[tuple[float, float]], value: float) -> float | None:
+    """The first time at which a curve of (seconds, value), linear between its points, reaches a value; None if
+    never."""
+    if curve[0][1] >= value:
         return curve[0][0]
     for (before, low), (after, high) in itertools.pairwise(curve):
-        if low < wanted <= high:
-            return before + (after - before) * (wanted - low) / (high - low)
+        if low < value <= high:
+            return before + (after - before) * (value - low) / (high - low)
     return None
 
 
-def _tokenise(config: BenchAccuracyConfig) -> tuple[Path, float]:
-    """The store, and the seconds that it took when it was made.
+def _tokenize(config: BenchAccuracyConfig) -> tuple[Path, float]:
+    """The store, and the seconds that its making took.
 
     Raises:
-        InputError: a folder that holds what was measured with other settings.
+        InputError: a folder with measurements of other settings.
     """
-    store, kept = config.out / "accuracy.tokens", config.out / EXTRA_FILE
-    asked = {name: getattr(config, name) for name in ("minutes", "seeds", "points")}
-    before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else asked
-    differing = [
-        f"--{name} {before[name]}, not {value}" for name, value in asked.items() if before.get(name, value) != value
+    store, record_file = config.out / "accuracy.tokens", config.out / RECORD_FILE
+    settings = {name: getattr(config, name) for name in ("minutes", "seeds", "points")}
+    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else settings
+    differences = [
+        f"--{name} {record[name]}, not {value}" for name, value in settings.items() if record.get(name, value) != value
     ]
-    if differing:
-        raise InputError(f"{config.out}: holds a bench with {'; '.join(differing)}; give that again, or another --out")
-    options = TokenizeConfig(
-        images=config.images / "train", store=store, teacher=config.teacher, teacher_weights=config.teacher_weights,
-        teacher_block=config.teacher_block, middle_size=config.middle_size, patch_size=config.patch_size, workers=config.workers,
-        device=config.device, seed=config.seed,
-    )  # fmt: skip
-    begun = time.monotonic()
-    tokenize(options)
-    if not kept.exists():
-        write_json(kept, {**asked, "tokenize_seconds": time.monotonic() - begun})
-    return store, float(json.loads(kept.read_text(encoding="utf-8"))["tokenize_seconds"])
+    if differences:
+        raise InputError(f"{config.out}: holds a bench with {'; '.join(differences)}; give that, or another --out")
+    start = time.monotonic()
+    tokenize(
+        TokenizeConfig(
+            images=config.images / "train",
+            store=store,
+            teacher=config.teacher,
+            teacher_weights=config.teacher_weights,
+            teacher_block=config.teacher_block,
+            middle_size=config.middle_size,
+            patch_size=config.patch_size,
+            workers=config.workers,
+            device=config.device,
+            seed=config.seed,
+        )
+    )
+    if not record_file.exists():
+        write_json(record_file, {**settings, "tokenize_seconds": time.monotonic() - start})
+    return store, float(json.loads(record_file.read_text(encoding="utf-8"))["tokenize_seconds"])
 
 
 def _train(
-    config: BenchAccuracyConfig, name: str, store: Path, seed: int, measure: Measure
+    config: BenchAccuracyConfig, method: str, store: Path, seed: int, measure: AccuracyMeasure
 ) -> list[Mapping[str, float]]:
-    """A run's measurements, the one before its first step among them."""
-    run = config.out / f"{name.lower()}-{config.seed + seed}"
-    recipe = config.recipe if name == FASTMAE else config.mae_recipe
-    values = load_recipe(recipe)
+    """The measurements of a run, from before its first step to its end."""
+    run = config.out / f"{method.lower()}-{seed}"
     options = PretrainConfig(
-        stores=(str(store),), run=run, seed=config.seed + seed, device=config.device, workers=config.workers, recipe=recipe,
-        **{**implied_values(values.get("target", "tokens")), **values, "flip": config.flip},
-    )  # fmt: skip
-    if (run / RUN_FILE).exists():  # an interrupted bench goes on with what it had chosen
+        stores=(str(store),),
+        run=run,
+        recipe=config.recipe if method == FASTMAE else config.mae_recipe,
+        flip=config.flip,
+        seed=seed,
+        device=config.device,
+        workers=config.workers,
+    )
+    if (run / RUN_FILE).exists():  # an interrupted bench continues with the epochs that it had chosen
         epochs = int(read_run(run)["options"]["epochs"])
     else:
         seconds = 60 * config.minutes / 2 / config.seeds
-        epochs = max(1, round(seconds * speed(options, TIMED_STEPS) / len(TokenStore(store))))
-    options = replace(
-        options, epochs=epochs, warmup_epochs=min(options.warmup_epochs, epochs / 5), knn_every=epochs / config.points
-    )
-    made = plan(options)
+        epochs = max(1, round(seconds * images_per_second(options, TIMED_STEPS) / len(TokenStore(store))))
+    warmup_epochs = min(options.warmup_epochs, epochs / 5)
+    options = replace(options, epochs=epochs, warmup_epochs=warmup_epochs, knn_every=epochs / config.points)
+    plan = make_plan(options)
     torch.manual_seed(options.seed)
-    untrained = build_student(options, made.patch_size, made.target_dim, made.channels).eval().to(measure.device)
-    start = {"seconds": 0.0, **measure(untrained)}
+    untrained = build_student(options, plan.patch_size, plan.target_dim, plan.channels).eval().to(measure.device)
+    first = {"seconds": 0.0, **measure(untrained)}
     pretrain(options, measure)
-    return [start, *read_evaluations(run)]
+    return [first, *read_evaluations(run)]
 
 
-def _means(runs: list[list[Mapping[str, float]]]) -> list[Point]:
-    count = min(len(run) for run in runs)
-    found = []
-    for place in range(count):
-        here = [run[place] for run in runs]
-        spread = {key: round(stdev(entry[key] for entry in here), 3) if len(here) > 1 else None for key in MEASURES}
-        seconds, knn, linear = (fmean(entry[key] for entry in here) for key in ("seconds", *MEASURES))
-        found.append(Point(round(seconds, 1), round(knn, 3), round(linear, 3), spread["knn"], spread["linear"]))
-    return found
+def _mean_points(runs: list[list[Mapping[str, float]]]) -> list[Point]:
+    points = []
+    for measurements in zip(*runs, strict=False):
+        seconds, knn, linear = (fmean(each[key] for each in measurements) for key in ("seconds", "knn", "linear"))
+        stds = [
+            round(stdev(each[key] for each in measurements), 3) if len(measurements) > 1 else None
+            for key in ("knn", "linear")
+        ]
+        points.append(Point(round(seconds, 1), round(knn, 3), round(linear, 3), *stds))
+    return points
 
 
 def _publish(
     config: BenchAccuracyConfig,
     points: Mapping[str, list[Point]],
     ratios: Mapping[str, Any],
-    tokenising: float,
+    tokenize_seconds: float,
     data: LabelledFolder,
 ) -> None:
     settings = machine() | {
         "images": f"{len(data.train):,} train, {len(data.val):,} val, {len(data.classes)} classes",
         "recipes": f"{config.recipe}, {config.mae_recipe}",
         "teacher": config.teacher,
-        "training": f"{config.minutes:g} minutes in all, {config.seeds} seed{'s' if config.seeds > 1 else ''} of each method",
-        "tokenising": f"{tokenising:.0f} s, once",
+        "training": f"{config.minutes:g} minutes in all; seeds per method: {config.seeds}",
+        "tokenising": f"{tokenize_seconds:.0f} s, once",
     }
-    rows = [_shown(name, point) for name, found in points.items() for point in found]
-    notes = [_sentence(MEASURES[key], ratio) for key, ratio in ratios.items()]
-    notes.append("Between two measurements a straight line counts.")
-    notes.append("Seconds are of training alone; measuring stands outside of them, and tokenising is told apart.")
+    rows = [_cells(method, point) for method, curve in points.items() for point in curve]
+    notes = [
+        *(_sentence(LABELS[key], ratio) for key, ratio in ratios.items()),
+        "Curves are linear between two measurements.",
+        "Seconds are training time alone, without measuring; tokenising is given separately.",
+    ]
     Table("Accuracy against training time", settings, rows, notes).publish(config.out / "accuracy.md")
-    panels = [_panel(points, key, label, tokenising) for key, label in MEASURES.items()]
-    charts = [panel.svg() for panel in panels]
-    write_whole(config.out / "accuracy.png", lambda aside: aside.write_bytes(curves_png(panels)))
+    panels = [_panel(points, key, label, tokenize_seconds) for key, label in LABELS.items()]
+    write_whole(config.out / "accuracy.png", lambda temporary: temporary.write_bytes(curves_png(panels)))
     lead = "; ".join(f"{name}: {value}" for name, value in settings.items())
+    charts = [panel.svg() for panel in panels]
     sections = [Section("Accuracy against seconds", " ".join(notes), charts=charts), Section("All points", rows=rows)]
-    write_page(config.out / "accuracy.html", "FastMAE and MAE: accuracy against training time", lead, sections)
-    print(f"{config.out / 'accuracy.html'}: the figure; also as accuracy.png, and accuracy.md: the table")
+    page = config.out / "accuracy.html"
+    write_page(page, "FastMAE and MAE: accuracy against training time", lead, sections)
+    log.info(f"{page}: the figure, also as accuracy.png; the table as accuracy.md")
 
 
-def _panel(points: Mapping[str, list[Point]], key: str, label: str, tokenising: float) -> Curves:
+def _panel(points: Mapping[str, list[Point]], key: str, label: str, tokenize_seconds: float) -> Curves:
     series = {
-        name: [{"s": point.seconds, "y": getattr(point, key)} for point in found] for name, found in points.items()
+        method: [{"s": point.seconds, "y": getattr(point, key)} for point in curve] for method, curve in points.items()
     }
-    series["FastMAE, tokenising added"] = [{"s": entry["s"] + tokenising, "y": entry["y"]} for entry in series[FASTMAE]]
+    series["FastMAE, tokenising added"] = [
+        {"s": entry["s"] + tokenize_seconds, "y": entry["y"]} for entry in series[FASTMAE]
+    ]
     return Curves(series, "s", "y", "seconds of training", label)
 
 
-def _shown(name: str, point: Point) -> dict[str, str]:
-    def with_spread(value: float, deviation: float | None) -> str:
-        return f"{value:.1f}" if deviation is None else f"{value:.1f} ± {deviation:.1f}"
-
+def _cells(method: str, point: Point) -> dict[str, str]:
     return {
-        "method": name,
+        "method": method,
         "seconds": f"{point.seconds:.0f}",
-        MEASURES["knn"]: with_spread(point.knn, point.knn_deviation),
-        MEASURES["linear"]: with_spread(point.linear, point.linear_deviation),
+        LABELS["knn"]: _with_std(point.knn, point.knn_std),
+        LABELS["linear"]: _with_std(point.linear, point.linear_std),
     }
 
 
+def _with_std(value: float, std: float | None) -> str:
+    return f"{value:.1f}" if std is None else f"{value:.1f} ± {std:.1f}"
+
+
 def _sentence(label: str, ratio: Mapping[str, Any]) -> str:
-    best = f"{label}: MAE's best, {ratio['accuracy']:.1f}, after {ratio['mae_seconds']:.0f} s"
+    best = f"{label}: MAE is best, at {ratio['accuracy']:.1f}, after {ratio['mae_seconds']:.0f} s"
     if ratio["ratio"] is None:
-        return f"{best}; FastMAE {'begins there' if ratio['fastmae_seconds'] == 0 else 'does not reach it'}."
-    times = f"{ratio['ratio']:g} x (with tokenising {ratio['with_tokenising']:g} x)"
-    return f"{best}; FastMAE reaches it in {ratio['fastmae_seconds']:.0f} s: {times}."
+        return f"{best}; FastMAE {'starts there' if ratio['fastmae_seconds'] == 0 else 'does not reach it'}."
+    times = f"{ratio['ratio']:g} times sooner (with tokenising: {ratio['with_tokenising']:g} times)"
+    return f"{best}; FastMAE reaches that after {ratio['fastmae_seconds']:.0f} s, {times}."

@@ -33,7 +33,7 @@ from fastmae.runtime.progress import Progress
 from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher, load_teacher
 from fastmae.tokens.codec import Codec, learns, load_codec
-from fastmae.tokens.quantise import learn_from
+from fastmae.tokens.learn import learn_from
 
 LEARNING, HELD_OUT = 0, 1
 """Numbers of the two image lists, as parts of a store."""

@@ -15,7 +15,7 @@ from fastmae.teachers import Teacher
 from fastmae.tokens import TokenStore
 from fastmae.tokens.codec import Codec, learns, load_codec
 from fastmae.tokens.format import Part, StoreInfo, checksum, list_name
-from fastmae.tokens.quantise import learn_from
+from fastmae.tokens.learn import learn_from
 from fastmae.tokens.writer import StoreWriter, begin_folder
 
 

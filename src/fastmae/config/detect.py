@@ -1,7 +1,7 @@
 """Options of `fastmae detect`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from fastmae.config.common import PIXELS
 from fastmae.config.options import options
@@ -12,6 +12,8 @@ from fastmae.config.supervised import SupervisedConfig
 @options
 class DetectConfig(SupervisedConfig):
     """Train Mask R-CNN on the encoder: boxes and masks of objects, measured as in COCO (Sec. 4.1.5, Table 8)."""
+
+    may_change: ClassVar[tuple[str, ...]] = (*SupervisedConfig.may_change, "pictures")
 
     data: Path
     """COCO's own layout (annotations/instances_{train,val}2017.json, train2017/, val2017/), or two folders whose names

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastmae.config.common import PIXELS
 from fastmae.config.options import options
@@ -17,6 +17,12 @@ from fastmae.errors import InputError
 @options
 class PretrainConfig(TrainingConfig):
     """Pre-train a ViT: mask 75 % of the patches of an aligned view, predict the stored features (Sec. 3.2.4)."""
+
+    may_change: ClassVar[tuple[str, ...]] = (
+        *TrainingConfig.may_change,
+        *("stores", "run", "recipe", "strategy", "compile", "on_damage", "cache", "cache_size"),
+        *("profile", "knn_every", "knn_data"),
+    )
 
     stores: tuple[str, ...] = field(metadata={"metavar": "STORE..."})
     """The token store: a folder or a URL (s3://, https://, any of fsspec's). Or several stores of the same images by

@@ -1,6 +1,6 @@
 """Options of `fastmae segment`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from fastmae.config.common import PIXELS
 from fastmae.config.options import options
@@ -15,6 +15,8 @@ class SegmentConfig(SupervisedConfig):
     DATA has images/{train,val}/X.jpg and masks/{train,val}/X.png (class ids, 255 = ignored; classes.json may name
     them), or ADE20K's own images/{training,validation} and annotations/{training,validation}.
     """
+
+    may_change: ClassVar[tuple[str, ...]] = (*SupervisedConfig.may_change, "pictures")
 
     layer_decay: Annotated[float, Range(above=0, most=1)] = 0.65
     """Each block's learning rate, as a fraction of that of the block above it."""

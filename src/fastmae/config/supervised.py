@@ -1,7 +1,7 @@
 """The options that the commands share that train on labels."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from fastmae.config.options import options
 from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Range
@@ -11,6 +11,8 @@ from fastmae.config.training import TrainingConfig
 @options
 class SupervisedConfig(TrainingConfig):
     """What finetune, linear, segment and detect share. None: chosen by the recipe and the size of the data."""
+
+    may_change: ClassVar[tuple[str, ...]] = (*TrainingConfig.may_change, "data", "out")
 
     run: str
     """A run's folder or checkpoint, an exported model, timm/NAME, or a checkpoint of MAE, DINO or iBOT."""

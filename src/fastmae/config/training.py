@@ -1,6 +1,6 @@
 """The options that every command that trains has."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from fastmae.config.common import Common, Precision
 from fastmae.config.options import options
@@ -10,6 +10,12 @@ from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, WORKERS
 @options
 class TrainingConfig(Common):
     """What pretrain, finetune, linear, segment and detect share."""
+
+    may_change: ClassVar[tuple[str, ...]] = (
+        *("config", "print_config", "json", "resume", "device", "devices", "workers", "save_every", "log_every"),
+        *("micro_batch", "checkpoint_activations"),
+    )
+    """Options that may change when a run is continued: they change where and how fast it trains, but not what."""
 
     min_lr: Annotated[float, AT_LEAST_0] = 0.0
     """Learning rate at the end."""

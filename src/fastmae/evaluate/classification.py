@@ -1,4 +1,4 @@
-"""What a classifier is measured by: top-1 and top-5, and which classes it takes for which others."""
+"""Measuring a classifier: top-1 and top-5 accuracy, and which classes it confuses."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,8 +15,8 @@ from fastmae.runtime.durable import write_whole
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import on_first_process
 
-NAMED_CLASSES = 40
-"""Up to which the picture names them."""
+MAX_NAMED_CLASSES = 40
+"""With more classes, the picture of the confusion matrix has no names."""
 
 
 def measure_classifier(
@@ -26,72 +26,73 @@ def measure_classifier(
     fabric: Fabric,
     picture: Path | None,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent over all processes' batches.
+    """`top1` and `top5` accuracy in percent and `val_loss`, over the batches of all processes.
 
     Args:
         network: [B, ...] -> scores [B, classes].
-        batches: of this process.
-        classes: their names.
+        batches: this process's images and labels.
+        classes: names of the classes.
         fabric: of the run.
-        picture: where the confusion matrix is drawn to; None: it is not.
+        picture: file for a picture of the confusion matrix; None: no picture.
     """
-    count = len(classes)
-    top1 = MulticlassAccuracy(count, top_k=1, average="micro").to(fabric.device)
-    top5 = MulticlassAccuracy(count, top_k=min(5, count), average="micro").to(fabric.device)
-    confusion = MulticlassConfusionMatrix(count).to(fabric.device)
-    total = torch.zeros(2, device=fabric.device)  # of the loss, and images
+    class_count = len(classes)
+    top1 = MulticlassAccuracy(class_count, top_k=1, average="micro").to(fabric.device)
+    top5 = MulticlassAccuracy(class_count, top_k=min(5, class_count), average="micro").to(fabric.device)
+    confusion = MulticlassConfusionMatrix(class_count).to(fabric.device)
+    loss_and_images = torch.zeros(2, device=fabric.device)
     for images, labels in batches:
         scores = network(images).float()
         for metric in (top1, top5, confusion):
             metric.update(scores, labels)
-        total[0] += F.cross_entropy(scores, labels, reduction="sum")
-        total[1] += len(labels)
-    loss, seen = cast(torch.Tensor, fabric.all_reduce(total, reduce_op="sum")).tolist()
-    counted = confusion.compute().cpu()
+        loss_and_images[0] += F.cross_entropy(scores, labels, reduction="sum")
+        loss_and_images[1] += len(labels)
+    loss, image_count = cast(torch.Tensor, fabric.all_reduce(loss_and_images, reduce_op="sum")).tolist()
+    counts = confusion.compute().cpu()
     if picture is not None:
-        on_first_process(fabric, lambda: draw_confusion(counted, classes, picture))
+        on_first_process(fabric, lambda: draw_confusion(counts, classes, picture))
     return {
         "top1": round(100 * top1.compute().item(), 3),
         "top5": round(100 * top5.compute().item(), 3),
-        "val_loss": round(loss / seen, 5),
+        "val_loss": round(loss / image_count, 5),
     }
 
 
 def draw_confusion(counts: torch.Tensor, classes: list[str], path: Path) -> None:
-    """Write a confusion matrix as a PNG: a row a true class, a column a predicted one, shares of the row; and the worst pairs in words.
+    """Draw a confusion matrix, with the most frequent confusions in words, as a PNG file.
 
     Args:
-        counts: int64 [C, C], rows true.
-        classes: C names.
-        path: of the file.
+        counts: int64 [C, C]: rows are true classes, columns predicted ones.
+        classes: names of the C classes.
+        path: the file.
     """
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     side = min(11.0, 4.0 + 0.22 * len(classes))
     figure = Figure(figsize=(side + 1.0, side + 0.8), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.imshow(shares.numpy(), cmap=mpl.colormaps["Blues"], vmin=0, vmax=1)
-    if len(classes) <= NAMED_CLASSES:
+    image = axes.imshow(shares.numpy(), cmap=mpl.colormaps["Blues"], vmin=0, vmax=1)
+    if len(classes) <= MAX_NAMED_CLASSES:
         axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
         axes.set_yticks(range(len(classes)), classes, fontsize=7)
-        for true, said in counts.nonzero().tolist():
-            ink = "white" if shares[true, said] > 0.5 else "black"
-            axes.text(said, true, str(int(counts[true, said])), ha="center", va="center", fontsize=6, color=ink)
+        for true, predicted in counts.nonzero().tolist():
+            colour = "white" if shares[true, predicted] > 0.5 else "black"
+            text = str(int(counts[true, predicted]))
+            axes.text(predicted, true, text, ha="center", va="center", fontsize=6, color=colour)
     axes.set(xlabel="predicted", ylabel="true", title=f"right: {100 * counts.diag().sum() / counts.sum():.1f} %")
-    figure.colorbar(drawn, ax=axes, shrink=0.7, label="share of the true class")
-    worst = worst_pairs(counts, classes)
-    if worst:
-        figure.supxlabel("taken most often:\n" + "\n".join(worst), fontsize=8)
-    write_whole(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
+    confusions = most_confused(counts, classes)
+    if confusions:
+        figure.supxlabel("most frequent confusions:\n" + "\n".join(confusions), fontsize=8)
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
-def worst_pairs(counts: torch.Tensor, classes: list[str], most: int = 5) -> list[str]:
-    """The confusions that occur most, as 'shirt for t-shirt (7)'."""
+def most_confused(counts: torch.Tensor, classes: list[str], most: int = 5) -> list[str]:
+    """The most frequent confusions, as 'shirt for t-shirt (7)': predicted, true, and how often."""
     wrong = counts.clone()
     wrong.fill_diagonal_(0)
-    found = wrong.flatten().topk(min(most, wrong.numel()))
-    places = [divmod(place, len(classes)) for place in found.indices.tolist()]
+    largest = wrong.flatten().topk(min(most, wrong.numel()))
+    pairs = [divmod(position, len(classes)) for position in largest.indices.tolist()]
     return [
-        f"{classes[said]} for {classes[true]} ({n})"
-        for (true, said), n in zip(places, found.values.tolist(), strict=True)
-        if n > 0
+        f"{classes[predicted]} for {classes[true]} ({count})"
+        for (true, predicted), count in zip(pairs, largest.values.tolist(), strict=True)
+        if count > 0
     ]

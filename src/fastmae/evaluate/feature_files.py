@@ -1,13 +1,13 @@
-"""Embeddings on disk, row by row as they come: memory holds a batch, however many images there are.
+"""Feature files, written row by row: memory holds one batch, however many images there are.
 
-.safetensors holds `embeddings` [n, D], with --dense also `dense` [n, g, g, D], both of one dtype, and `paths`: uint8, the images'
-keys in UTF-8 with a zero byte between two (no key holds one). So a million names are a tensor, and not metadata, which every
-reader would have to parse first:
+.safetensors holds `embeddings` [n, D]; with --dense also `dense` [n, g, g, D]; and `paths`, uint8: the images' keys in
+UTF-8, separated by zero bytes (no key contains one). As a tensor, a million names cost nothing until they are read,
+while every reader would have to parse them if they were metadata:
 
     tensors = safetensors.numpy.load_file(file)
     paths = tensors["paths"].tobytes().decode().split("\\0")
 
-.parquet holds a row an image: `path`, and `embedding`, a list of floats.
+.parquet holds one row per image: `path`, and `embedding`, a list of floats.
 Both say in JSON, under the metadata key `fastmae`, how they were made.
 """
 
@@ -27,21 +27,26 @@ from fastmae.errors import InputError
 METADATA_KEY = "fastmae"
 SUFFIXES = (".safetensors", ".parquet")
 DTYPES: dict[str, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
-NAMES = {"fp32": "F32", "fp16": "F16"}
-"""As safetensors call them."""
+SAFETENSORS_DTYPES = {"fp32": "F32", "fp16": "F16"}
 ROW_GROUP = 4096
-"""Rows of a Parquet file that are written, and read, together."""
+"""Rows of a Parquet file that are written together."""
 LENGTH_BYTES = 8
-"""In which a safetensors file says how long its header is."""
-LONGEST = 1 << 60
-"""More bytes than a file has: a header written with it is as long as headers get."""
+"""Size of the number at the start of a safetensors file that gives the length of its header."""
+LARGEST_SIZE = 1 << 60
+"""More bytes than any file has: a header that contains this number is as long as a header gets."""
 
 
-class EmbeddingFile(Protocol):
-    """Takes rows; closed, it is a file."""
+class FeatureFile(Protocol):
+    """A file that takes rows."""
 
     def add(self, keys: Sequence[str], embeddings: np.ndarray, dense: np.ndarray | None) -> None:
-        """Append rows: keys, [b, D], and [b, g, g, D] where there is a grid."""
+        """Append rows.
+
+        Args:
+            keys: b keys.
+            embeddings: [b, D].
+            dense: [b, g, g, D], or None without a grid.
+        """
         ...
 
     def close(self) -> None:
@@ -49,64 +54,64 @@ class EmbeddingFile(Protocol):
         ...
 
 
-def open_embeddings(
-    path: Path, suffix: str, rows: int, dim: int, grid: int | None, dtype: str, made: dict[str, Any]
-) -> EmbeddingFile:
+def open_feature_file(
+    path: Path, suffix: str, rows: int, dim: int, grid: int | None, dtype: str, metadata: dict[str, Any]
+) -> FeatureFile:
     """Begin a file.
 
     Args:
-        path: to write to.
+        path: the file to write.
         suffix: one of `SUFFIXES`.
-        rows: at most.
+        rows: the largest number of rows.
         dim: D.
         grid: g, or None without a grid.
         dtype: a key of `DTYPES`.
-        made: how, for the metadata.
+        metadata: how the features were made, JSON-able.
     """
     if suffix == ".parquet":
-        return ParquetEmbeddings(path, dtype, made)
-    return SafetensorsEmbeddings(path, rows, dim, grid, dtype, made)
+        return ParquetFeatures(path, dtype, metadata)
+    return SafetensorsFeatures(path, rows, dim, grid, dtype, metadata)
 
 
 def check_file(out: Path, dense: bool) -> None:
-    """Whether embeddings can be written to a file of this name.
+    """Check that features can be written to a file of this name.
 
     Raises:
         InputError: another kind of file, a folder, or a grid for Parquet.
     """
     if out.suffix not in SUFFIXES:
-        raise InputError(f"{out}: give a file that ends in {' or '.join(SUFFIXES)}")
+        raise InputError(f"{out}: give a file name that ends in {' or '.join(SUFFIXES)}")
     if out.is_dir():
         raise InputError(f"{out}: is a folder; give a file in it")
     if dense and out.suffix == ".parquet":
         raise InputError(
-            f"{out}: --dense is a grid of vectors an image, which a table holds badly; give a .safetensors file"
+            f"{out}: --dense gives a grid of vectors per image, which a table holds badly; use .safetensors"
         )
 
 
-class SafetensorsEmbeddings:
-    """A safetensors file that grows: the largest tensor lies first and takes its rows in place, the others wait in files without a name.
+class SafetensorsFeatures:
+    """A safetensors file that grows: rows of the largest tensor go into it directly, the others wait in unnamed files.
 
     Args:
-        path: to write to.
-        rows: at most; the header's place is kept for that many, since how many can be decoded is known at the end.
+        path: the file to write.
+        rows: the largest number of rows. Space is reserved for a header of that many: their number is known at the end.
         dim: D.
         grid: g, or None without a grid.
         dtype: a key of `DTYPES`.
-        made: how, for the metadata.
+        metadata: how the features were made, JSON-able.
     """
 
-    def __init__(self, path: Path, rows: int, dim: int, grid: int | None, dtype: str, made: dict[str, Any]):
-        self.dim, self.grid, self.dtype, self.made = dim, grid, dtype, made
+    def __init__(self, path: Path, rows: int, dim: int, grid: int | None, dtype: str, metadata: dict[str, Any]):
+        self.dim, self.grid, self.dtype, self.metadata = dim, grid, dtype, metadata
         self.rows = self.path_bytes = 0
-        self.header_bytes = -(-len(self._header(rows, LONGEST)) // LENGTH_BYTES) * LENGTH_BYTES
+        self.header_bytes = -(-len(self._header(rows, LARGEST_SIZE)) // LENGTH_BYTES) * LENGTH_BYTES
         self.paths: BinaryIO = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed by `close`, or gone with the process
         self.vectors: BinaryIO | None = tempfile.TemporaryFile(dir=path.parent) if grid else None  # noqa: SIM115
         self.file = path.open("wb")
         self.file.seek(LENGTH_BYTES + self.header_bytes)
 
     def add(self, keys: Sequence[str], embeddings: np.ndarray, dense: np.ndarray | None) -> None:
-        """As `EmbeddingFile`."""
+        """As `FeatureFile`."""
         kind = DTYPES[self.dtype]
         if self.vectors is not None:
             assert dense is not None
@@ -117,7 +122,7 @@ class SafetensorsEmbeddings:
         self.rows += len(keys)
 
     def close(self) -> None:
-        """As `EmbeddingFile`."""
+        """As `FeatureFile`."""
         for waiting in (self.vectors, self.paths):
             if waiting is not None:
                 waiting.seek(0)
@@ -131,34 +136,34 @@ class SafetensorsEmbeddings:
     def _header(self, rows: int, path_bytes: int) -> bytes:
         shapes = {"dense": [rows, self.grid, self.grid, self.dim]} if self.grid else {}
         shapes["embeddings"] = [rows, self.dim]
-        header: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps(self.made)}}
+        header: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps(self.metadata)}}
         end = 0
         for name, shape in shapes.items():
             start, end = end, end + int(np.prod(shape)) * np.dtype(DTYPES[self.dtype]).itemsize
-            header[name] = {"dtype": NAMES[self.dtype], "shape": shape, "data_offsets": [start, end]}
+            header[name] = {"dtype": SAFETENSORS_DTYPES[self.dtype], "shape": shape, "data_offsets": [start, end]}
         header["paths"] = {"dtype": "U8", "shape": [path_bytes], "data_offsets": [end, end + path_bytes]}
         return json.dumps(header).encode()
 
 
-class ParquetEmbeddings:
-    """A Parquet file, a row group at a time.
+class ParquetFeatures:
+    """A Parquet file, written one row group at a time.
 
     Args:
-        path: to write to.
+        path: the file to write.
         dtype: a key of `DTYPES`.
-        made: how, for the metadata.
+        metadata: how the features were made, JSON-able.
     """
 
-    def __init__(self, path: Path, dtype: str, made: dict[str, Any]):
+    def __init__(self, path: Path, dtype: str, metadata: dict[str, Any]):
         self.kind = DTYPES[dtype]
         fields = [("path", pa.string()), ("embedding", pa.list_(pa.from_numpy_dtype(self.kind)))]
-        self.schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(made)})
+        self.schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata)})
         self.writer = pq.ParquetWriter(path, self.schema)
         self.keys: list[str] = []
         self.embeddings: list[np.ndarray] = []
 
     def add(self, keys: Sequence[str], embeddings: np.ndarray, dense: np.ndarray | None) -> None:
-        """As `EmbeddingFile`; a name that is no UTF-8 has its bytes as \\xNN."""
+        """As `FeatureFile`; bytes of a key that are not UTF-8 become \\xNN."""
         assert dense is None
         self.keys += [key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for key in keys]
         self.embeddings.append(embeddings.astype(self.kind))
@@ -166,7 +171,7 @@ class ParquetEmbeddings:
             self._write()
 
     def close(self) -> None:
-        """As `EmbeddingFile`."""
+        """As `FeatureFile`."""
         if self.keys:
             self._write()
         self.writer.close()

@@ -1,5 +1,9 @@
-"""`fastmae features`: any set of images -> a vector each, and with --dense a grid of them. Decoded in workers, written as they come."""
+"""`fastmae features`: embed any set of images, one vector per image, and with --dense one per patch.
 
+Images are decoded in worker processes, embedded here, and written as they come.
+"""
+
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,12 +14,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fastmae import __version__
 from fastmae.config import FeaturesConfig
 from fastmae.errors import InputError
-from fastmae.evaluate.feature_files import DTYPES, EmbeddingFile, check_file, open_embeddings
+from fastmae.evaluate.feature_files import DTYPES, FeatureFile, check_file, open_feature_file
 from fastmae.images.entries import key_of
 from fastmae.images.image_list import ImageList
 from fastmae.images.middle import resized_pixels
@@ -31,41 +35,62 @@ from fastmae.runtime.durable import remove_parts, write_whole
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch
 from fastmae.runtime.progress import Progress
-from fastmae.runtime.workers import guarded, heed_only_the_parent, worker_count
+from fastmae.runtime.workers import as_is, batches
 
-NAMED_SKIPS = 1000
-"""Of the images that were skipped, how many are named in the JSON, at most."""
-SHOWN_SKIPS = 20
+log = logging.getLogger(__name__)
+MAX_NAMED_SKIPS = 1000
+"""Skipped images that the JSON names."""
+MAX_SHOWN_SKIPS = 20
+"""Skipped images that are shown."""
 
 
 @dataclass
-class Loaded:
-    """A batch: the keys of the images that could be decoded, their pixels uint8 [b, K, S, S], and the others with the reasons."""
+class ImageBatch:
+    """A batch of decoded images, and those that could not be decoded.
+
+    Attributes:
+        keys: keys of the decoded images.
+        pixels: uint8 [len(keys), K, S, S].
+        skipped: (key, reason) of the others.
+    """
 
     keys: list[str]
     pixels: torch.Tensor
     skipped: list[tuple[str, str]]
 
-    def pin_memory(self) -> "Loaded":
-        """Called by the loader, for faster copies to a GPU."""
-        return Loaded(self.keys, self.pixels.pin_memory(), self.skipped)
+    def pin_memory(self) -> "ImageBatch":
+        """The batch in pinned memory; called by the loader for a GPU."""
+        return ImageBatch(self.keys, self.pixels.pin_memory(), self.skipped)
 
 
 @dataclass
-class Outcome:
-    """What came of the images: how many were embedded, how many skipped, and the names and reasons of the first of these."""
+class Tally:
+    """Counts of the images so far.
+
+    Attributes:
+        images: number of images embedded.
+        skipped: number of images skipped.
+        named: path and reason of the first skipped ones.
+    """
 
     images: int = 0
     skipped: int = 0
     named: list[dict[str, str]] = field(default_factory=list)
 
+    def add(self, batch: ImageBatch) -> None:
+        """Count a batch."""
+        self.images += len(batch.keys)
+        self.skipped += len(batch.skipped)
+        room = MAX_NAMED_SKIPS - len(self.named)
+        self.named += [{"path": key, "reason": reason} for key, reason in batch.skipped[:room]]
 
-class ListedPictures(Dataset[Loaded]):
-    """Places of a list -> whole pictures resized as the middle image is.
+
+class ListedPictures(Dataset[ImageBatch]):
+    """Ranges of an image list -> batches of whole pictures, resized as the middle image is.
 
     Args:
         images: the list.
-        source: where they are.
+        source: where the images are.
         opened: the encoder they are for.
     """
 
@@ -73,95 +98,74 @@ class ListedPictures(Dataset[Loaded]):
         self.images, self.source = images, source
         self.size, self.resize, self.channels = opened.image_size, opened.resize, opened.channels
 
-    def __getitem__(self, places: range) -> Loaded:
-        keys, pixels, skipped = [], [torch.zeros(0, self.channels, self.size, self.size, dtype=torch.uint8)], []
-        for entry in self.images.slice(places.start, places.stop):
+    def __getitem__(self, indices: range) -> ImageBatch:
+        keys, skipped = [], []
+        pixels = [torch.zeros(0, self.channels, self.size, self.size, dtype=torch.uint8)]
+        for entry in self.images.slice(indices.start, indices.stop):
             key = key_of(entry)
-            found = read_or_skip(self.source, entry, partial(self._pixels, key))
-            if isinstance(found, Skipped):
-                skipped.append((key, found.reason))
+            image = read_or_skip(self.source, entry, partial(self._pixels, key))
+            if isinstance(image, Skipped):
+                skipped.append((key, image.reason))
             else:
                 keys.append(key)
-                pixels.append(found[None])
-        return Loaded(keys, torch.cat(pixels), skipped)
+                pixels.append(image[None])
+        return ImageBatch(keys, torch.cat(pixels), skipped)
 
     def _pixels(self, key: str, file: BinaryIO) -> torch.Tensor:
         return resized_pixels(file, key, self.size, self.resize, self.channels)[0]
 
-    def batches(self, batch_size: int, workers: int, pinned: bool) -> Iterator[Loaded]:
-        """All, in the list's order."""
+    def batches(self, batch_size: int, workers: int, device: torch.device) -> Iterator[ImageBatch]:
+        """All images, in the order of the list."""
         count = len(self.images)
-        places = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-        loader: DataLoader[Any] = DataLoader(
-            self, batch_size=None, sampler=places, num_workers=min(workers, len(places)), collate_fn=_as_it_is, pin_memory=pinned,
-            worker_init_fn=heed_only_the_parent,
-        )  # fmt: skip
-        return guarded(loader)
+        ranges = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+        return batches(self, device, workers, sampler=ranges, collate=as_is)
+
+
+EmbedBatch = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+"""uint8 [B, K, S, S] on the CPU -> float32 [B, D], and with --dense [B, g, g, D], on the device."""
 
 
 def features(config: FeaturesConfig) -> dict[str, Any]:
-    """Embed and write; the command's JSON.
+    """Embed the images and write the file; the command's JSON.
 
     Raises:
-        InputError: options, images or a place that can't be used; not one image that can be decoded.
+        InputError: options, images or a file that can't be used; or no image that can be decoded.
     """
     check_file(config.out, config.dense)
-    if config.batch_size < 1:
-        raise InputError(f"--batch-size {config.batch_size}: give 1 or more")
-    workers = worker_count(config.workers)
     fabric = launch(config.device, config.precision, 1, config.seed)
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=config.pretrained)
-    embed = embedder(opened, config.pool, config.block, config.dense, fabric)
+    embed = batch_embedder(opened, config.pool, config.block, config.dense, fabric)
     with listed_images(config.images, False, config.out) as listed:
         _make_room(config, opened, listed.info.images)
-        pictures, begun = ListedPictures(ImageList(listed.file), listed.source, opened), time.monotonic()
-        batches = pictures.batches(config.batch_size, workers, fabric.device.type == "cuda")
-        outcome = _write_all(config, opened, listed, batches, embed)
-    rate = round(outcome.images / (time.monotonic() - begun), 2)
+        pictures, start = ListedPictures(ImageList(listed.file), listed.source, opened), time.monotonic()
+        image_batches = pictures.batches(config.batch_size, config.workers, fabric.device)
+        tally = _write_file(config, opened, listed, image_batches, embed)
+    rate = round(tally.images / (time.monotonic() - start), 2)
     dim, grid = int(opened.network.embed_dim), _grid(config, opened)
-    size = config.out.stat().st_size
-    _name_skipped(outcome)
+    file_bytes = config.out.stat().st_size
+    _log_skipped(tally)
     dense = f" and {grid} x {grid} more" if grid else ""
-    print(
-        f"{config.out}: {outcome.images} images, {outcome.skipped} skipped; a vector of {dim}{dense} each, {size / 1e6:.1f} MB"
+    log.info(
+        f"{config.out}: {tally.images} images, {tally.skipped} skipped; a vector of {dim}{dense} for each, "
+        f"{file_bytes / 1e6:.1f} MB"
     )
     return {
-        "images": outcome.images, "dim": dim, "grid": grid, "skipped": outcome.skipped, "skipped_images": outcome.named,
-        "images_per_second": rate, "file": str(config.out), "bytes": size,
-    }  # fmt: skip
+        "images": tally.images,
+        "dim": dim,
+        "grid": grid,
+        "skipped": tally.skipped,
+        "skipped_images": tally.named,
+        "images_per_second": rate,
+        "file": str(config.out),
+        "bytes": file_bytes,
+    }
 
 
-def _grid(config: FeaturesConfig, opened: OpenedEncoder) -> int | None:
-    """Patches along the side of the grid that is kept, or None."""
-    return opened.image_size // opened.patch_size if config.dense else None
-
-
-def _write_all(
-    config: FeaturesConfig, opened: OpenedEncoder, listed: ListedImages, batches: Iterable[Loaded], embed: "Embedder"
-) -> Outcome:
-    """The file, whole or not at all."""
-    outcome, dim, count = Outcome(), int(opened.network.embed_dim), listed.info.images
-
-    def write(aside: Path) -> None:
-        made = _made(config, opened, listed)
-        file = open_embeddings(aside, config.out.suffix, count, dim, _grid(config, opened), config.dtype, made)
-        with Progress("features", "images", total=count) as progress:
-            _fill(file, batches, embed, outcome, progress, config)
-
-    with memory_hint(f"give --batch-size {max(1, config.batch_size // 2)}"):
-        write_whole(config.out, write)
-    return outcome
-
-
-Embedder = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
-"""uint8 [B, K, S, S] on the CPU -> float32 [B, D], and [B, g, g, D] where asked for, on the device."""
-
-
-def embedder(opened: OpenedEncoder, pool: str, block: int | None, dense: bool, fabric: Fabric) -> Embedder:
-    """How a batch is embedded.
+def batch_embedder(opened: OpenedEncoder, pool: str, block: int | None, dense: bool, fabric: Fabric) -> EmbedBatch:
+    """A function that embeds a batch under the run's precision.
 
     Raises:
-        InputError: no class token to take, or no such block.
+        InputError: the encoder has no class token, or no such block.
     """
     network, device = opened.network.to(fabric.device), fabric.device
     check_pool(network, pool)
@@ -177,61 +181,86 @@ def embedder(opened: OpenedEncoder, pool: str, block: int | None, dense: bool, f
     return embed
 
 
-def _fill(
-    file: EmbeddingFile,
-    batches: Iterable[Loaded],
-    embed: Embedder,
-    outcome: Outcome,
+def _grid(config: FeaturesConfig, opened: OpenedEncoder) -> int | None:
+    """Patches along a side of the grid that is kept, or None."""
+    return opened.image_size // opened.patch_size if config.dense else None
+
+
+def _write_file(
+    config: FeaturesConfig,
+    opened: OpenedEncoder,
+    listed: ListedImages,
+    image_batches: Iterable[ImageBatch],
+    embed: EmbedBatch,
+) -> Tally:
+    """Write the file, whole or not at all."""
+    tally, dim, count = Tally(), int(opened.network.embed_dim), listed.info.images
+
+    def write(temporary: Path) -> None:
+        metadata = _metadata(config, opened, listed)
+        grid = _grid(config, opened)
+        file = open_feature_file(temporary, config.out.suffix, count, dim, grid, config.dtype, metadata)
+        with Progress("features", "images", total=count) as progress:
+            _embed_all(file, image_batches, embed, tally, progress, config)
+
+    with memory_hint(f"give --batch-size {max(1, config.batch_size // 2)}"):
+        write_whole(config.out, write)
+    return tally
+
+
+def _embed_all(
+    file: FeatureFile,
+    image_batches: Iterable[ImageBatch],
+    embed: EmbedBatch,
+    tally: Tally,
     progress: Progress,
     config: FeaturesConfig,
 ) -> None:
-    """Embed and write all batches, one behind: a GPU has its next batch before the last one's features are waited for."""
-    before: tuple[list[str], tuple[torch.Tensor, torch.Tensor | None]] | None = None
-    for batch in batches:
+    """Embed and write all batches. A batch is written after the next one was started, so that a GPU never waits."""
+    pending: tuple[list[str], tuple[torch.Tensor, torch.Tensor | None]] | None = None
+    for batch in image_batches:
         if batch.skipped and config.strict:
             key, reason = batch.skipped[0]
             raise InputError(f"{config.images}: {key}: {reason}; repair or remove it, or leave out --strict to skip it")
         started = (batch.keys, embed(batch.pixels)) if batch.keys else None
-        _write(file, before)
-        before = started
-        outcome.images += len(batch.keys)
-        outcome.skipped += len(batch.skipped)
-        outcome.named += [
-            {"path": key, "reason": reason} for key, reason in batch.skipped[: NAMED_SKIPS - len(outcome.named)]
-        ]
+        _write_rows(file, pending)
+        pending = started
+        tally.add(batch)
         progress.advance(len(batch.keys) + len(batch.skipped))
-    _write(file, before)
+    _write_rows(file, pending)
     file.close()
-    if not outcome.images:
-        reason = f"{outcome.named[0]['path']}: {outcome.named[0]['reason']}"
-        raise InputError(f"{config.images}: none of its {outcome.skipped} images can be decoded ({reason})")
+    if not tally.images:
+        first = f"{tally.named[0]['path']}: {tally.named[0]['reason']}"
+        raise InputError(f"{config.images}: none of its {tally.skipped} images can be decoded ({first})")
 
 
-def _write(file: EmbeddingFile, done: tuple[list[str], tuple[torch.Tensor, torch.Tensor | None]] | None) -> None:
-    if done is not None:
-        keys, (vectors, dense) = done
+def _write_rows(file: FeatureFile, rows: tuple[list[str], tuple[torch.Tensor, torch.Tensor | None]] | None) -> None:
+    if rows is not None:
+        keys, (vectors, dense) = rows
         file.add(keys, vectors.cpu().numpy(), None if dense is None else dense.cpu().numpy())
 
 
 def _make_room(config: FeaturesConfig, opened: OpenedEncoder, images: int) -> None:
-    """The folder of the file, with enough free disk.
+    """Make the folder of the file, and check the free disk space.
 
     Raises:
-        InputError: not enough.
+        InputError: not enough space.
     """
     vectors = images * (1 + (_grid(config, opened) or 0) ** 2)
     needed = vectors * int(opened.network.embed_dim) * np.dtype(DTYPES[config.dtype]).itemsize
     free = shutil.disk_usage(nearest_folder(config.out.absolute().parent)).free
     if needed > free:
         smaller = "; --dtype fp16 takes half" if config.dtype == "fp32" else ""
-        takes = f"the features of {images} images take {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
-        raise InputError(f"{config.out}: {takes}{smaller}; free some, or take another disk")
+        raise InputError(
+            f"{config.out}: the features of {images} images take {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
+            f"free{smaller}; free some space, or use another disk"
+        )
     config.out.parent.mkdir(parents=True, exist_ok=True)
     remove_parts(config.out.parent)
 
 
-def _made(config: FeaturesConfig, opened: OpenedEncoder, listed: ListedImages) -> dict[str, Any]:
-    """For the file's metadata: which encoder, read how, of which images."""
+def _metadata(config: FeaturesConfig, opened: OpenedEncoder, listed: ListedImages) -> dict[str, Any]:
+    """How the features were made: the encoder, the pooling, the images."""
     return {
         "version": __version__,
         "encoder": {name: value for name, value in opened.describe().items() if name != "prefix"},
@@ -242,12 +271,8 @@ def _made(config: FeaturesConfig, opened: OpenedEncoder, listed: ListedImages) -
     }
 
 
-def _name_skipped(outcome: Outcome) -> None:
-    for skipped in outcome.named[:SHOWN_SKIPS]:
-        print(f"skipped {skipped['path']}: {skipped['reason']}")
-    if outcome.skipped > SHOWN_SKIPS:
-        print(f"... and {outcome.skipped - SHOWN_SKIPS} more")
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _log_skipped(tally: Tally) -> None:
+    for skipped in tally.named[:MAX_SHOWN_SKIPS]:
+        log.info(f"skipped {skipped['path']}: {skipped['reason']}")
+    if tally.skipped > MAX_SHOWN_SKIPS:
+        log.info(f"... and {tally.skipped - MAX_SHOWN_SKIPS} more")

@@ -1,7 +1,7 @@
-"""`fastmae linear`: what a linear layer reads out of frozen features, by MAE's recipe (Table 6), or by logistic regression."""
+"""`fastmae linear`: a linear layer on frozen features, by MAE's recipe (Table 6) or by logistic regression."""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,78 +11,120 @@ import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 from torch import nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from fastmae.config import LinearConfig
 from fastmae.errors import InputError
 from fastmae.evaluate.classification import measure_classifier
-from fastmae.evaluate.supervised import Recipe, settle, train_task
-from fastmae.evaluate.transforms import LabelledPictures, crop_augmentation, middle_crop
-from fastmae.probes.embed import embed_pictures, features_of
+from fastmae.evaluate.recipe import Recipe, settle
+from fastmae.evaluate.transforms import LabelledImages, centre_crop, crop_augmentation
+from fastmae.probes.embed import EmbedNormalised, embed_images, pooled_features
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.probes.logistic import linear_accuracy
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.device import own_device
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.processes import this_process
-from fastmae.runtime.workers import worker_count
-from fastmae.training.task import Task
+from fastmae.runtime.workers import as_is
+from fastmae.training.driver import train
+from fastmae.training.task import ParameterGroups, Task
 
+log = logging.getLogger(__name__)
 IMAGENET = Recipe(images=1_281_167, epochs=90, batch_size=16384, lr=6.4, warmup_epochs=10, lr_power=0.0)
-"""MAE's for ViT-B (base rate 0.1 for 256 images; paper Sec. 4.1.2). On a fifth of Caltech-101's training images, held out, the best rate
-was 6.4 to 12.8 at batch 256, 3 to 6.4 at 32: of the recipe's own size, not in proportion to the batch."""
-MOMENTUM = 0.9
-WEIGHT_DEVIATION = 0.01
-"""Of the linear layer's weights at the start."""
+"""MAE's recipe for ViT-B (base learning rate 0.1 for 256 images; Sec. 4.1.2). On a fifth of Caltech-101's training
+images, held out, the best learning rate was 6.4 to 12.8 at batch 256 and 3 to 6.4 at batch 32: near the recipe's own,
+and not in proportion to the batch."""
+MOMENTUM, TRUST_COEFFICIENT = 0.9, 0.001
+"""Of MAE's LARS."""
+WEIGHT_STD = 0.01
+"""Standard deviation of the linear layer's initial weights, as in MAE."""
+BATCH_SIZE = 64
+"""Images per forward pass while features are computed."""
 
 
 def linear(config: LinearConfig) -> dict[str, Any] | None:
-    """Probe; the command's JSON.
+    """Probe the encoder; the command's JSON (None in all processes but the first).
 
     Raises:
         InputError: data or options that can't be used.
     """
+    if config.augment == "none" and (config.devices > 1 or this_process().world_size > 1):
+        raise InputError("--augment none: features are computed once, in one process; give --devices 1")
     data = open_labelled(config.data)
     settings = settle(config, IMAGENET, len(data.train))
-    _check(config)
     torch.manual_seed(config.seed)
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=config.pretrained)
-    read = features_of(opened.network, config.pool, config.block)
-    kept = {
-        split: _features(config, data, opened, read, split)
-        for split in (("val",) if config.augment == "crop" else ("train", "val"))
-    }
+    embed = pooled_features(opened.network, config.pool, config.block)
+    splits = ("val",) if config.augment == "crop" else ("train", "val")
+    features = {split: _features(config, data, opened, embed, split) for split in splits}
     if config.solver == "logistic":
-        result: dict[str, Any] | None = _logistic(data, kept)
+        result: dict[str, Any] | None = _logistic(data, features)
+        method = "logistic regression"
     else:
-        with (
-            TemporaryDirectory() as nowhere
-        ):  # a probe takes minutes: without --out nothing of it is kept but the figures
-            out = config.out or Path(nowhere) / "linear"
-            result = train_task(replace(config, out=out), _task(config, data, opened, read, kept, out), settings)
-    if result is not None:
-        if config.out is None:
-            result = {name: value for name, value in result.items() if name not in ("best", "checkpoint")}
-        result |= {
-            "train": len(data.train),
-            "val": len(data.val),
-            "classes": len(data.classes),
-            "dim": kept["val"].shape[1],
-        }
-        how = (
-            "logistic regression"
-            if config.solver == "logistic"
-            else f"{result['epochs']} epochs of LARS, {_best(result)}"
-        )
-        print(
-            f"{config.run}{'' if config.pretrained else ', at random'}: linear top-1 {result['top1']:.1f} %, top-5 {result['top5']:.1f} % "
-            f"({how}; {len(data.train)} train, {len(data.val)} val images, {len(data.classes)} classes)"
-        )
-    return result
+        with TemporaryDirectory() as temporary:  # without --out, only the figures of the probe are kept
+            out = config.out or Path(temporary) / "linear"
+            result = train(config, probing_task(config, data, opened, embed, features, out), settings)
+        if result is not None:
+            best = f"best evaluation {result['best_top1']:.1f} % at epoch {result['best_epoch']:g}"
+            method = f"{result['epochs']} epochs of LARS, {best}"
+    if result is None:
+        return None
+    if config.out is None:
+        result = {name: value for name, value in result.items() if name not in ("best", "checkpoint")}
+    log.info(
+        f"{config.run}{'' if config.pretrained else ', random weights'}: linear top-1 {result['top1']:.1f} %, top-5 "
+        f"{result['top5']:.1f} % ({method}; {len(data.train)} train, {len(data.val)} val images, "
+        f"{len(data.classes)} classes)"
+    )
+    sizes = {"train": len(data.train), "val": len(data.val), "classes": len(data.classes)}
+    return {**result, **sizes, "dim": features["val"].shape[1]}
 
 
-class KeptFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Features and labels in memory; a batch at a time, since taking them one by one would cost more than the step.
+def probing_task(
+    config: LinearConfig,
+    data: LabelledFolder,
+    opened: OpenedEncoder,
+    embed: EmbedNormalised,
+    features: dict[str, torch.Tensor],
+    out: Path,
+) -> Task:
+    """The task for the training driver.
+
+    Args:
+        config: the options.
+        data: the labelled images.
+        opened: the encoder.
+        embed: its features of normalised images.
+        features: the features of val/, and those of train/ if they are computed once.
+        out: folder of the run.
+    """
+    probe = build_probe(features["val"].shape[1], len(data.classes))
+    augmented = "train" not in features
+    dataset: Dataset[Any]
+    if augmented:
+        augmentation = crop_augmentation(opened)
+        dataset = LabelledImages(data.train, data.train_labels, opened.channels, augmentation, config.seed)
+    else:
+        dataset = FeatureBatches(features["train"], data.train_labels)
+    millions = sum(parameter.numel() for parameter in probe.parameters()) / 1e6
+    return Task(
+        name="linear",
+        out=out,
+        headline=f"linear: {millions:.1f} M weights",
+        network=probe,
+        dataset=dataset,
+        step=partial(_step, embed=embed if augmented else None),
+        parameter_groups=partial(_parameter_groups, probe, config.weight_decay),
+        description={"probed": opened.describe(), "data": data.describe()},
+        evaluate=partial(_measure, data=data, features=features["val"], out=out),
+        metric="top1",
+        optimizer=lars,
+        collate=None if augmented else as_is,
+    )
+
+
+class FeatureBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Features and labels in memory. A batch is read at once, which is faster than one row at a time.
 
     Args:
         features: float32 [n, D].
@@ -96,96 +138,61 @@ class KeptFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return len(self.labels)
 
     def __getitems__(self, visits: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        places = torch.tensor([place for _, place in visits])
-        return self.features[places], self.labels[places]
+        indices = torch.tensor([index for _, index in visits])
+        return self.features[indices], self.labels[indices]
 
 
 def build_probe(dim: int, classes: int) -> nn.Sequential:
-    """Standardised by batch, then linear: [B, dim] -> [B, classes]."""
+    """Standardise over the batch, then a linear layer: [B, dim] -> [B, classes]."""
     layer = nn.Linear(dim, classes)
-    nn.init.normal_(layer.weight, std=WEIGHT_DEVIATION)
+    nn.init.normal_(layer.weight, std=WEIGHT_STD)
     nn.init.zeros_(layer.bias)
     return nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), layer)
 
 
-def lars(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-    """MAE's LARS: the trust ratio scales weights, not biases."""
-    return Lars(groups, lr=lr, momentum=MOMENTUM, trust_coeff=0.001)
+def lars(groups: ParameterGroups, lr: float) -> torch.optim.Optimizer:
+    """MAE's LARS: the trust ratio scales weights, but not biases."""
+    return Lars(groups, lr=lr, momentum=MOMENTUM, trust_coeff=TRUST_COEFFICIENT)
 
 
-def _task(
-    config: LinearConfig,
-    data: LabelledFolder,
-    opened: OpenedEncoder,
-    read: Any,
-    kept: dict[str, torch.Tensor],
-    out: Path,
-) -> Task:
-    network = build_probe(kept["val"].shape[1], len(data.classes))
-    layer = network[1]
-    keep = "train" in kept
-    return Task(
-        name="linear",
-        network=network,
-        train_set=KeptFeatures(kept["train"], data.train_labels)
-        if keep
-        else LabelledPictures(data.train, data.train_labels, opened.channels, crop_augmentation(opened), config.seed),
-        step=_step if keep else partial(_step, read=read),
-        evaluate=partial(_measure, data=data, features=kept["val"], out=out),
-        metric="top1",
-        groups=[
-            {"params": [layer.weight], "weight_decay": config.weight_decay, "always_adapt": True},
-            {"params": [layer.bias], "weight_decay": 0.0, "always_adapt": False},
-        ],
-        description={"probed": opened.describe(), "data": data.describe()},
-        optimizer=lars,
-        collate=_as_it_is if keep else default_collate,
-    )
+def _parameter_groups(probe: nn.Sequential, weight_decay: float) -> ParameterGroups:
+    layer = probe[1]
+    return [
+        {"params": [layer.weight], "weight_decay": weight_decay, "always_adapt": True},
+        {"params": [layer.bias], "weight_decay": 0.0, "always_adapt": False},
+    ]
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _step(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], read: Any = None) -> Mapping[str, torch.Tensor]:
-    given, labels = batch
-    if read is not None:
+def _step(
+    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], embed: EmbedNormalised | None
+) -> Mapping[str, torch.Tensor]:
+    inputs, labels = batch
+    if embed is not None:
         with torch.no_grad():
-            given = read(given).float()
-    return {"loss": F.cross_entropy(model(given).float(), labels)}
+            inputs = embed(inputs).float()
+    return {"loss": F.cross_entropy(model(inputs).float(), labels)}
 
 
 def _measure(
     network: nn.Module, fabric: Fabric, *, data: LabelledFolder, features: torch.Tensor, out: Path
 ) -> Mapping[str, float]:
-    mine = slice(fabric.global_rank, None, fabric.world_size)
-    batch = features[mine].to(fabric.device), data.val_labels[mine].to(fabric.device)
+    share = slice(fabric.global_rank, None, fabric.world_size)
+    batch = features[share].to(fabric.device), data.val_labels[share].to(fabric.device)
     return measure_classifier(network, [batch], data.classes, fabric, out / "confusion.png")
 
 
-def _features(config: LinearConfig, data: LabelledFolder, opened: OpenedEncoder, read: Any, split: str) -> torch.Tensor:
+def _features(
+    config: LinearConfig, data: LabelledFolder, opened: OpenedEncoder, embed: EmbedNormalised, split: str
+) -> torch.Tensor:
     paths, labels = (data.train, data.train_labels) if split == "train" else (data.val, data.val_labels)
     device = own_device(config.device)
     opened.network.to(device)
-    pictures = LabelledPictures(paths, labels, opened.channels, middle_crop(opened))
-    return embed_pictures(pictures, len(paths), read, device, 64, worker_count(config.workers), f"features {split}")
+    images = LabelledImages(paths, labels, opened.channels, centre_crop(opened))
+    return embed_images(images, embed, device, BATCH_SIZE, config.workers, f"features {split}")
 
 
-def _logistic(data: LabelledFolder, kept: dict[str, torch.Tensor]) -> dict[str, Any]:
-    top1, top5 = linear_accuracy(kept["train"], data.train_labels, kept["val"], data.val_labels, len(data.classes))
+def _logistic(data: LabelledFolder, features: dict[str, torch.Tensor]) -> dict[str, Any]:
+    top1, top5 = linear_accuracy(
+        features["train"], data.train_labels, features["val"], data.val_labels, len(data.classes)
+    )
     return {"top1": round(top1, 3), "top5": round(top5, 3)}
-
-
-def _best(result: dict[str, Any]) -> str:
-    return f"best evaluation {result['best_top1']:.1f} % at epoch {result['best_epoch']:g}"
-
-
-def _check(config: LinearConfig) -> None:
-    if config.augment == "none" and (config.devices > 1 or this_process().world_size > 1):
-        raise InputError(
-            "--augment none: features are kept in one process, and the probe on them takes minutes there; give --devices 1"
-        )
-    if config.out is not None and config.solver == "logistic":
-        raise InputError("--out: --solver logistic keeps nothing; leave it out, or take --solver lars")
-    if config.augment == "crop" and config.solver == "logistic":
-        raise InputError("--solver logistic: takes features that stand still; give --augment none")

@@ -1,4 +1,4 @@
-"""Labelled pictures, train/<class>/* and val/<class>/*, for training on them: what is wrong with them is said before the start."""
+"""Labelled images as a training or evaluation set, and how they are augmented or cropped."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,39 +15,38 @@ from fastmae.images.decode import UndecodableError, decode_bands
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runtime.seeding import drawn_from
 
-CROP_SHARE = 224 / 256
-"""The middle crop's side of the resized picture's shorter side, as MAE's evaluation has it."""
+CROP_RATIO = 224 / 256
+"""Side of the centre crop, as a fraction of the resized picture's shorter side, as in MAE's evaluation."""
+BICUBIC = v2.InterpolationMode.BICUBIC
+Transform = Callable[[Any], torch.Tensor]
+"""A PIL image, or a list of one per channel -> float32 [K, S, S], normalised."""
 
 
-class LabelledPictures(Dataset[tuple[torch.Tensor, int]]):
-    """Files -> (float32 [K, S, S], normalised; label). Takes a place (evaluation), or a visit (epoch, place), which draws its augmentation.
+class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
+    """Image files as (float32 [K, S, S], normalised; label).
+
+    An index reads an image for evaluation. A visit (epoch, index) reads it for training: its augmentation follows from
+    (seed, epoch, index).
 
     Args:
-        paths: of the pictures.
+        paths: the image files.
         labels: int64 [len(paths)].
-        channels: K.
-        transform: PIL image (K of them where K is neither 1 nor 3) -> tensor.
-        seed: of the draws.
+        channels: K; if neither 1 nor 3, the transform gets a list of K images.
+        transform: augmentation or crop.
+        seed: seed of the augmentation.
     """
 
-    def __init__(
-        self,
-        paths: list[Path],
-        labels: torch.Tensor,
-        channels: int,
-        transform: Callable[[Any], torch.Tensor],
-        seed: int = 0,
-    ):
+    def __init__(self, paths: list[Path], labels: torch.Tensor, channels: int, transform: Transform, seed: int = 0):
         self.paths, self.labels, self.channels, self.transform, self.seed = paths, labels, channels, transform, seed
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, visit: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, place = visit if isinstance(visit, tuple) else (0, visit)
-        bands = self._decode(self.paths[place])
-        with drawn_from(self.seed, epoch, place):
-            return self.transform(bands[0] if len(bands) == 1 else bands), int(self.labels[place])
+        epoch, index = visit if isinstance(visit, tuple) else (0, visit)
+        bands = self._decode(self.paths[index])
+        with drawn_from(self.seed, epoch, index):
+            return self.transform(bands[0] if len(bands) == 1 else bands), int(self.labels[index])
 
     def _decode(self, path: Path) -> list[Image.Image]:
         try:
@@ -57,69 +56,65 @@ class LabelledPictures(Dataset[tuple[torch.Tensor, int]]):
             raise InputError(f"{path}: {error}; remove it from the data") from error
 
 
-def full_augmentation(opened: OpenedEncoder, rand_augment: str, erasing: float) -> Callable[[Any], torch.Tensor]:
-    """MAE's for fine-tuning, by timm: random crop and flip, RandAugment, erasing.
+def full_augmentation(opened: OpenedEncoder, rand_augment: str, erasing: float) -> Transform:
+    """MAE's augmentation for fine-tuning, by timm: random crop and flip, RandAugment, random erasing.
 
     Raises:
         InputError: images that are not RGB, or a RandAugment that timm does not know.
     """
     if opened.channels != 3:
         raise InputError(
-            f"--augment full: RandAugment takes RGB images, not {opened.channels} channels; take --augment crop"
+            f"--augment full: RandAugment needs RGB images, not {opened.channels} channels; use --augment crop"
         )
     try:
         transform: Any = create_transform(
-            opened.image_size, is_training=True, color_jitter=0.0, auto_augment=rand_augment or None, interpolation="bicubic",
-            re_prob=erasing, re_mode="pixel", re_count=1, mean=opened.mean, std=opened.std,
-        )  # fmt: skip
+            opened.image_size,
+            is_training=True,
+            color_jitter=0.0,
+            auto_augment=rand_augment or None,
+            interpolation="bicubic",
+            re_prob=erasing,
+            re_mode="pixel",
+            re_count=1,
+            mean=opened.mean,
+            std=opened.std,
+        )
     except (AssertionError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--rand-augment {rand_augment}: not timm's word for one, such as rand-m9-mstd0.5-inc1"
-        ) from error
+        raise InputError(f"--rand-augment {rand_augment}: not in timm's notation, as rand-m9-mstd0.5-inc1") from error
     for part in transform.transforms:
         for operation in getattr(part, "ops", []):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
-    return cast(Callable[[Any], torch.Tensor], transform)
+    return cast(Transform, transform)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's strongest asks for 0 bits, which newer releases of Pillow refuse."""
+    """Posterize to at least one bit: timm's strongest level asks for 0 bits, which recent Pillow refuses."""
     return ImageOps.posterize(image, max(1, bits)) if bits < 8 else image
 
 
-def crop_augmentation(opened: OpenedEncoder) -> Callable[[Any], torch.Tensor]:
-    """Random crop of 8 to 100 % of the area, and flip."""
+def crop_augmentation(opened: OpenedEncoder) -> Transform:
+    """Random crop of 8 to 100 % of the area, and random flip."""
     size = opened.image_size
-    return _tensor_transform(
+    return _to_normalised(
         opened, v2.RandomResizedCrop(size, interpolation=BICUBIC, antialias=True), v2.RandomHorizontalFlip()
     )
 
 
-def middle_crop(opened: OpenedEncoder) -> Callable[[Any], torch.Tensor]:
-    """The shorter side resized to 256/224 of the size, and the middle cut out of it, as MAE evaluates."""
+def centre_crop(opened: OpenedEncoder) -> Transform:
+    """Resize the shorter side to 256/224 of the image size and crop the centre, as MAE evaluates."""
     size = opened.image_size
-    return _tensor_transform(opened, v2.Resize(round(size / CROP_SHARE), BICUBIC, antialias=True), v2.CenterCrop(size))
+    return _to_normalised(opened, v2.Resize(round(size / CROP_RATIO), BICUBIC, antialias=True), v2.CenterCrop(size))
 
 
-BICUBIC = v2.InterpolationMode.BICUBIC
-
-
-def _tensor_transform(opened: OpenedEncoder, *geometry: Any) -> Callable[[Any], torch.Tensor]:
-    return v2.Compose(
-        [
-            _ToTensor(),
-            *geometry,
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(opened.mean), list(opened.std)),
-        ]
-    )
+def _to_normalised(opened: OpenedEncoder, *geometry: Any) -> Transform:
+    normalise = v2.Normalize(list(opened.mean), list(opened.std))
+    return v2.Compose([_ToTensor(), *geometry, v2.ToDtype(torch.float32, scale=True), normalise])
 
 
 class _ToTensor:
-    """One PIL image, or one a channel -> uint8 [K, H, W]."""
+    """A PIL image, or a list of one per channel -> uint8 [K, H, W]."""
 
     def __call__(self, image: Any) -> torch.Tensor:
-        if not isinstance(image, list):
-            return v2.functional.pil_to_tensor(image)
-        return torch.cat([v2.functional.pil_to_tensor(band) for band in image])
+        bands = image if isinstance(image, list) else [image]
+        return torch.cat([v2.functional.pil_to_tensor(band) for band in bands])

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from fastmae.errors import InputError
-from fastmae.evaluate.transforms import CROP_SHARE
+from fastmae.evaluate.transforms import CROP_RATIO
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runs.folder import RUN_FILE
 from fastmae.runs.load import load_run
@@ -71,7 +71,7 @@ def classifier_to_export(opened: OpenedEncoder) -> ExportedModel:
         network.set_input_size(img_size=(size, size))
     fields = {**vars(opened), "network": network.eval(), "arguments": {**arguments, "img_size": size}}
     classes = tuple(description["data"]["classes"])
-    return ExportedModel(**fields, classes=classes, crop="center", crop_share=CROP_SHARE)
+    return ExportedModel(**fields, classes=classes, crop="center", crop_share=CROP_RATIO)
 
 
 def model_outputs(network: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:

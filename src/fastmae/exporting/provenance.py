@@ -56,7 +56,7 @@ def provenance_of(opened: OpenedEncoder) -> Provenance:
     trained = _pretraining(description) if "store" in description else _supervised_training(description)
     metrics = {"steps": str(step), **_last_metrics(path if path.is_dir() else path.parent, step)}
     if "epoch" in metrics:
-        planned_epochs = (description.get("settings") or description["options"])["epochs"]
+        planned_epochs = description["options"]["epochs"]
         metrics["epoch"] += f" of {planned_epochs}"
     return Provenance(trained.kind, trained.story, {**trained.facts, "Metrics": metrics})
 
@@ -98,7 +98,7 @@ def _supervised_training(description: dict[str, Any]) -> Provenance:
         facts |= _pretraining(source_run).facts
     data = description.get("data", description.get("photos", {}))
     facts["Labelled images"] = {split: _image_count(data[split]) for split in ("train", "val") if split in data}
-    facts["Supervised training settings"] = _settings({**description["options"], **description["settings"]})
+    facts["Supervised training settings"] = _settings(description["options"])
     return Provenance("supervised", f"It was trained on labels with `fastmae {description['task']}`.", facts)
 
 

@@ -1,6 +1,6 @@
-"""`pretrain --knn-every`: does it learn? k-NN accuracy of the encoder as it stands, on labelled images, while it trains."""
+"""`pretrain --knn-every`: the k-NN accuracy of the encoder while it trains, on labelled images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,44 +12,51 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
+from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
-from fastmae.images.sources import labelled_split
-from fastmae.probes.embed import WholeImages, embed_pictures, embed_with_encoder
+from fastmae.images.sources import class_indices
+from fastmae.pretraining.plan import Plan
+from fastmae.probes.embed import WholeImages, embed_images, embed_with_encoder
+from fastmae.probes.labelled import open_labelled
 from fastmae.probes.neighbours import knn_accuracy
 from fastmae.runtime.fabric import Fabric
+from fastmae.student.student import build_student
 from fastmae.tokens import TokenStore
 from fastmae.training.state import WHOLE
 
-MOST_IMAGES = 5000
-"""Of a store, spread over all of it: a measurement is to take seconds."""
+MAX_IMAGES = 5000
+"""Most images of a store that are used, spread over all of it: a measurement should take seconds."""
 HELD_OUT = 5
-"""Every so manieth of a store's images asks, the others vote."""
-NEIGHBOURS, TEMPERATURE = 20, 0.07
+"""One in so many images of a store is classified by the votes of the others."""
+BATCH_SIZE = 64
+"""Images per forward pass."""
 
 
 @dataclass(frozen=True)
-class LabelledPixels:
-    """Pictures with labels, apart in those that vote and those that ask.
+class LabelledImages:
+    """Labelled images in two parts: those that vote (train) and those that are classified (val).
 
     Attributes:
-        votes: gives uint8 [K, S, S].
-        vote_labels: int64, one for each.
-        asks: gives the same.
-        ask_labels: int64.
+        train: gives uint8 [K, S, S].
+        train_labels: int64 [len(train)].
+        val: gives uint8 [K, S, S].
+        val_labels: int64 [len(val)].
+        classes: number of classes.
     """
 
-    votes: Dataset[torch.Tensor]
-    vote_labels: torch.Tensor
-    asks: Dataset[torch.Tensor]
-    ask_labels: torch.Tensor
+    train: Dataset[torch.Tensor]
+    train_labels: torch.Tensor
+    val: Dataset[torch.Tensor]
+    val_labels: torch.Tensor
+    classes: int
 
 
-class MiddleViews(Dataset[torch.Tensor]):
-    """The middles of a store's images, uint8 [K, S, S].
+class CentreViews(Dataset[torch.Tensor]):
+    """The central views of a store's images, uint8 [K, S, S].
 
     Args:
-        store: whose.
-        indices: which images.
+        store: the token store.
+        indices: the images' numbers in the store.
         size: S, in pixels.
     """
 
@@ -61,90 +68,81 @@ class MiddleViews(Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> torch.Tensor:
-        return self.store.view_pixels(int(self.indices[place]), self.first, self.first, self.patches)
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.store.view_pixels(int(self.indices[index]), self.first, self.first, self.patches)
 
 
-def labelled_images(data: Path | None, store: TokenStore, size: int) -> LabelledPixels:
-    """The pictures to measure on: a labelled folder's, or the store's own by the names of their folders.
+def labelled_images(data: Path | None, store: TokenStore, size: int) -> LabelledImages:
+    """The images to measure on: those of a labelled folder, or the store's own, labelled by the names of their folders.
 
     Args:
-        data: with train/<class>/* and val/<class>/*; None: the store's images.
-        store: of the run.
-        size: side of what is embedded, in pixels.
+        data: folder with train/<class>/* and val/<class>/*; None: the store's images.
+        store: the run's store.
+        size: side of the embedded images, in pixels.
 
     Raises:
         InputError: the store's images lie in one folder, or the data can't be used.
     """
     if data is not None:
-        (votes, vote_names), (asks, ask_names) = (labelled_split(data, split) for split in ("train", "val"))
-        classes = sorted({*vote_names, *ask_names})
-        how = (size, store.info.resize, store.info.channels)
-        return LabelledPixels(
-            WholeImages(votes, *how),
-            _numbers(vote_names, classes),
-            WholeImages(asks, *how),
-            _numbers(ask_names, classes),
+        labelled = open_labelled(data)
+        train, val = (
+            WholeImages(paths, size, store.info.resize, store.info.channels) for paths in (labelled.train, labelled.val)
         )
-    chosen = np.unique(np.linspace(0, len(store) - 1, min(len(store), MOST_IMAGES)).round().astype(np.int64))
-    folders = [Path(store.key(int(index))).parent.name for index in chosen]
+        return LabelledImages(train, labelled.train_labels, val, labelled.val_labels, len(labelled.classes))
+    spread = np.linspace(0, len(store) - 1, min(len(store), MAX_IMAGES))
+    indices = np.unique(spread.round().astype(np.int64))
+    folders = [Path(store.key(int(index))).parent.name for index in indices]
     classes = sorted(set(folders))
     if len(classes) < 2:
         raise InputError(
-            f"--knn-every: {store.folder}'s images lie in one folder, so none has a label; give --knn-data DATA"
+            f"--knn-every: the images of {store.folder} lie in one folder and have no labels; give --knn-data"
         )
-    labels, asking = _numbers(folders, classes), np.arange(len(chosen)) % HELD_OUT == 0
-    return LabelledPixels(
-        MiddleViews(store, chosen[~asking], size), labels[~torch.from_numpy(asking)],
-        MiddleViews(store, chosen[asking], size), labels[torch.from_numpy(asking)],
-    )  # fmt: skip
+    labels = class_indices(folders, classes)
+    held_out = np.arange(len(indices)) % HELD_OUT == 0
+    is_val = torch.from_numpy(held_out)
+    train_views, val_views = CentreViews(store, indices[~held_out], size), CentreViews(store, indices[held_out], size)
+    return LabelledImages(train_views, labels[~is_val], val_views, labels[is_val], len(classes))
 
 
-def knn_of_student(
-    images: LabelledPixels,
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]],
-    fabric: Fabric,
-    batch_size: int,
-    workers: int,
-    build: Callable[[], nn.Module],
-) -> Callable[[Any], Mapping[str, float]]:
-    """What measures a student: its encoder's k-NN top-1 and top-5, in percent. The first process measures, the others wait.
+class StudentKnn:
+    """Measures a student: its encoder's k-NN top-1 and top-5 accuracy, in percent.
+
+    The first process measures while the others wait.
 
     Args:
-        images: to measure on.
-        normalisation: mean and deviation by which the encoder's images are normalised.
-        fabric: of the run.
-        batch_size: images a forward.
-        workers: loading processes.
-        build: makes another such student, for the whole weights of one whose own are shared out.
+        config: the run's options.
+        plan: the run's plan.
+
+    Raises:
+        InputError: images without labels.
     """
 
-    def measure(student: Any) -> Mapping[str, float]:
-        if any(isinstance(weight, DTensor) for weight in student.parameters()):
-            student = whole(student)
-        found = measured(student.encoder) if fabric.is_global_zero else {}
-        return fabric.broadcast(found)
+    def __init__(self, config: PretrainConfig, plan: Plan):
+        self.config, self.plan = config, plan
+        self.images = labelled_images(config.knn_data, plan.stores[0][0], config.image_size)
 
-    def whole(student: nn.Module) -> Any:
-        weights = get_model_state_dict(student, options=WHOLE)  # every process takes part; the first one gets them
-        unsharded = build().to(fabric.device).eval()
+    def __call__(self, student: nn.Module, fabric: Fabric) -> Mapping[str, float]:
+        """`knn_top1` and `knn_top5`, the same in every process."""
+        if any(isinstance(weight, DTensor) for weight in student.parameters()):
+            student = self._unsharded(student, fabric)
+        accuracy = self._accuracy(student, fabric.device) if fabric.is_global_zero else {}
+        return fabric.broadcast(accuracy)
+
+    def _unsharded(self, student: nn.Module, fabric: Fabric) -> nn.Module:
+        """A copy with whole weights in the first process. Every process takes part."""
+        weights = get_model_state_dict(student, options=WHOLE)
+        plan = self.plan
+        unsharded = build_student(self.config, plan.patch_size, plan.target_dim, plan.channels).to(fabric.device).eval()
         if fabric.is_global_zero:
             unsharded.load_state_dict(weights)
         return unsharded
 
-    def measured(encoder: Any) -> dict[str, float]:
-        embed = embed_with_encoder(encoder, "mean", None, *normalisation)
-        votes, asks = (
-            embed_pictures(pictures, len(labels), embed, fabric.device, batch_size, workers, "kNN features", quiet=True)
-            for pictures, labels in ((images.votes, images.vote_labels), (images.asks, images.ask_labels))
+    def _accuracy(self, student: Any, device: torch.device) -> dict[str, float]:
+        embed = embed_with_encoder(student.encoder, "mean", None, *self.plan.stores[0][-1].normalisation)
+        images, workers = self.images, self.config.workers
+        train, val = (
+            embed_images(part, embed, device, BATCH_SIZE, workers, "k-NN features", quiet=True)
+            for part in (images.train, images.val)
         )
-        classes = int(max(images.vote_labels.max(), images.ask_labels.max())) + 1
-        top1, top5 = knn_accuracy(votes, images.vote_labels, asks, images.ask_labels, classes, NEIGHBOURS, TEMPERATURE)
+        top1, top5 = knn_accuracy(train, images.train_labels, val, images.val_labels, images.classes)
         return {"knn_top1": round(top1, 3), "knn_top5": round(top5, 3)}
-
-    return measure
-
-
-def _numbers(names: list[str], classes: list[str]) -> torch.Tensor:
-    places = {name: place for place, name in enumerate(classes)}
-    return torch.tensor([places[name] for name in names])

@@ -1,7 +1,8 @@
-"""`pretrain --profile`: where a step's time goes, and what to change. Nothing is trained or written."""
+"""`pretrain --profile`: where the time of a step goes, and what to change. Nothing is trained or written."""
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,171 +10,169 @@ import torch
 
 from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
-from fastmae.images.views import normalise
-from fastmae.pretraining.plan import Plan, loss_weights, plan
-from fastmae.pretraining.step import launch_for, optimizer_for, view_loader
+from fastmae.pretraining.plan import Plan
+from fastmae.pretraining.step import PretrainStep
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.workers import worker_count
-from fastmae.student.loss import Prediction, StudentLoss
-from fastmae.student.student import Student, build_student
-from fastmae.student.targets import OnlineTokens
+from fastmae.student.loss import Prediction
+from fastmae.student.student import Student
 from fastmae.tokens.loader import ViewBatch
-from fastmae.training.task import micro_batches
+from fastmae.training.run import launch_processes, loader, set_up
+from fastmae.training.task import Task
 
-STEPS, FIRST = 50, 5
-"""Steps that are timed, and those before them, which also allocate and start the loading processes."""
-PARTS = ("loader", "copy", "target", "encoder", "decoder", "loss", "optimiser")
-PART_WORDS = {
+log = logging.getLogger(__name__)
+TIMED_STEPS, WARMUP_STEPS = 50, 5
+"""The first steps are not timed: they allocate memory and start the loading processes."""
+STAGES = {
     "loader": "waiting for views",
-    "copy": "to the device",
-    "target": "normalising what is predicted (an online teacher's forward)",
-    "encoder": "forward and backward, of the visible patches",
+    "copy": "moving the batch to the device",
+    "target": "normalising the targets (and an online teacher's forward pass)",
+    "encoder": "forward and backward, visible patches only",
     "decoder": "forward and backward, with the layers' heads",
     "loss": "both losses, forward and backward",
-    "optimiser": "the step",
+    "optimiser": "the optimizer's step",
 }
-LOUD = 0.15
-"""Share of a step from which the loader, the copy or the optimiser is worth a word."""
+WORTH_A_WORD = 0.15
+"""Share of a step from which advice is about the loader, the copy or the optimizer."""
 
 
-class Clock:
-    """Adds up seconds by part; on a GPU it waits for the work to be done."""
+class StageClock:
+    """Adds up seconds by stage. On a GPU it waits until the work is done.
+
+    Args:
+        device: where the work is done.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        """What happens within counts for a part."""
-        self._wait()
-        begun = time.perf_counter()
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time within the context for a stage."""
+        self._synchronise()
+        start = time.perf_counter()
         yield
-        self._wait()
-        self.seconds[part] += time.perf_counter() - begun
+        self._synchronise()
+        self.seconds[name] += time.perf_counter() - start
 
-    def _wait(self) -> None:
+    def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def profile(config: PretrainConfig, timed_steps: int = STEPS) -> dict[str, Any]:
-    """Time steps of a student that is thrown away, part by part.
-
-    The gradient takes the way it always takes, in two stages, cut where the encoder's layers leave it: so the encoder's and the decoder's
-    shares are told apart.
+def profile(config: PretrainConfig, plan: Plan, task: Task, timed_steps: int = TIMED_STEPS) -> dict[str, Any]:
+    """Time the stages of steps of a student that is thrown away.
 
     Args:
-        config: of the run that is asked about.
-        timed_steps: how many.
+        config: the run's options.
+        plan: the run's plan.
+        task: the run's task.
+        timed_steps: number of steps to time.
 
     Returns:
-        The command's JSON: `steps`, `seconds` a step, `images_per_second`, `shares` by part, `advice`.
+        The command's JSON: `steps`, `seconds` per step, `images_per_second`, `shares` by stage, `advice`.
 
     Raises:
         InputError: several processes.
     """
-    made, fabric = plan(config), launch_for(config)
+    fabric, grad_accum_steps = launch_processes(config, task, plan.settings)
     if fabric.world_size > 1:
-        raise InputError("--profile: times one process; give --devices 1")
-    parts = micro_batches(config.batch_size, config.micro_batch)
-    student = build_student(config, made.patch_size, made.target_dim, made.channels).to(fabric.device)
-    optimizer = optimizer_for(config, student, fabric)
-    batches = iter(view_loader(config, made, 0, fabric, parts, move=False))
-    clock, begun = Clock(fabric.device), 0.0
-    done = min(timed_steps, max(1, made.steps - FIRST))
-    take = _step_of(config, made, fabric, student)
-    for step in range(min(FIRST, made.steps - done) + done):
-        if step == min(FIRST, made.steps - done):
-            clock, begun = Clock(fabric.device), time.perf_counter()
-        for _ in range(parts):
-            with clock.of("loader"):
+        raise InputError("--profile: times a single process; give --devices 1")
+    run = set_up(config, task, plan.settings, fabric, grad_accum_steps)
+    timed_steps = min(timed_steps, max(1, plan.settings.steps - WARMUP_STEPS))
+    warmup_steps = min(WARMUP_STEPS, plan.settings.steps - timed_steps)
+    batches = loader(run)
+    clock, start = StageClock(fabric.device), time.perf_counter()
+    for step in range(warmup_steps + timed_steps):
+        if step == warmup_steps:
+            clock, start = StageClock(fabric.device), time.perf_counter()
+        for _ in range(grad_accum_steps):
+            with clock.stage("loader"):
                 batch = next(batches)
-            with clock.of("copy"):
-                batch = batch.to(fabric.device)
-            take(batch, clock)
-        with clock.of("optimiser"):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    return _told(config, clock, (time.perf_counter() - begun) / done, done)
+            with clock.stage("copy"):
+                batch = fabric.to_device(batch)
+            forward_and_backward(run.state.network, task.step, batch, fabric, clock)  # type: ignore[arg-type]
+        with clock.stage("optimiser"):
+            run.state.optimizer.step()
+            run.state.optimizer.zero_grad(set_to_none=True)
+    return _outcome(config, clock, (time.perf_counter() - start) / timed_steps, timed_steps)
 
 
-def _step_of(
-    config: PretrainConfig, made: Plan, fabric: Fabric, student: Student
-) -> Callable[[ViewBatch, Clock], None]:
-    loss_of = StudentLoss(
-        config.loss, config.all_layers_weight, made.target.dims, loss_weights(config, len(made.target.dims))
-    )
-    mean, std = made.stores[0][-1].normalisation
-    if isinstance(made.target, OnlineTokens):
-        made.target.to(fabric.device)
+def forward_and_backward(
+    student: Student, step: PretrainStep, batch: ViewBatch, fabric: Fabric, clock: StageClock
+) -> None:
+    """The gradients of a batch, computed in stages that are timed one by one.
 
-    def take(batch: ViewBatch, clock: Clock) -> None:
-        with clock.of("encoder"), fabric.autocast():
-            images = normalise(batch.pixels, mean, std)
-            prefix, layers = student.encode_with_prefix(images, batch.ids_shuffle[:, : student.visible])
-        cut_prefix, *cut = (part.detach().requires_grad_() for part in (prefix, *layers))
-        with clock.of("decoder"), fabric.autocast():
-            by_layer = (
-                [head(layer) for head, layer in zip(student.layer_heads, cut, strict=True)]
-                if student.layer_heads
-                else []
-            )
-            outputs = [student.decode(cut, batch.ids_shuffle, cut_prefix if student.decoder_prefix else None), *by_layer]
-        with clock.of("target"):
-            target = made.target(batch, images)
-        leaves = [output.detach().requires_grad_() for output in outputs]
-        with clock.of("loss"):
-            loss_of(Prediction(leaves[0], leaves[1:]), target, batch.ids_shuffle)["loss"].backward()
-        with clock.of("decoder"):
-            torch.autograd.backward(outputs, [leaf.grad for leaf in leaves])
-        with clock.of("encoder"):
-            reached = [
-                (part, leaf.grad)
-                for part, leaf in zip((prefix, *layers), (cut_prefix, *cut), strict=True)
-                if leaf.grad is not None
-            ]
-            torch.autograd.backward([part for part, _ in reached], [gradient for _, gradient in reached])
-
-    return take
+    The graph is cut where the encoder's layers leave it and where the predictions enter the loss. Forward: encoder,
+    decoder, target, loss. Backward through the loss, then through decoder and heads, then through the encoder; at each
+    cut, the gradients that arrived there are handed on.
+    """
+    with clock.stage("encoder"), fabric.autocast():
+        images = step.images(batch)
+        prefix, layers = student.encode_with_prefix(images, batch.ids_shuffle[:, : student.visible])
+    encoded = (prefix, *layers)
+    encoded_leaves = [tensor.detach().requires_grad_() for tensor in encoded]
+    prefix_leaf, *layer_leaves = encoded_leaves
+    with clock.stage("decoder"), fabric.autocast():
+        by_layer = [head(leaf) for head, leaf in zip(student.layer_heads, layer_leaves, strict=False)]
+        decoded = student.decode(layer_leaves, batch.ids_shuffle, prefix_leaf if student.decoder_prefix else None)
+        predictions = [decoded, *by_layer]
+    with clock.stage("target"):
+        target = step.targets(batch, images)
+    prediction_leaves = [tensor.detach().requires_grad_() for tensor in predictions]
+    with clock.stage("loss"):
+        prediction = Prediction(prediction_leaves[0], prediction_leaves[1:])
+        step.loss(prediction, target, batch.ids_shuffle)["loss"].backward()
+    with clock.stage("decoder"):
+        torch.autograd.backward(predictions, [leaf.grad for leaf in prediction_leaves])
+    with clock.stage("encoder"):
+        reached = [pair for pair in zip(encoded, encoded_leaves, strict=True) if pair[1].grad is not None]
+        torch.autograd.backward([tensor for tensor, _ in reached], [leaf.grad for _, leaf in reached])
 
 
-def _told(config: PretrainConfig, clock: Clock, seconds: float, steps: int) -> dict[str, Any]:
+def _outcome(config: PretrainConfig, clock: StageClock, seconds: float, steps: int) -> dict[str, Any]:
     total = sum(clock.seconds.values())
-    shares = {part: spent / total for part, spent in clock.seconds.items()}
+    shares = {stage: spent / total for stage, spent in clock.seconds.items()}
     advice = advise(shares, config)
-    print(
-        f"{steps} steps of {config.batch_size} views, {seconds:.3f} s each: {config.batch_size / seconds:.1f} images/s"
-    )
-    for part, share in shares.items():
-        print(f"  {part:10} {100 * share:5.1f} %  {'#' * round(40 * share):40}  {PART_WORDS[part]}")
-    print(advice)
+    rate = config.batch_size / seconds
+    log.info(f"{steps} steps of {config.batch_size} views, {seconds:.3f} s each: {rate:.1f} images/s")
+    for stage, share in shares.items():
+        log.info(f"  {stage:10} {100 * share:5.1f} %  {'#' * round(40 * share):40}  {STAGES[stage]}")
+    log.info(advice)
     return {
-        "steps": steps, "seconds": seconds, "images_per_second": config.batch_size / seconds,
-        "shares": {part: round(share, 4) for part, share in shares.items()}, "advice": advice,
-    }  # fmt: skip
+        "steps": steps,
+        "seconds": seconds,
+        "images_per_second": rate,
+        "shares": {stage: round(share, 4) for stage, share in shares.items()},
+        "advice": advice,
+    }
 
 
 def advise(shares: dict[str, float], config: PretrainConfig) -> str:
     """What to change first, in a sentence.
 
     Args:
-        shares: part -> its share of a step.
-        config: of the run.
+        shares: stage -> its share of a step.
+        config: the run's options.
     """
 
-    def of(part: str) -> str:
-        return f"the {part} is {100 * shares[part]:.0f} % of a step"
+    def percent(stage: str, name: str = "") -> str:
+        return f"the {name or stage} takes {100 * shares[stage]:.0f} % of a step"
 
     workers = worker_count(config.workers)
-    if shares["loader"] > LOUD:
-        return f"{of('loader')}: give --workers {workers + 4} (now {workers}) where there are cores, or tokenize with --pixels raw"
-    if config.target == "teacher" and shares["target"] > LOUD:
-        return f"{of('target').replace('target', 'online teacher')}: --target tokens reads the same from the store"
-    if shares["copy"] > LOUD:
-        return f"{of('copy')}: the bus is slow, or the store's tokens are wide; tokenize with --codec pq48"
-    if shares["optimiser"] > LOUD:
-        return f"{of('optimiser')}: a larger --batch-size makes fewer of them"
+    if shares["loader"] > WORTH_A_WORD:
+        more = f"--workers {workers + 4} (now {workers})"
+        return f"{percent('loader')}: give {more} if there are cores for them, or tokenize with --pixels raw"
+    if config.target == "teacher" and shares["target"] > WORTH_A_WORD:
+        return f"{percent('target', 'online teacher')}: --target tokens reads the same features from the store"
+    if shares["copy"] > WORTH_A_WORD:
+        return f"{percent('copy')}: the bus is slow or the tokens are wide; tokenize with --codec pq48"
+    if shares["optimiser"] > WORTH_A_WORD:
+        return f"{percent('optimiser')}: with a larger --batch-size there are fewer steps"
     if shares["decoder"] > shares["encoder"]:
-        return f"{of('decoder')}: give --decoder-depth 1, or a smaller --decoder-width"
-    return f"{of('encoder')}: that is where the time should go; faster is --precision bf16-mixed or --compile on a GPU, or more devices"
+        return f"{percent('decoder')}: give --decoder-depth 1 or a smaller --decoder-width"
+    return (
+        f"{percent('encoder')}, where the time should go; on a GPU, --precision bf16-mixed or --compile is faster, and "
+        "so are more devices"
+    )

@@ -1,29 +1,36 @@
-"""One vector an image from a frozen network, for kNN: decoding in workers, the forward here."""
+"""Frozen features: one vector per image. Images are decoded in worker processes; the forward passes run here."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fastmae.errors import InputError
 from fastmae.images.decode import UndecodableError
 from fastmae.images.middle import resized_pixels
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, normalise
 from fastmae.runtime.progress import Progress
-from fastmae.runtime.workers import guarded, heed_only_the_parent
+from fastmae.runtime.workers import batches
 from fastmae.student.encoder import Encoder
 from fastmae.teachers import Teacher
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 """uint8 [B, K, S, S] -> float32 [B, D]."""
-Read = Callable[[torch.Tensor], torch.Tensor]
+EmbedNormalised = Callable[[torch.Tensor], torch.Tensor]
 """float32 [B, K, S, S], normalised -> float32 [B, D]."""
 
 
 class WholeImages(Dataset[torch.Tensor]):
-    """Files -> whole pictures resized as the middle image is, uint8 [K, S, S]."""
+    """Image files as whole pictures, resized as the middle image is: uint8 [K, S, S].
+
+    Args:
+        paths: the files.
+        size: S, in pixels.
+        resize: a key of `images.middle.RESIZE`.
+        channels: K.
+    """
 
     def __init__(self, paths: list[Path], size: int, resize: str, channels: int):
         self.paths, self.size, self.resize, self.channels = paths, size, resize, channels
@@ -31,8 +38,8 @@ class WholeImages(Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, place: int) -> torch.Tensor:
-        path = self.paths[place]
+    def __getitem__(self, index: int) -> torch.Tensor:
+        path = self.paths[index]
         try:
             with path.open("rb") as file:
                 return resized_pixels(file, path.name, self.size, self.resize, self.channels)[0]
@@ -47,43 +54,49 @@ def embed_with_encoder(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Embed:
-    """Features of a timm ViT.
+    """A function that embeds images with a timm ViT.
 
     Args:
         encoder: in evaluation mode.
         pool: 'mean' of the patch tokens, or 'class' for the class token.
-        block: whose output; None: the last. The final norm is applied in both cases.
-        mean: by which its images are normalised, for each colour.
-        std: the same.
+        block: block whose output is used; None: the last. The final norm is always applied.
+        mean: mean of the encoder's input, one value per channel (of values in [0, 1]).
+        std: its standard deviation.
 
     Raises:
-        InputError: no class token to take, or no such block.
+        InputError: the encoder has no class token, or no such block.
     """
-    read = features_of(encoder, pool, block)
-    return lambda pixels: read(normalise(pixels, mean, std))
+    embed_normalised = pooled_features(encoder, pool, block)
+    return lambda pixels: embed_normalised(normalise(pixels, mean, std))
 
 
-def features_of(encoder: Encoder, pool: str, block: int | None = None) -> Read:
-    """Normalised images [B, K, S, S] -> a ViT's features [B, D]; the arguments, and what is raised, are those of `embed_with_encoder`."""
+def pooled_features(encoder: Encoder, pool: str, block: int | None = None) -> EmbedNormalised:
+    """As `embed_with_encoder`, for images that are normalised already."""
     check_pool(encoder, pool)
     tokens = tokens_of(encoder, block)
     return lambda images: pooled(encoder, *tokens(images), pool)
 
 
 def check_pool(encoder: Encoder, pool: str) -> None:
-    """Whether an encoder has what is to be its features.
+    """Check that the encoder has the token that `--pool` asks for.
 
     Raises:
-        InputError: no class token to take.
+        InputError: it has no class token.
     """
     if pool == "class" and getattr(encoder, "cls_token", None) is None:
-        raise InputError("--pool class: this encoder has no class token; take --pool mean")
+        raise InputError("--pool class: this encoder has no class token; use --pool mean")
 
 
 def pooled(encoder: Encoder, patches: torch.Tensor, prefix: torch.Tensor, pool: str) -> torch.Tensor:
-    """Features [B, D]: 'mean' of the patch tokens [B, N, D], or 'class' for the first of the prefix tokens [B, P, D].
+    """One vector per image, [B, D].
 
-    A fine-tuned encoder's norm stands behind the mean, and is part of it.
+    In a fine-tuned encoder, the norm comes after the mean and is applied here.
+
+    Args:
+        encoder: the encoder of the tokens.
+        patches: patch tokens [B, N, D].
+        prefix: class and register tokens [B, P, D].
+        pool: 'mean' of the patch tokens, or 'class' for the first prefix token.
     """
     return encoder.fc_norm(patches.mean(1)) if pool == "mean" else prefix[:, 0]
 
@@ -91,17 +104,21 @@ def pooled(encoder: Encoder, patches: torch.Tensor, prefix: torch.Tensor, pool: 
 def tokens_of(
     encoder: Encoder, block: int | None = None
 ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Normalised images [B, K, S, S] -> a ViT's patch tokens [B, N, D] and prefix tokens [B, P, D] after a block and the final norm.
+    """A function from normalised images [B, K, S, S] to patch tokens [B, N, D] and prefix tokens [B, P, D].
+
+    Args:
+        encoder: a timm ViT.
+        block: block whose output is used; None: the last. The final norm is always applied.
 
     Raises:
         InputError: no such block.
     """
-    blocks = len(encoder.blocks)
-    if block is not None and not -blocks <= block < blocks:
-        raise InputError(f"--block {block}: this encoder has blocks 0 to {blocks - 1}")
-    index = blocks - 1 if block is None else block % blocks
+    depth = len(encoder.blocks)
+    if block is not None and not -depth <= block < depth:
+        raise InputError(f"--block {block}: this encoder has blocks 0 to {depth - 1}")
+    index = depth - 1 if block is None else block % depth
 
-    def read(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokens(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return encoder.forward_intermediates(
             images,
             indices=[index],
@@ -112,77 +129,42 @@ def tokens_of(
             stop_early=True,
         )[0]
 
-    return read
+    return tokens
 
 
 def embed_with_teacher(teacher: Teacher) -> Embed:
-    """Mean of a teacher's patch features."""
+    """A function that embeds images by the mean of a teacher's patch features."""
     return lambda pixels: teacher(pixels).mean((1, 2))
 
 
-def embed_files(
-    paths: list[Path],
-    embed: Embed,
-    size: int,
-    resize: str,
+@torch.no_grad()  # not inference_mode: a probe's loss keeps the features for its backward pass
+def embed_images(
+    images: Dataset[Any],
+    embed: Embed | EmbedNormalised,
     device: torch.device,
     batch_size: int,
     workers: int,
-    what: str,
-    channels: int = 3,
+    label: str,
+    quiet: bool = False,
 ) -> torch.Tensor:
-    """Features of image files, float32 [len(paths), D], on the CPU.
+    """The features of a data set's images: float32 [n, D], on the CPU.
 
     Args:
-        paths: of the images.
-        embed: from one of the above.
-        size: side at which they are given to it, in pixels.
-        resize: a key of `RESIZE`.
-        device: of the network.
-        batch_size: images a forward.
-        workers: decoding processes.
-        what: first word of the progress line.
-        channels: to which the files are decoded.
+        images: gives, for each index, what `embed` takes for one image; or a tuple that starts with it.
+        embed: embeds a batch.
+        device: device of the network.
+        batch_size: images per forward pass.
+        workers: decoding processes, as `--workers`.
+        label: first word of the progress line.
+        quiet: show no progress.
 
     Raises:
         InputError: a file that can't be decoded.
     """
-    return embed_pictures(
-        WholeImages(paths, size, resize, channels), len(paths), embed, device, batch_size, workers, what
-    )
-
-
-@torch.no_grad()  # not inference_mode: a probe's loss keeps features for its backward pass
-def embed_pictures(
-    pictures: Dataset[Any],
-    count: int,
-    embed: Embed | Read,
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-    what: str,
-    quiet: bool = False,
-) -> torch.Tensor:
-    """Features of a data set's pictures, float32 [count, D], on the CPU.
-
-    Args:
-        pictures: gives what `embed` takes, for one picture; or that and more, which is left aside.
-        count: of them.
-        embed: on a batch.
-        device: of the network.
-        batch_size: images a forward.
-        workers: decoding processes.
-        what: first word of the progress line.
-        quiet: without it.
-    """
-    pinned = device.type == "cuda"
-    loader = DataLoader(
-        pictures, batch_size, num_workers=workers, pin_memory=pinned, worker_init_fn=heed_only_the_parent
-    )
     features = []
-    with Progress(what, "images", total=count, quiet=quiet) as progress:
-        for batch in guarded(loader):
-            given = batch[0] if isinstance(batch, list | tuple) else batch
-            features.append(embed(given.to(device, non_blocking=True)).float().cpu())
-            progress.advance(len(given))
+    with Progress(label, "images", total=len(images), quiet=quiet) as progress:  # type: ignore[arg-type]
+        for batch in batches(images, device, workers, batch_size=batch_size):
+            pixels = batch[0] if isinstance(batch, list | tuple) else batch
+            features.append(embed(pixels.to(device, non_blocking=True)).float().cpu())
+            progress.advance(len(pixels))
     return torch.cat(features)

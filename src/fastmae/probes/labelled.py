@@ -1,4 +1,4 @@
-"""Labelled folders: train/<class>/* and val/<class>/*."""
+"""Labelled folders, train/<class>/* and val/<class>/*. What is wrong with them is reported before anything starts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,18 +7,18 @@ from typing import Any
 import torch
 
 from fastmae.errors import InputError
-from fastmae.images.sources import labelled_split
+from fastmae.images.sources import class_indices, labelled_split
 
 
 @dataclass(frozen=True)
 class LabelledFolder:
-    """A folder's splits.
+    """The images and labels of both splits.
 
     Attributes:
-        classes: names, sorted; a label is a place among them.
-        train: files.
+        classes: names of the classes, sorted; a label is an index into them.
+        train: image files.
         train_labels: int64 [len(train)].
-        val: files.
+        val: image files.
         val_labels: int64 [len(val)].
     """
 
@@ -37,15 +37,14 @@ def open_labelled(data: Path) -> LabelledFolder:
     """List both splits.
 
     Raises:
-        InputError: a split is missing, a class is empty or in val/ alone, or there is but one class.
+        InputError: a split is missing, a class is empty or only in val/, or there is only one class.
     """
-    (train, train_names), (val, val_names) = (labelled_split(data, split) for split in ("train", "val"))
+    train, train_names = labelled_split(data, "train")
+    val, val_names = labelled_split(data, "val")
     classes = sorted(set(train_names))
     unknown = sorted(set(val_names) - set(classes))
     if unknown:
         raise InputError(f"{data / 'val' / unknown[0]}: a class that train/ does not have")
     if len(classes) < 2:
-        raise InputError(f"{data / 'train'}: one class only ('{classes[0]}'); there is nothing to tell apart")
-    places = {name: place for place, name in enumerate(classes)}
-    train_labels, val_labels = (torch.tensor([places[name] for name in names]) for names in (train_names, val_names))
-    return LabelledFolder(classes, train, train_labels, val, val_labels)
+        raise InputError(f"{data / 'train'}: has one class only ('{classes[0]}'); give at least two")
+    return LabelledFolder(classes, train, class_indices(train_names, classes), val, class_indices(val_names, classes))

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, read without running code from them."""
+"""Checkpoint files: written whole or not at all, and read without running code from them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from fastmae.runtime.durable import write_whole
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, to the CPU, without running code from it.
+    """Read a checkpoint into the CPU's memory.
 
     Raises:
         InputError: no checkpoint there, or a damaged one.
@@ -22,32 +22,32 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         value = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(value, dict) or "model" not in value or "run" not in value:
             raise ValueError("not a fastmae checkpoint")
-    except Exception as error:  # damaged zip, pickle with code, wrong contents
+    except Exception as error:  # a damaged archive, a pickle with code, other contents
         raise InputError(f"{path}: damaged, or not a checkpoint of fastmae ({first_line(error)})") from error
     return value
 
 
-def write_checkpoint(path: Path, held: Mapping[str, Any]) -> None:
+def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Write a checkpoint, whole or not at all.
 
     Raises:
         OSError: a full disk, say.
     """
 
-    def write(aside: Path) -> None:
-        with aside.open("wb") as file:
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
             try:
-                torch.save(held, file)
-            except RuntimeError as error:  # what torch makes of a full disk
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch hides a full disk behind an error of its own
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     write_whole(path, write)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file is a checkpoint of a run, and not another project's; its tensors are not read."""
+    """Whether a file is a checkpoint of a run, rather than of another project. Its tensors are not read."""
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # another kind of file, or an older one of torch's, which can't be mapped: not ours
+    except Exception:  # another kind of file, or an old checkpoint that can't be mapped: not ours
         return False
     return isinstance(value, dict) and "model" in value and "run" in value

@@ -1,12 +1,12 @@
-"""What RUN names in every command after pre-training -> an encoder, with all that must be known to use it and to build it again.
+"""What RUN names in the commands after pre-training: an encoder, with what is needed to use it and to build it again.
 
-RUN is a run (its folder or a checkpoint), what `fastmae export` wrote for timm, a checkpoint of MAE's, DINO's or iBOT's own
-(`file/PATH`, or the path alone), or a name of timm's (`timm/NAME`).
+RUN is a run (its folder or a checkpoint), a model that `fastmae export` wrote for timm, a checkpoint of MAE, DINO or
+iBOT as its authors publish it (`file/PATH`, or the path alone), or `timm/NAME`.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,15 @@ from fastmae.teachers.factory import load_network
 from fastmae.teachers.weights import load_strictly, read_weights
 
 EXPORT_CONFIG, EXPORT_WEIGHTS = "config.json", "model.safetensors"
-"""Of a folder as timm keeps models on the hub."""
+"""Files of a folder in timm's hub layout."""
 
 
 class NotAViTError(InputError):
-    """What was named is a network of timm's, but not one that can be pre-trained here.
+    """RUN names a network of timm's that is not a plain ViT, so it can't be an encoder here.
 
     Args:
-        message: in one line.
-        network: the same.
+        message: one line.
+        network: that network.
     """
 
     def __init__(self, message: str, network: torch.nn.Module):
@@ -43,18 +43,18 @@ class NotAViTError(InputError):
 
 @dataclass(frozen=True)
 class OpenedEncoder:
-    """An encoder and how to use it.
+    """An encoder, and how to use it.
 
     Attributes:
         network: a timm VisionTransformer or Eva without a classifier, in evaluation mode.
-        architecture: `timm.create_model(architecture, **arguments)` builds it again.
-        arguments: the same.
-        image_size: side in pixels that it is set to.
-        channels: of its images.
-        mean: by which its images are normalised, for each channel (of values in [0, 1]).
-        std: the same.
-        resize: how pictures came to its size in pre-training, a key of `images.middle.RESIZE`.
-        source: what was opened, as it was given.
+        architecture: timm's name of the network.
+        arguments: `timm.create_model(architecture, **arguments)` builds the network again.
+        image_size: side of its images in pixels.
+        channels: channels of its images.
+        mean: mean of its input, one value per channel (of values in [0, 1]).
+        std: standard deviation of its input.
+        resize: how pictures were brought to its size in pre-training, a key of `images.middle.RESIZE`.
+        source: RUN, as it was given.
     """
 
     network: Encoder
@@ -69,14 +69,14 @@ class OpenedEncoder:
 
     @property
     def patch_size(self) -> int:
-        """In pixels."""
+        """Side of a patch in pixels."""
         return int(self.network.patch_embed.patch_size[0])
 
     def describe(self, prefix: str = "encoder.") -> dict[str, Any]:
-        """For a run's description: all that is needed to build it again, and what its weights were at the start.
+        """For a run's description: what is needed to build the encoder again, and a digest of its initial weights.
 
         Args:
-            prefix: of its weights' names in the run's checkpoint.
+            prefix: prefix of the encoder's weights in the run's checkpoint.
         """
         return {
             "architecture": self.architecture,
@@ -93,55 +93,65 @@ class OpenedEncoder:
         }
 
 
+def load_encoder(
+    run: str | Path,
+    image_size: int | None = None,
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    **arguments: Any,
+) -> Encoder:
+    """The encoder that RUN names, as a timm VisionTransformer (or Eva) without a classifier, in evaluation mode.
+
+    Args:
+        run: a run's folder or checkpoint, an exported model, a checkpoint of MAE, DINO or iBOT, or timm/NAME.
+        image_size: side of the images in pixels; position embeddings are resampled. None: the encoder's own.
+        weights: weights file for a timm/NAME, instead of the hub's.
+        pretrained: False gives the same architecture with random weights.
+        arguments: more arguments of timm's (`dynamic_img_size`, `drop_path_rate`).
+
+    Raises:
+        InputError: nothing that can be opened, not a ViT, or a size that is not a multiple of the patch size.
+    """
+    weights_file = None if weights is None else Path(weights)
+    return open_encoder(str(run), image_size, weights=weights_file, pretrained=pretrained, **arguments).network
+
+
 def open_encoder(
     spec: str,
     image_size: int | None = None,
     *,
     weights: Path | None = None,
     pretrained: bool = True,
-    drop_path: float = 0.0,
-    any_size: bool = False,
+    **arguments: Any,
 ) -> OpenedEncoder:
-    """Load an encoder.
-
-    Args:
-        spec: RUN, as the module says.
-        image_size: side in pixels that it is set to, position embeddings resampled; None: its own.
-        weights: file for a timm/NAME, instead of the hub's.
-        pretrained: False gives the same architecture at random (drawn from torch's generator).
-        drop_path: rate of stochastic depth at the last block, growing linearly from 0 at the first.
-        any_size: the network then takes images of any sides that are multiples of its patch, positions resampled on the way.
-
-    Raises:
-        InputError: nothing that can be opened, not a ViT, or a size that its patches don't divide.
-    """
-    extra: dict[str, Any] = {"dynamic_img_size": True} if any_size else {}
-    extra |= {"drop_path_rate": drop_path} if drop_path else {}
+    """As `load_encoder`, with what is needed to use the encoder. Random weights come from torch's generator."""
     path = Path(spec)
     if spec.startswith(("timm/", "clip/", "file/")):
-        opened = _of_name(spec, weights, pretrained, extra)
+        opened = _of_name(spec, weights, pretrained, arguments)
     elif weights is not None:
-        raise InputError(f"--weights {weights}: goes with timm/NAME; {spec} brings its own")
+        raise InputError(f"--weights {weights}: goes with timm/NAME; {spec} brings its own weights")
     elif (path / EXPORT_CONFIG).is_file() or (
         path.suffix == ".safetensors" and path.with_name(EXPORT_CONFIG).is_file()
     ):
-        opened = _of_export(path if path.is_dir() else path.parent, pretrained, extra)
+        opened = _of_export(path if path.is_dir() else path.parent, pretrained, arguments)
     elif path.is_file() and not is_checkpoint(path):
-        opened = _of_name(f"file/{spec}", weights, pretrained, extra)
+        opened = _of_name(f"file/{spec}", weights, pretrained, arguments)
     else:
-        opened = _of_run(spec, pretrained, extra)
+        opened = _of_run(spec, pretrained, arguments)
     kind = type(opened.network)
     if kind not in (VisionTransformer, Eva):
         raise NotAViTError(
-            f"{spec}: a {kind.__name__}, not a plain ViT; take one of timm's vit_* or eva* names", opened.network
+            f"{spec}: a {kind.__name__}, not a plain ViT; use one of timm's vit_* or eva* names", opened.network
         )
     return _at_size(opened, image_size)
 
 
 def initialise_student(student: Student, spec: str) -> str:
-    """Give a student the weights that `--init` names: the encoder's, and where it is a run with the same decoder and heads, theirs too.
+    """Give a student the weights that `--init` names: an encoder's; from a run with the same decoder and heads, all.
 
-    Position embeddings are taken over, resampled to the student's grid, and not built anew: MAE's own order their columns in another way.
+    Position embeddings are copied and resampled to the student's grid. They can't be rebuilt: MAE orders their columns
+    in its own way.
 
     Returns:
         What was loaded, in words.
@@ -151,31 +161,29 @@ def initialise_student(student: Student, spec: str) -> str:
     """
     encoder = student.encoder
     opened = open_encoder(spec, encoder.patch_embed.img_size[0])
-    state = {name.replace("fc_norm.", "norm."): tensor for name, tensor in opened.network.state_dict().items()}
+    given = {name.replace("fc_norm.", "norm."): tensor for name, tensor in opened.network.state_dict().items()}
     own = encoder.state_dict()
-    differing = next(
-        (
-            name
-            for name in (*own, *state)
-            if name not in own or name not in state or own[name].shape != state[name].shape
-        ),
-        None,
-    )
-    if differing is not None:
-        mine, theirs = (list(weights[differing].shape) if differing in weights else "none" for weights in (own, state))
+    differing = [name for name in {**own, **given} if _shape(own, name) != _shape(given, name)]
+    if differing:
+        name = differing[0]
         raise InputError(
-            f"--init {spec}: another encoder ({differing}: {theirs}, the student's {mine}); give the --encoder it was made with"
+            f"--init {spec}: another encoder ({name}: {_shape(given, name)}, the student's {_shape(own, name)}); "
+            "give the --encoder it was made with"
         )
-    encoder.load_state_dict(state)
-    around = _around_the_encoder(student, spec)
-    if not around:
+    encoder.load_state_dict(given)
+    rest = _decoder_and_heads(student, spec)
+    if not rest:
         return f"the encoder of {spec}"
-    student.load_state_dict(around, strict=False)
+    student.load_state_dict(rest, strict=False)
     return f"the whole student of {spec}"
 
 
-def _around_the_encoder(student: Student, spec: str) -> dict[str, torch.Tensor]:
-    """A run's decoder and heads, if the student's are of the same names and shapes."""
+def _shape(weights: dict[str, torch.Tensor], name: str) -> list[int] | str:
+    return list(weights[name].shape) if name in weights else "none"
+
+
+def _decoder_and_heads(student: Student, spec: str) -> dict[str, torch.Tensor]:
+    """The weights of a run's decoder and heads, if they have the student's names and shapes."""
     path = Path(spec)
     if not ((path / RUN_FILE).is_file() or (path.is_file() and is_checkpoint(path))):
         return {}
@@ -183,50 +191,73 @@ def _around_the_encoder(student: Student, spec: str) -> dict[str, torch.Tensor]:
         {name: tensor for name, tensor in weights.items() if not name.startswith("encoder.")}
         for weights in (student.state_dict(), load_run(path)[1])
     )
-    return saved if {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in saved.items()} else {}
+    alike = {name: tensor.shape for name, tensor in own.items()} == {name: t.shape for name, t in saved.items()}
+    return saved if alike else {}
 
 
 def _of_run(spec: str, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder:
     path = Path(spec)
     if not path.exists() or not ((path / RUN_FILE).is_file() or path.is_file()):
-        what = "holds no run and no exported model" if path.exists() else "no such run"
+        problem = "holds no run and no exported model" if path.exists() else "no such run"
         raise InputError(
-            f"{spec}: {what}; give a run's folder, a checkpoint, an exported model, timm/NAME or file/PATH"
+            f"{spec}: {problem}; give a run's folder, a checkpoint, an exported model, timm/NAME or file/PATH"
         )
-    description, saved = load_run(path)
-    network = encoder_of(description, saved, pretrained, extra)
+    description, weights = load_run(path)
+    network = encoder_of(description, weights, pretrained, extra)
     if "encoder" in description:
-        built = description["encoder"]
+        recorded = description["encoder"]
         return OpenedEncoder(
-            network, built["architecture"], {**built["arguments"], "num_classes": 0}, built["image_size"], built["channels"],
-            tuple(built["mean"]), tuple(built["std"]), built["resize"], spec,
-        )  # fmt: skip
+            network=network,
+            architecture=recorded["architecture"],
+            arguments={**recorded["arguments"], "num_classes": 0},
+            image_size=recorded["image_size"],
+            channels=recorded["channels"],
+            mean=tuple(recorded["mean"]),
+            std=tuple(recorded["std"]),
+            resize=recorded["resize"],
+            source=spec,
+        )
     options, store = description["options"], description["store"]
-    name, size, channels = options["encoder"], options["image_size"], store["channels"]
-    width, depth, heads = (options[f"encoder_{what}"] for what in ("width", "depth", "heads"))
-    arguments = timm_arguments(name, size, store["patch_size"], width, depth, heads, channels)
     mean, std = (tuple(values) for values in store["normalisation"])
-    return OpenedEncoder(network, name, arguments, size, channels, mean, std, store["resize"], spec)
+    arguments = timm_arguments(
+        options["encoder"],
+        options["image_size"],
+        store["patch_size"],
+        options["encoder_width"],
+        options["encoder_depth"],
+        options["encoder_heads"],
+        store["channels"],
+    )
+    return OpenedEncoder(
+        network=network,
+        architecture=options["encoder"],
+        arguments=arguments,
+        image_size=options["image_size"],
+        channels=store["channels"],
+        mean=mean,
+        std=std,
+        resize=store["resize"],
+        source=spec,
+    )
 
 
 def _of_name(spec: str, weights: Path | None, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder:
     if spec.startswith("file/") and not pretrained:
-        raise InputError(f"{spec}: with --no-pretrained there is nothing to read from a file; give timm/NAME")
+        raise InputError(f"{spec}: with --no-pretrained nothing would be read from the file; give timm/NAME")
     loaded, _ = load_network(spec, weights, pretrained, **extra)
     network: Any = loaded
     own = network.pretrained_cfg
-    size = int(own["input_size"][-1])
-    arguments = own.get("arguments", {"num_classes": 0, "img_size": size})
+    image_size = int(own["input_size"][-1])
     return OpenedEncoder(
-        network.eval(),
-        own["architecture"],
-        arguments,
-        size,
-        int(own["input_size"][0]),
-        tuple(own["mean"]),
-        tuple(own["std"]),
-        "whole",
-        spec,
+        network=network.eval(),
+        architecture=own["architecture"],
+        arguments=own.get("arguments", {"num_classes": 0, "img_size": image_size}),
+        image_size=image_size,
+        channels=int(own["input_size"][0]),
+        mean=tuple(own["mean"]),
+        std=tuple(own["std"]),
+        resize="whole",
+        source=spec,
     )
 
 
@@ -236,7 +267,7 @@ def _of_export(folder: Path, pretrained: bool, extra: dict[str, Any]) -> OpenedE
         config = json.loads(file.read_text(encoding="utf-8"))
         own, arguments = config["pretrained_cfg"], config.get("model_args", {})
         network: Any = timm.create_model(config["architecture"], **{"num_classes": 0, **arguments}, **extra)
-        size, channels = int(own["input_size"][-1]), int(own["input_size"][0])
+        image_size, channels = int(own["input_size"][-1]), int(own["input_size"][0])
         mean, std, resize = tuple(own["mean"]), tuple(own["std"]), config.get("fastmae", {}).get("resize", "whole")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(
@@ -245,52 +276,39 @@ def _of_export(folder: Path, pretrained: bool, extra: dict[str, Any]) -> OpenedE
     if pretrained:
         load_strictly(network, read_weights(folder / EXPORT_WEIGHTS), folder / EXPORT_WEIGHTS)
     network.reset_classifier(0)
-    arguments = {**arguments, "num_classes": 0, "img_size": size}
     return OpenedEncoder(
-        network.eval(), config["architecture"], arguments, size, channels, mean, std, resize, str(folder)
+        network=network.eval(),
+        architecture=config["architecture"],
+        arguments={**arguments, "num_classes": 0, "img_size": image_size},
+        image_size=image_size,
+        channels=channels,
+        mean=mean,
+        std=std,
+        resize=resize,
+        source=str(folder),
     )
 
 
-def _at_size(opened: OpenedEncoder, size: int | None) -> OpenedEncoder:
+def _at_size(opened: OpenedEncoder, image_size: int | None) -> OpenedEncoder:
     patch = opened.patch_size
-    if size is None or size == opened.image_size:
+    if image_size is None or image_size == opened.image_size:
         return opened
-    if size < patch or size % patch:
+    if image_size < patch or image_size % patch:
+        fitting = max(patch, image_size // patch * patch)
         raise InputError(
-            f"--image-size {size}: not a multiple of the patch of {patch} px; take {max(patch, size // patch * patch)}"
+            f"--image-size {image_size}: not a multiple of the patch size, {patch} px; {fitting} would fit"
         )
-    opened.network.set_input_size(img_size=(size, size))
-    fields = {**vars(opened), "image_size": size, "arguments": {**opened.arguments, "img_size": size}}
-    return OpenedEncoder(**fields)
+    opened.network.set_input_size(img_size=(image_size, image_size))
+    return replace(opened, image_size=image_size, arguments={**opened.arguments, "img_size": image_size})
 
 
 def _digest(network: torch.nn.Module) -> str:
-    """SHA-256 over all weights and their names."""
+    """SHA-256 of all weights and their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            if tensor.dim()
-            else str(tensor.item()).encode()
-        )
+        if tensor.dim():
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(str(tensor.item()).encode())
     return digest.hexdigest()
-
-
-def load_encoder(run: str | Path, image_size: int | None = None, trained: bool = True, **extra: Any) -> Encoder:
-    """A run's encoder as a timm VisionTransformer, in evaluation mode.
-
-    Args:
-        run: a run's folder, or a checkpoint file.
-        image_size: another image size than the run's views, in pixels; position embeddings are resampled.
-        trained: False gives the same architecture at random.
-        extra: arguments of timm's besides (`dynamic_img_size`, `drop_path_rate`).
-
-    Raises:
-        InputError: no such run, or a damaged checkpoint.
-    """
-    description, weights = load_run(Path(run))
-    encoder = encoder_of(description, weights, trained, extra)
-    if image_size is not None and (image_size, image_size) != encoder.patch_embed.img_size:
-        encoder.set_input_size(img_size=(image_size, image_size))
-    return encoder

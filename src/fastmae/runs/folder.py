@@ -1,11 +1,11 @@
-"""A run on disk: what it was asked for, its checkpoint, its metrics.
+"""A run on disk: what it is, its checkpoint, its logs.
 
-RUN/run.json                what the run is: options, store, encoder (`fastmae knn RUN` needs nothing else but weights)
-RUN/inputs.json             where its stores were found last; they may move
-RUN/checkpoint.pt           the last checkpoint, whole or not there; read with weights_only
-RUN/best.pt                 the weights of the best evaluation, where the task names a figure
-RUN/metrics.jsonl           a line a log entry
-RUN/evaluations.jsonl       a line an evaluation
+RUN/run.json                what the run is: options, store, encoder; together with the weights, all that `knn` needs
+RUN/inputs.json             where its stores were last found; they may move
+RUN/checkpoint.pt           the last checkpoint
+RUN/best.pt                 the weights of the best evaluation, if the task has a metric
+RUN/metrics.jsonl           one line per log entry
+RUN/evaluations.jsonl       one line per evaluation
 RUN/tensorboard/            the same, for TensorBoard
 RUN/replaced-1/ ...         what --no-resume set aside
 """
@@ -29,7 +29,7 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 FILES = (CHECKPOINT_FILE, BEST_FILE, METRICS_FILE, EVALUATIONS_FILE, TENSORBOARD_FOLDER, RUN_FILE)
-"""All of a run's; run.json last: a folder without it is no run."""
+"""A run's files in the order in which they are set aside: run.json last, since a folder without it is no run."""
 
 
 class RunFolder:
@@ -37,26 +37,27 @@ class RunFolder:
 
     Args:
         path: the folder.
-        description: what the run is, JSON-able; must equal that of a begun run.
+        description: what the run is, JSON-able; must equal the description of a run that was begun here.
         resume: False sets an earlier run's files aside, into replaced-N.
 
     Raises:
         InputError: the folder holds another run, or something else.
     """
 
-    def __init__(self, path: Path, description: Mapping[str, Any], resume: bool):
-        self.path = path
+    def __init__(self, path: Path, description: dict[str, Any], resume: bool):
+        self.path, self.description = path, description
         if path.exists() and (not path.is_dir() or (holds_anything(path) and not (path / RUN_FILE).exists())):
-            raise InputError(f"{path}: exists and is not a run; give a folder that is new or empty")
+            raise InputError(f"{path}: exists and is not a run; give a new or an empty folder")
         if path.exists():
             remove_parts(path)
         if (path / RUN_FILE).exists() and not resume:
             self._set_aside()
         if (path / RUN_FILE).exists():
-            differing = _differences(read_run(path), json.loads(json.dumps(description)))
-            if differing:
+            differences = _differences(read_run(path), json.loads(json.dumps(description)))
+            if differences:
                 raise InputError(
-                    f"{path}: holds a run with other settings ({'; '.join(differing)}); give them again, another folder, or --no-resume"
+                    f"{path}: holds a run with other settings ({'; '.join(differences)}); "
+                    "give the same settings, another folder, or --no-resume"
                 )
         else:
             path.mkdir(parents=True, exist_ok=True)
@@ -64,34 +65,27 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """Where the checkpoint is, or will be."""
+        """Path of the checkpoint."""
         return self.path / CHECKPOINT_FILE
 
     @property
     def best(self) -> Path:
-        """Where the best weights are, or will be."""
+        """Path of the best weights."""
         return self.path / BEST_FILE
 
     def metrics(self, step: int) -> "MetricsLog":
-        """The log, cut back to what was written up to a step."""
+        """The log, without entries after a step."""
         return MetricsLog(self.path, step)
 
     def _set_aside(self) -> None:
         number = 1
         while (self.path / f"replaced-{number}").exists():
             number += 1
-        aside = self.path / f"replaced-{number}"
-        aside.mkdir()
-        for name in (
-            CHECKPOINT_FILE,
-            BEST_FILE,
-            METRICS_FILE,
-            EVALUATIONS_FILE,
-            TENSORBOARD_FOLDER,
-            RUN_FILE,
-        ):  # run.json last: without it, no run
+        replaced = self.path / f"replaced-{number}"
+        replaced.mkdir()
+        for name in FILES:
             if (self.path / name).exists():
-                (self.path / name).rename(aside / name)
+                (self.path / name).rename(replaced / name)
 
 
 class MetricsLog:
@@ -99,39 +93,40 @@ class MetricsLog:
 
     Args:
         run: the run's folder.
-        step: entries after it (of a killed call) are dropped.
+        step: entries after it, from a killed call, are dropped.
     """
 
     def __init__(self, run: Path, step: int):
         self.run = run
         for name in (METRICS_FILE, EVALUATIONS_FILE):
-            kept = [line for line in _whole_lines(run / name) if json.loads(line)["step"] <= step]
-            if kept or (run / name).exists() or name == METRICS_FILE:
-                write_whole(run / name, lambda aside, kept=kept: aside.write_text("".join(kept), encoding="utf-8"))  # type: ignore[misc]
+            lines = [line for line in _complete_lines(run / name) if json.loads(line)["step"] <= step]
+            if lines or (run / name).exists() or name == METRICS_FILE:
+                text = "".join(lines)
+                write_whole(run / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))  # type: ignore[misc]
         self.board = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add what a step gave; JSON has no word for infinity (a gradient's norm, while its scale is being found), so that is null."""
+        """Add a log entry. JSON has no infinity (which a gradient norm may be), so that becomes null."""
         self._write(METRICS_FILE, step, values)
 
     def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Add what an evaluation after a step gave."""
+        """Add the figures of an evaluation."""
         self._write(EVALUATIONS_FILE, step, values)
 
     def _write(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        entry = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        entry = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with (self.run / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **entry}) + "\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush TensorBoard's file."""
         self.board.close()
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """What a run's folder says that it is.
+    """A run's description.
 
     Raises:
         InputError: not a run's folder.
@@ -149,35 +144,35 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def read_inputs(path: Path) -> dict[str, Any]:
-    """Where a run's inputs were when it trained last; empty where that is not known."""
+    """Where a run's inputs were when it last trained; empty if that is not known."""
     file = path / INPUTS_FILE
     value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return value if isinstance(value, dict) else {}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All entries of a run's metrics.jsonl, in order."""
-    return [json.loads(line) for line in _whole_lines(path / METRICS_FILE)]
+    """All entries of a run's metrics.jsonl, in their order."""
+    return [json.loads(line) for line in _complete_lines(path / METRICS_FILE)]
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """All entries of a run's evaluations.jsonl, in order."""
-    return [json.loads(line) for line in _whole_lines(path / EVALUATIONS_FILE)]
+    """All entries of a run's evaluations.jsonl, in their order."""
+    return [json.loads(line) for line in _complete_lines(path / EVALUATIONS_FILE)]
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """A kill may leave half a line at the end."""
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of a file, without an incomplete last one that a kill may have left."""
     if not path.exists():
         return []
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for key in [*mine, *(key for key in theirs if key not in mine)]:
-        a, b = mine.get(key), theirs.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += _differences(a, b, f"{prefix}{key} ")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a}, not {b}")
-    return found
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    differences: list[str] = []
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            differences += _differences(old, new, f"{prefix}{key} ")
+        elif old != new:
+            differences.append(f"{prefix}{key}: {old}, not {new}")
+    return differences

@@ -1,4 +1,4 @@
-"""A run and what it trained, back from the disk: the student, or its encoder alone."""
+"""A run loaded back from disk: its student, or the parts of its encoder."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from fastmae.runs.folder import CHECKPOINT_FILE, read_run
 from fastmae.student.encoder import Encoder, build_encoder, without_masking
 from fastmae.student.student import Student, build_student
 
+Description = dict[str, Any]
+Weights = dict[str, torch.Tensor]
 
-def load_run(run: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A run's description and its student's weights (their moving average where the run kept one), from its folder or checkpoint.
+
+def load_run(run: Path) -> tuple[Description, Weights]:
+    """A run's description and its network's weights (or their moving average), from its folder or a checkpoint.
 
     Raises:
         InputError: neither, or damaged.
@@ -27,59 +30,71 @@ def load_run(run: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return saved["run"], saved.get("ema", saved["model"])
 
 
-def options_of_run(run: Path, description: dict[str, Any]) -> PretrainConfig:
-    """The options that a run was made with; its stores are not among them."""
+def options_of_run(run: Path, description: Description) -> PretrainConfig:
+    """The options of a pre-training run, without its stores."""
     return PretrainConfig(stores=(), run=run, **description["options"])
 
 
-def load_student(run: Path) -> tuple[dict[str, Any], Student]:
-    """A run's description and its student: the encoder with what was trained around it, in evaluation mode."""
+def load_student(run: Path) -> tuple[Description, Student]:
+    """A pre-training run's description and its student in evaluation mode, with decoder and heads."""
     description, weights = load_run(run)
-    config = options_of_run(run, description)
-    student = build_student(
-        config, description["store"]["patch_size"], sum(description["target_dims"]), description["store"]["channels"]
-    )
+    store, target_dim = description["store"], sum(description["target_dims"])
+    student = build_student(options_of_run(run, description), store["patch_size"], target_dim, store["channels"])
     student.load_state_dict(weights)
     return description, student.eval()
 
 
-def encoder_of(
-    description: dict[str, Any], weights: dict[str, torch.Tensor], trained: bool, extra: dict[str, Any]
-) -> Encoder:
-    """The encoder out of what `load_run` gives, at the run's own image size; the other arguments as `load_encoder`'s."""
-    if "encoder" not in description and "store" not in description:
-        raise InputError(
-            f"a run of `fastmae {description.get('task')}` holds no encoder; give the run that it was made from"
-        )
-    build = _of_supervised if "encoder" in description else _of_pretraining
-    return build(description, weights, trained, extra).eval()
+def encoder_of(description: Description, weights: Weights, trained: bool, extra: dict[str, Any]) -> Encoder:
+    """The encoder of a run, in evaluation mode, at the run's own image size.
+
+    Args:
+        description: from `load_run`.
+        weights: from `load_run`.
+        trained: False gives the same architecture with random weights.
+        extra: more arguments of timm's (`dynamic_img_size`, `drop_path_rate`).
+
+    Raises:
+        InputError: a run without an encoder.
+    """
+    if "encoder" in description:
+        return _encoder_of_supervised_run(description, weights, trained, extra).eval()
+    if "store" in description:
+        return _encoder_of_pretraining_run(description, weights, trained, extra).eval()
+    raise InputError(
+        f"a run of `fastmae {description.get('task')}` holds no encoder; give the run that it was made from"
+    )
 
 
-def _of_pretraining(
-    description: dict[str, Any], weights: dict[str, torch.Tensor], trained: bool, extra: dict[str, Any]
+def _encoder_of_pretraining_run(
+    description: Description, weights: Weights, trained: bool, extra: dict[str, Any]
 ) -> Encoder:
     options, store = description["options"], description["store"]
     encoder = build_encoder(
-        options["encoder"], options["image_size"], store["patch_size"],
-        options["encoder_width"], options["encoder_depth"], options["encoder_heads"],
-        store["channels"], **extra,
-    )  # fmt: skip
+        options["encoder"],
+        options["image_size"],
+        store["patch_size"],
+        options["encoder_width"],
+        options["encoder_depth"],
+        options["encoder_heads"],
+        store["channels"],
+        **extra,
+    )
     if trained:
         encoder.load_state_dict(weights_below("encoder.", weights))
     return without_masking(encoder)
 
 
-def _of_supervised(
-    description: dict[str, Any], weights: dict[str, torch.Tensor], trained: bool, extra: dict[str, Any]
+def _encoder_of_supervised_run(
+    description: Description, weights: Weights, trained: bool, extra: dict[str, Any]
 ) -> Encoder:
-    built = description["encoder"]
-    encoder: Encoder = timm.create_model(built["architecture"], **built["arguments"], **extra)
+    recorded = description["encoder"]
+    encoder: Encoder = timm.create_model(recorded["architecture"], **recorded["arguments"], **extra)
     if trained:
-        encoder.load_state_dict(weights_below(built["prefix"], weights))
+        encoder.load_state_dict(weights_below(recorded["prefix"], weights))
     encoder.reset_classifier(0)
     return encoder
 
 
-def weights_below(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of one module, by their names in it."""
+def weights_below(prefix: str, weights: Weights) -> Weights:
+    """The weights of one module, by their names within it."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

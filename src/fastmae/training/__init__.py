@@ -1,1 +1,1 @@
-"""The loop that every kind of training shares: sampler, schedule, checkpoints, logs. Knows no task."""
+"""Training: one driver and one loop for every command. Knows no task."""

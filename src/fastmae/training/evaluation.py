@@ -1,66 +1,88 @@
-"""What is measured now and then while a run trains: logged, and the weights with the best figure kept."""
+"""Evaluations while a run trains: their figures are logged, and the best weights are kept."""
 
 import itertools
+import logging
+import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch.utils.data import Dataset, Subset
 
 from fastmae.runs.checkpoint import write_checkpoint
 from fastmae.runs.folder import MetricsLog, RunFolder
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import on_first_process
+from fastmae.runtime.workers import batches
+from fastmae.training.run import Run
 
-if TYPE_CHECKING:
-    from fastmae.training.state import TrainState
-TOLD = 4
-"""Figures of an evaluation that are printed; all of them are logged."""
+log = logging.getLogger(__name__)
+SHOWN = 4
+"""Number of figures shown after an evaluation; all of them are logged."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A measurement every so many steps, and after the last one.
+def val_batches(
+    dataset: Dataset[Any],
+    fabric: Fabric,
+    batch_size: int,
+    workers: int,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> Iterator[Any]:
+    """Batches of this process's share of val/, in order, on its device. Each image is in exactly one process's share.
 
-    Attributes:
-        every: steps between two.
-        measure: gives the figures, the same in every process; takes the bare network (its moving average where one is kept), which is
-            in evaluation mode, without gradients and under the run's precision.
-        metric: the figure by which the best weights are kept, in best.pt; the larger the better. Empty: none are kept.
-        told: figures that are printed; empty: the first `TOLD`.
+    Args:
+        dataset: the images of val/.
+        fabric: of the run.
+        batch_size: images per batch.
+        workers: loading processes, as `--workers`.
+        collate: samples -> batch; None: torch's own.
     """
+    share = Subset(dataset, range(fabric.global_rank, len(dataset), fabric.world_size))  # type: ignore[arg-type]
+    loaded = batches(share, fabric.device, workers, batch_size=batch_size, collate=collate)
+    return map(fabric.to_device, loaded)
 
-    every: int
-    measure: Callable[[torch.nn.Module], Mapping[str, float]]
-    metric: str = ""
-    told: tuple[str, ...] = ()
 
-    def due(self, step: int, steps: int) -> bool:
-        """Whether to measure after a step."""
-        return step % self.every == 0 or step == steps
+def is_due(run: Run) -> bool:
+    """Whether to evaluate after the step that has just been done."""
+    settings, step = run.settings, run.state.step
+    if run.task.evaluate is None:
+        return False
+    interval = math.ceil(settings.eval_every * settings.images / settings.batch_size)
+    return step % interval == 0 or step == settings.steps
 
-    def run(
-        self, fabric: Fabric, state: "TrainState", folder: RunFolder, log: MetricsLog | None, epoch: float
-    ) -> float:
-        """Measure, log, keep the best.
 
-        Returns:
-            The seconds it took, which are none of the training's.
-        """
-        begun = time.monotonic()
-        network = state.ema.module if state.ema is not None else state.network
-        network.eval()
-        with torch.no_grad(), fabric.autocast():
-            found = dict(self.measure(network))
-        state.model.train()
-        if log is not None:
-            names = self.told or tuple(itertools.islice(found, TOLD))
-            told = ", ".join(f"{name} {found[name]:g}" for name in names if name in found)
-            print(f"epoch {epoch:.4g} (step {state.step}): {told}", flush=True)
-            log.write_evaluation(state.step, {"epoch": round(epoch, 4), "seconds": round(state.seconds, 3), **found})
-        if self.metric and found[self.metric] > state.best:
-            state.best = found[self.metric]
-            held = {"model": network.state_dict(), "run": state.run, "step": state.step, "evaluation": found}
-            on_first_process(fabric, lambda: write_checkpoint(folder.best, held))
-        return time.monotonic() - begun
+def evaluate(run: Run, folder: RunFolder, metrics: MetricsLog | None) -> float:
+    """Evaluate, log the figures, and keep the weights if they are the best so far.
+
+    The task's `evaluate` gets the bare network (or its moving average) in evaluation mode, without gradients and under
+    the run's precision.
+
+    Returns:
+        The seconds it took. They don't count as training.
+    """
+    fabric, task, state = run.fabric, run.task, run.state
+    assert task.evaluate is not None
+    start = time.monotonic()
+    network = state.evaluated_network
+    network.eval()
+    with torch.no_grad(), fabric.autocast():
+        figures = dict(task.evaluate(network, fabric))
+    state.model.train()
+    if metrics is not None:
+        epoch = run.settings.epoch_of(state.step)
+        names = task.shown or tuple(itertools.islice(figures, SHOWN))
+        shown = ", ".join(f"{name} {figures[name]:g}" for name in names if name in figures)
+        log.info(f"epoch {epoch:.4g} (step {state.step}): {shown}")
+        entry = {"epoch": round(epoch, 4), "seconds": round(state.seconds, 3), **figures}
+        metrics.write_evaluation(state.step, entry)
+    if task.metric and figures[task.metric] > state.best:
+        state.best = figures[task.metric]
+        checkpoint = {
+            "model": network.state_dict(),
+            "run": folder.description,
+            "step": state.step,
+            "evaluation": figures,
+        }
+        on_first_process(fabric, lambda: write_checkpoint(folder.best, checkpoint))
+    return time.monotonic() - start

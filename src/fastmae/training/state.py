@@ -1,4 +1,4 @@
-"""The state of a training run: all that a checkpoint must hold for the run to continue as if it had not stopped."""
+"""The state of a run: all that a checkpoint must hold for the run to continue as if it had not stopped."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from fastmae.errors import InputError
 from fastmae.runs.checkpoint import load_checkpoint, write_checkpoint
@@ -16,47 +17,62 @@ from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import bare, on_first_process
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+"""Weights and optimizer state are gathered whole, also from a sharded network."""
 
 
 @dataclass
 class TrainState:
-    """All that a checkpoint must hold for the run to go on as if it had not stopped.
+    """Network, optimizer and counters of a run.
 
-    What a step draws (shuffle, views, masks, drop path) follows from the seed and the step's number; no generator's state is kept.
-    Weights and optimizer state are kept whole and by name, so a run may go on with other devices and another strategy.
+    The random draws of a step (shuffle, views, masks, drop path) follow from the seed and the step's number, so no
+    generator's state is kept. Weights and optimizer state are saved whole and by name, so that a run can continue with
+    other devices and another strategy.
 
     Attributes:
         network: the bare module.
         model: the same, set up by Fabric.
         optimizer: set up by Fabric.
-        run: the run's description (`RunFolder`), so that a checkpoint can stand alone.
-        ema: moving average of the network, where asked for.
-        step: steps done.
-        seconds: of training, over all calls.
-        sums: of the scalars since the last log entry.
-        best: the largest figure that an evaluation gave.
+        ema: moving average of the network's weights, or None.
+        step: number of steps done.
+        seconds: training time over all calls.
+        sums: sum of each scalar since the last log entry.
+        summed_steps: number of steps in these sums.
+        best: the largest value of the task's metric so far.
     """
 
     network: nn.Module
     model: Any
     optimizer: Any
-    run: dict[str, Any]
     ema: ModelEmaV3 | None = None
     step: int = 0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
+    summed_steps: int = 0
     best: float = -math.inf
 
+    @property
+    def evaluated_network(self) -> nn.Module:
+        """The network whose figures count: the moving average, if there is one."""
+        return self.network if self.ema is None else self.ema.module
+
     def save(self, fabric: Fabric, folder: RunFolder) -> None:
-        """Write the checkpoint, whole or not at all."""
-        held = self._as_dict(fabric)
-        on_first_process(fabric, lambda: write_checkpoint(folder.checkpoint, held))
+        """Write the checkpoint, whole or not at all. Every process takes part."""
+        weights, optimizer = get_state_dict(self.network, bare(self.optimizer), options=WHOLE)
+        checkpoint = {
+            "precision": fabric.strategy.precision.state_dict(),  # the gradient scaler, in 16-mixed
+            "model": weights,
+            "optimizer": optimizer,
+            **({"ema": self.ema.module.state_dict()} if self.ema is not None else {}),
+            "run": folder.description,
+            **{name: getattr(self, name) for name in COUNTERS},
+        }
+        on_first_process(fabric, lambda: write_checkpoint(folder.checkpoint, checkpoint))
 
     def restore(self, fabric: Fabric, folder: RunFolder) -> None:
-        """Go on from the folder's checkpoint, where there is one.
+        """Continue from the folder's checkpoint, if there is one.
 
         Raises:
-            InputError: a damaged checkpoint, or one that only some of the processes find.
+            InputError: a damaged checkpoint, or one that only some of the processes can see.
         """
         if folder.checkpoint.exists():
             saved = load_checkpoint(folder.checkpoint)
@@ -69,28 +85,22 @@ class TrainState:
             )
             if self.ema is not None:
                 self.ema.module.load_state_dict(saved["ema"])
-            if saved["precision"]:  # none where the run went on so far without a scaler
+            if saved["precision"]:  # empty if the run has been trained without a scaler so far
                 fabric.strategy.precision.load_state_dict(saved["precision"])
-            self.step, self.seconds, self.sums = saved["step"], saved["seconds"], saved["sums"]
-            self.best = saved.get("best", -math.inf)
-        found: Any = fabric.all_gather(torch.tensor(self.step, device=fabric.device))
-        if (found != self.step).any():
+            for name in COUNTERS:
+                setattr(self, name, saved[name])
+        steps: Any = fabric.all_gather(torch.tensor(self.step, device=fabric.device))
+        if (steps != self.step).any():
             raise InputError(
-                f"{folder.path}: processes find different checkpoints there; it must lie on a disk that all of them share"
+                f"{folder.path}: the processes see different checkpoints; use a disk that all of them share"
             )
 
-    def _as_dict(self, fabric: Fabric) -> dict[str, Any]:
-        weights, optimizer = get_state_dict(
-            self.network, bare(self.optimizer), options=WHOLE
-        )  # every process takes part
-        return {
-            "precision": fabric.strategy.precision.state_dict(),  # a gradient scaler's, in 16-mixed
-            "model": weights,
-            "optimizer": optimizer,
-            **({"ema": self.ema.module.state_dict()} if self.ema is not None else {}),
-            "run": self.run,
-            "step": self.step,
-            "seconds": self.seconds,
-            "sums": self.sums,
-            "best": self.best,
-        }
+    def clip_gradients(self, fabric: Fabric, clip_grad: float) -> torch.Tensor:
+        """Clip the gradients to a norm (0: not at all), and return the norm before."""
+        max_norm = clip_grad if clip_grad > 0 else math.inf
+        norm: Any = fabric.clip_gradients(self.model, self.optimizer, max_norm=max_norm, error_if_nonfinite=False)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+COUNTERS = ("step", "seconds", "sums", "summed_steps", "best")
+"""The parts of a `TrainState` that are plain numbers."""

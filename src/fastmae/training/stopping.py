@@ -10,14 +10,14 @@ import torch
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.workers import STOP_SIGNALS
 
-AGREE_EVERY = 1.0
-"""Seconds, about, between two agreements of several processes on whether to save or stop."""
+SECONDS_BETWEEN_VOTES = 1.0
+"""Approximate time between two votes of several processes."""
 
 
 class StopRequest:
-    """Turns Ctrl-C and a scheduler's signals into a flag, so that the step in hand is finished and saved.
+    """Turns Ctrl-C and a scheduler's signals into a flag, so that the current step is finished and saved.
 
-    A second Ctrl-C is not held back; a second signal of a scheduler, which comes while the run saves itself, is.
+    A second Ctrl-C interrupts at once. A scheduler's second signal, which comes while the run is being saved, does not.
     """
 
     def __enter__(self) -> "StopRequest":
@@ -35,28 +35,36 @@ class StopRequest:
         self.requested = True
 
 
-class Agreement:
-    """Whether to stop and to save: at once in one process; several ask each other, at the same steps, about once a second."""
+class Vote:
+    """Whether to stop, and whether to save. Several processes vote at the same steps, about once a second.
+
+    Args:
+        fabric: of the run.
+    """
 
     def __init__(self, fabric: Fabric):
         self.fabric = fabric
-        self.asked = time.monotonic()
-        self.steps = self.last = 1
+        self.last_vote = time.monotonic()
+        self.steps_left = self.interval = 1
 
-    def on(self, stop: bool, save: bool) -> tuple[bool, bool]:
-        """Called by every process after every step; the answer is the same in all."""
+    def after_step(self, stop: bool, save: bool) -> tuple[bool, bool]:
+        """Called by every process after every step. The answer is the same in all of them.
+
+        Args:
+            stop: whether this process wants to stop.
+            save: whether it wants to save.
+        """
         if self.fabric.world_size == 1:
             return stop, save
-        self.steps -= 1
-        if self.steps:
+        self.steps_left -= 1
+        if self.steps_left:
             return False, False
         now = time.monotonic()
         votes: Any = self.fabric.all_reduce(
-            torch.tensor([float(stop), float(save), now - self.asked], device=self.fabric.device), reduce_op="sum"
+            torch.tensor([float(stop), float(save), now - self.last_vote], device=self.fabric.device), reduce_op="sum"
         )
         stops, saves, seconds = votes.tolist()
-        self.steps = self.last = min(
-            2 * self.last, max(1, int(self.last * AGREE_EVERY * self.fabric.world_size / max(seconds, 1e-9)))
-        )
-        self.asked = now
+        steps_per_interval = self.interval * SECONDS_BETWEEN_VOTES * self.fabric.world_size / max(seconds, 1e-9)
+        self.steps_left = self.interval = min(2 * self.interval, max(1, int(steps_per_interval)))
+        self.last_vote = now
         return stops > 0, saves > 0

@@ -1,7 +1,9 @@
-"""What the training driver has to know about a task."""
+"""What a command hands to the training driver: a network, its data, a step, and what is measured on the way."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,42 +13,118 @@ from torch.utils.data import Dataset
 
 from fastmae.runtime.fabric import Fabric
 from fastmae.training.optimiser import cosine_schedule
+from fastmae.training.sampler import ShuffleOrder, StepSampler
+
+Step = Callable[[nn.Module, Any], Mapping[str, torch.Tensor]]
+"""(model, batch on the device) -> scalars to log; 'loss' is minimised."""
+ParameterGroups = list[dict[str, Any]]
 
 
-def micro_batches(share: int, most: int) -> int:
-    """Into how many equal parts a device's share of a batch is cut so that none has more than `most` views (0: no limit)."""
-    least = -(-share // most) if most else 1
-    return next(parts for parts in range(least, share + 1) if share % parts == 0)
+@dataclass(frozen=True)
+class Settings:
+    """The size of a run: the options that were given, and what a recipe makes of those that were left open.
+
+    Attributes:
+        images: number of training images.
+        epochs: passes over them.
+        batch_size: images per step, over all processes.
+        lr: peak learning rate of a step.
+        warmup_epochs: epochs of linear warm-up.
+        eval_every: epochs between two evaluations.
+    """
+
+    images: int
+    epochs: int
+    batch_size: int
+    lr: float
+    warmup_epochs: float
+    eval_every: float = math.inf
+
+    @property
+    def steps(self) -> int:
+        """Steps in the whole run."""
+        return max(1, math.ceil(self.epochs * self.images / self.batch_size))
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Not a whole number: epochs are laid end to end."""
+        return self.images / self.batch_size
+
+    @property
+    def warmup_steps(self) -> int:
+        """At most half of the run."""
+        return min(round(self.warmup_epochs * self.steps_per_epoch), self.steps // 2)
+
+    def epoch_of(self, step: int) -> float:
+        """Epochs done after a step. The last step may reach beyond the last epoch, which does not count."""
+        whole_epochs = math.floor(self.steps / self.steps_per_epoch) if self.steps_per_epoch >= 1 else math.inf
+        return min(step / self.steps_per_epoch, whole_epochs)
+
+
+def no_initialisation(_: nn.Module) -> str:
+    """The network starts as it was built."""
+    return ""
+
+
+def nothing_to_move(_: Fabric) -> None:
+    """The step uses nothing on the device but the model and the batch."""
+
+
+def as_loaded(batches: Iterable[Any], _: StepSampler) -> Iterator[Any]:
+    """The loader's batches, with nothing to do on the way."""
+    yield from batches
 
 
 @dataclass
 class Task:
-    """What the frame has to know.
+    """Everything about a run that is the command's own.
 
     Attributes:
-        name: the command's.
+        name: the command's name.
+        out: folder of the run.
+        headline: what is trained, for the line at the start.
         network: what is trained, on the CPU. Parameters that no step uses must not require gradients.
-        train_set: `train_set[epoch, index]` is one visit to one image; its draws follow from (seed, epoch, index) alone (`drawn_from`).
-        step: (model, batch on the device) -> scalars; 'loss' is minimised.
-        evaluate: (bare network, fabric) -> figures of val/, the same in every process; see `Evaluation.measure`.
-        metric: the figure by which best.pt is kept; the larger the better.
-        groups: parameter groups of the optimizer, with `lr_scale`.
-        description: JSON-able, for run.json: with the rest of it, all that is needed to load the result.
-        schedule: of the learning rate.
-        optimizer: takes groups and a rate; None: AdamW with the options' betas.
+        dataset: `dataset[epoch, index]` is one visit to one image. Its random draws follow from (seed, epoch, index).
+        step: computes the scalars of a step.
+        parameter_groups: gives the optimizer's groups, once the network is on its device; they may have `lr_scale`.
+        description: for run.json, JSON-able: together with the options, all that is needed to load the result.
+        inputs: for inputs.json, JSON-able: where the inputs were found.
+        evaluate: (bare network, fabric) -> figures, the same in every process; see `Evaluation`. None: not measured.
+        metric: figure by which best.pt is chosen; larger is better. Empty: no best.pt.
+        shown: figures shown after each evaluation; empty: the first ones.
+        schedule: of the learning rate: (optimizer, steps, warm-up steps, last learning rate).
+        optimizer: (groups, learning rate) -> optimizer; None: AdamW with the options' betas.
         collate: samples -> batch; None: torch's own.
-        told: figures that are printed after each evaluation; empty: the first ones.
+        order: order of the images in each epoch; None: a full shuffle.
+        on_the_way: passes the batches on and may work ahead (fetch what comes next).
+        initialise: gives a new run's network other weights than random ones, and says which.
+        to_device: moves what the step uses besides the model to the run's device.
+        compile: whether to compile the network.
+        strategy: of several processes, 'ddp' or 'fsdp'.
+        sharded_blocks: modules that FSDP shards one by one.
+        lr_flag: flag that lowers the learning rate, for a hint.
     """
 
     name: str
+    out: Path
+    headline: str
     network: nn.Module
-    train_set: Dataset[Any]
-    step: Callable[[nn.Module, Any], Mapping[str, torch.Tensor]]
-    evaluate: Callable[[nn.Module, Fabric], Mapping[str, float]]
-    metric: str
-    groups: list[dict[str, Any]]
+    dataset: Dataset[Any]
+    step: Step
+    parameter_groups: Callable[[], ParameterGroups]
     description: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    evaluate: Callable[[nn.Module, Fabric], Mapping[str, float]] | None = None
+    metric: str = ""
+    shown: tuple[str, ...] = ()
     schedule: Callable[[torch.optim.Optimizer, int, int, float], Scheduler] = cosine_schedule
-    optimizer: Callable[[list[dict[str, Any]], float], torch.optim.Optimizer] | None = None
+    optimizer: Callable[[ParameterGroups, float], torch.optim.Optimizer] | None = None
     collate: Callable[[list[Any]], Any] | None = None
-    told: tuple[str, ...] = ()
+    order: ShuffleOrder | None = None
+    on_the_way: Callable[[Iterable[Any], StepSampler], Iterator[Any]] = as_loaded
+    initialise: Callable[[nn.Module], str] = no_initialisation
+    to_device: Callable[[Fabric], None] = nothing_to_move
+    compile: bool = False
+    strategy: str = "ddp"
+    sharded_blocks: tuple[type, ...] = ()
+    lr_flag: str = "--lr"

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from fastmae.evaluate.detection.coco import Split, find_splits, read_split
 from fastmae.evaluate.detection.datasets import SizeLimits, Targets, TrainingPhotos, collate_photos
 from fastmae.evaluate.detection.mask_rcnn import build_detector
 from fastmae.evaluate.detection.validation import Validation
-from fastmae.evaluate.supervised import Recipe, Settings, adamw_groups, settle, train_task
+from fastmae.evaluate.recipe import Recipe, settle
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.processes import this_process
-from fastmae.training.optimiser import linear_schedule
-from fastmae.training.task import Task
+from fastmae.training.driver import train
+from fastmae.training.optimiser import layer_decayed_groups, linear_schedule
+from fastmae.training.task import Settings, Task
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +55,24 @@ def detect(config: DetectConfig) -> dict[str, Any] | None:
         InputError: data or options that can't be used.
     """
     if config.out is None:
-        raise InputError("give --out DIR, the folder for what is trained")
-    train, val = _read_data(config.data)
-    settings = _settle(config, len(train.trainable_images()))
+        raise InputError("give --out DIR, the folder for the trained model")
+    train_split, val_split = _read_data(config.data)
+    settings = _settle(config, len(train_split.trainable_images()))
     torch.manual_seed(config.seed)
     opened = open_encoder(
-        config.run, weights=config.weights, pretrained=config.pretrained, drop_path=config.drop_path, any_size=True
+        config.run,
+        weights=config.weights,
+        pretrained=config.pretrained,
+        drop_path_rate=config.drop_path,
+        dynamic_img_size=True,
     )
     if opened.channels not in (1, 3):
         raise InputError(f"{config.run}: the encoder takes {opened.channels} channels; photos have 3, or 1 if grey")
-    limits = _choose_limits(config, train, opened.patch_size)
-    task = _make_task(config, opened, train, val, limits)
+    limits = _choose_limits(config, train_split, opened.patch_size)
+    task = _make_task(config, opened, train_split, val_split, limits)
     if _is_first_process():
-        log.info(_describe_setup(train, val, opened, limits))
-    result = train_task(config, task, settings)
+        log.info(_describe_setup(train_split, val_split, opened, limits))
+    result = train(config, task, settings)
     return None if result is None else _report(result, config.out)
 
 
@@ -109,10 +115,13 @@ def _make_task(config: DetectConfig, opened: OpenedEncoder, train: Split, val: S
     network = build_detector(opened, len(train.classes), limits, config.head_channels)
     if config.checkpoint_activations:
         opened.network.set_grad_checkpointing()
+    trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     return Task(
         name="detect",
+        out=config.out,
+        headline=f"detect: {trainable / 1e6:.1f} M weights",
         network=network,
-        train_set=TrainingPhotos(train, limits, opened.channels, config.seed),
+        dataset=TrainingPhotos(train, limits, opened.channels, config.seed),
         collate=collate_photos,
         step=detection_step,
         evaluate=Validation(
@@ -124,8 +133,10 @@ def _make_task(config: DetectConfig, opened: OpenedEncoder, train: Split, val: S
             pictures_file=config.out / PICTURES_FILE,
         ),
         metric="box_ap",
-        told=("box_ap", "mask_ap", "box_ap_50", "mask_ap_50"),
-        groups=adamw_groups(config, network, opened.network),
+        shown=("box_ap", "mask_ap", "box_ap_50", "mask_ap_50"),
+        parameter_groups=partial(
+            layer_decayed_groups, network, opened.network, config.weight_decay, config.layer_decay
+        ),
         schedule=linear_schedule,
         description={
             "encoder": opened.describe("backbone.encoder."),

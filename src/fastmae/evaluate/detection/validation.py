@@ -15,11 +15,11 @@ from fastmae.evaluate.detection.average_precision import Detections, average_pre
 from fastmae.evaluate.detection.coco import Split
 from fastmae.evaluate.detection.datasets import SizeLimits, ValidationPhotos
 from fastmae.evaluate.detection.pictures import choose_images, draw_detections
-from fastmae.evaluate.supervised import evaluation_batches
 from fastmae.runtime.durable import write_whole
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import on_first_process
 from fastmae.runtime.progress import Progress
+from fastmae.training.evaluation import val_batches
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Validation:
         """COCO's figures, the same in every process; see `average_precision`."""
         photos = ValidationPhotos(self.split, self.limits, self.channels)
         # One photo at a time: in a batch, the padding of its feature maps would change a photo's proposals a little.
-        samples = evaluation_batches(photos, len(photos), fabric, 1, self.workers, itemgetter(0))
+        samples = val_batches(photos, fabric, 1, self.workers, itemgetter(0))
         detections = []
         share = len(range(fabric.global_rank, len(photos), fabric.world_size))
         with Progress("detect val", "images", share, quiet=not fabric.is_global_zero) as progress:

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from fastmae.config import SegmentConfig
 from fastmae.errors import InputError
+from fastmae.evaluate.recipe import Recipe, settle
 from fastmae.evaluate.segmentation.augment import Augmentation
 from fastmae.evaluate.segmentation.data_check import DataSummary, check_data
 from fastmae.evaluate.segmentation.datasets import PairReader, TrainingCrops, WholePhotos
@@ -24,13 +26,14 @@ from fastmae.evaluate.segmentation.layout import SegmentationData, find_data
 from fastmae.evaluate.segmentation.mean_iou import confusion_matrix, iou_table
 from fastmae.evaluate.segmentation.upernet import UperNet, segmentation_loss, sync_batch_norms, tapped_blocks
 from fastmae.evaluate.segmentation.validation import CLASS_PREFIX, Validation
-from fastmae.evaluate.supervised import Recipe, Settings, adamw_groups, settle, train_task
 from fastmae.images.views import normalise
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.device import resolve_device
 from fastmae.runtime.processes import this_process
-from fastmae.training.optimiser import linear_schedule
-from fastmae.training.task import Task, micro_batches
+from fastmae.training.driver import train
+from fastmae.training.optimiser import layer_decayed_groups, linear_schedule
+from fastmae.training.run import grad_accum_steps
+from fastmae.training.task import Settings, Task
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +69,17 @@ def segment(config: SegmentConfig) -> dict[str, Any] | None:
         InputError: data or options that can't be used.
     """
     if config.out is None:
-        raise InputError("give --out DIR, the folder for what is trained")
+        raise InputError("give --out DIR, the folder for the trained model")
     is_first = this_process().rank == 0 and os.environ.get("LOCAL_RANK", "0") == "0"
     data = find_data(config.data)
     settings = settle(config, RECIPE, len(data.train))
     torch.manual_seed(config.seed)
     opened = open_encoder(
-        config.run, weights=config.weights, pretrained=config.pretrained, drop_path=config.drop_path, any_size=True
+        config.run,
+        weights=config.weights,
+        pretrained=config.pretrained,
+        drop_path_rate=config.drop_path,
+        dynamic_img_size=True,
     )
     summary = check_data(data, opened.channels, quiet=not is_first)
     sizes = choose_sizes(config, opened, summary)
@@ -80,7 +87,7 @@ def segment(config: SegmentConfig) -> dict[str, Any] | None:
     if is_first:
         log.info(describe_setup(data, summary, opened, sizes, config.inference))
     task = make_task(config, settings, data, summary, opened, sizes)
-    result = train_task(config, task, settings)
+    result = train(config, task, settings)
     return None if result is None else report(result, data, summary)
 
 
@@ -145,6 +152,8 @@ def make_task(
     classes = summary.class_names
     processes = max(config.devices, this_process().world_size)
     _check_batch(config, settings, processes)
+    if config.checkpoint_activations:
+        opened.network.set_grad_checkpointing()
     uper_net = UperNet(opened.network, len(classes), sizes.head_channels)
     network: Any = sync_batch_norms(uper_net, resolve_device(config.device), processes)
     read_pair = PairReader(data, len(classes), opened.channels)
@@ -164,12 +173,16 @@ def make_task(
     )
     return Task(
         name="segment",
+        out=config.out,
+        headline=f"segment: {sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M weights",
         network=network,
-        train_set=TrainingCrops(data.train, read_pair, augment, config.seed),
+        dataset=TrainingCrops(data.train, read_pair, augment, config.seed),
         step=SegmentationStep(opened.mean, opened.std),
         evaluate=validation,
         metric="miou",
-        groups=adamw_groups(config, network, network.encoder),
+        parameter_groups=partial(
+            layer_decayed_groups, network, network.encoder, config.weight_decay, config.layer_decay
+        ),
         description={
             "encoder": opened.describe(),
             "segmentation": {**vars(sizes), "classes": list(classes)},
@@ -230,7 +243,7 @@ def report(result: Mapping[str, Any], data: SegmentationData, summary: DataSumma
 def _check_batch(config: SegmentConfig, settings: Settings, processes: int) -> None:
     """UperNet pools a map to a single point and applies batch norm to it: over one image, that has no variance."""
     share = settings.batch_size // processes
-    if share < 1 or share // micro_batches(share, config.micro_batch) < 2:
+    if share < 1 or share // grad_accum_steps(share, config.micro_batch) < 2:
         raise InputError(
             f"--batch-size {settings.batch_size}, --micro-batch {config.micro_batch}: UperNet's batch norm needs "
             "at least two images in each forward pass of a device"

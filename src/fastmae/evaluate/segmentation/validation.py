@@ -13,11 +13,11 @@ from fastmae.evaluate.segmentation.datasets import WholePhotos
 from fastmae.evaluate.segmentation.inference import resize_scores, sliding_scores, whole_scores
 from fastmae.evaluate.segmentation.mean_iou import intersection_over_union, miou_and_accuracy
 from fastmae.evaluate.segmentation.pictures import Prediction, draw_predictions
-from fastmae.evaluate.supervised import evaluation_batches
 from fastmae.images.views import normalise
 from fastmae.runtime.durable import write_whole
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import on_first_process
+from fastmae.training.evaluation import val_batches
 
 CLASS_PREFIX = "iou/"
 """Stands before a class's name in the figures of an evaluation."""
@@ -65,7 +65,7 @@ class Validation:
         drawn = set(evenly_spaced(share, self.num_pictures)) if fabric.is_global_zero else set()
         predictions = []
         # Photos differ in size, so each is a batch of its own.
-        samples = evaluation_batches(self.photos, len(self.photos), fabric, 1, self.workers, itemgetter(0))
+        samples = val_batches(self.photos, fabric, 1, self.workers, itemgetter(0))
         for index, photo, mask in samples:
             predicted = self.predict(network, photo, (mask.shape[0], mask.shape[1]))
             confusion.update(predicted, mask.long())

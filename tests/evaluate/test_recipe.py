@@ -11,7 +11,8 @@ from torch.utils.data import TensorDataset
 from fastmae.config import FinetuneConfig
 from fastmae.errors import InputError
 from fastmae.evaluate.finetune import IMAGENET
-from fastmae.evaluate.supervised import evaluation_batches, settle
+from fastmae.evaluate.recipe import settle
+from fastmae.training.evaluation import val_batches
 from fastmae.runtime.seeding import drawn_from
 
 
@@ -91,5 +92,5 @@ def test_each_image_of_val_is_in_one_processes_share(processes):
         fabric = SimpleNamespace(
             global_rank=rank, world_size=processes, device=torch.device("cpu"), to_device=lambda batch: batch
         )
-        seen += [place for (batch,) in evaluation_batches(data, 10, fabric, 4, 0) for place in batch.tolist()]
+        seen += [place for (batch,) in val_batches(data, fabric, 4, 0) for place in batch.tolist()]
     assert sorted(seen) == list(range(10))

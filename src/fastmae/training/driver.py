@@ -1,0 +1,108 @@
+"""The training driver: the one sequence by which pretrain, finetune, linear, segment and detect train."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from fastmae.config import TrainingConfig
+from fastmae.errors import InputError
+from fastmae.runs.folder import INPUTS_FILE, RunFolder, read_evaluations, read_metrics
+from fastmae.runtime.device import memory_hint
+from fastmae.runtime.durable import write_json
+from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import on_first_process
+from fastmae.runtime.peers import ends_with_its_peers
+from fastmae.training.loop import fit
+from fastmae.training.run import Run, launch_processes, set_up
+from fastmae.training.task import Settings, Task
+
+log = logging.getLogger(__name__)
+
+
+@ends_with_its_peers
+def train(config: TrainingConfig, task: Task, settings: Settings) -> dict[str, Any] | None:
+    """Train a run to its end, or continue it.
+
+    The sequence: launch the processes; open the run's folder; put network, optimizer and schedule on the device;
+    restore the checkpoint; announce the run; train.
+
+    Returns:
+        What all training commands' JSON has in common, with the figures of the last evaluation. None in all processes
+        but the first.
+
+    Raises:
+        InputError: a folder that holds another run, or a batch that can't be divided among the processes.
+    """
+    fabric, grad_accum_steps = launch_processes(config, task, settings)
+    folder = _open_folder(config, task, settings, fabric)
+    initialised_with = "" if folder.checkpoint.exists() else task.initialise(task.network)
+    run = set_up(config, task, settings, fabric, grad_accum_steps)
+    run.state.restore(fabric, folder)
+    if fabric.is_global_zero:
+        log.info(_announcement(run))
+        if initialised_with:
+            log.info(f"begins with {initialised_with}")
+    smaller = f"--micro-batch {max(1, run.device_batch_size // 2)} (now {run.device_batch_size})"
+    with memory_hint(f"give {smaller}, and the same call continues"):
+        fit(run, folder)
+    return _outcome(folder, task, settings) if fabric.is_global_zero else None
+
+
+def _open_folder(config: TrainingConfig, task: Task, settings: Settings, fabric: Fabric) -> RunFolder:
+    """The run's folder: made, or checked against the run that it holds, by the first process."""
+    description = {
+        "fastmae run": 1,
+        "task": task.name,
+        "images": settings.images,
+        "options": _options(config, settings),
+        **task.description,
+    }
+
+    def prepare() -> None:
+        RunFolder(task.out, description, config.resume)
+        if task.inputs:
+            write_json(task.out / INPUTS_FILE, task.inputs)
+
+    on_first_process(fabric, prepare)
+    return RunFolder(task.out, description, resume=True)
+
+
+def _options(config: TrainingConfig, settings: Settings) -> dict[str, Any]:
+    """The options that make the run what it is; those that were left open, as the recipe has set them."""
+    options = {name: value for name, value in vars(config).items() if name not in config.may_change}
+    settled = {name: value for name, value in vars(settings).items() if name in options}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in (options | settled).items()}
+
+
+def _announcement(run: Run) -> str:
+    settings, fabric, step = run.settings, run.fabric, run.state.step
+    accumulated = f" in {run.grad_accum_steps} micro-batches" if run.grad_accum_steps > 1 else ""
+    begins = ", all done before" if step == settings.steps else f", from step {step}" if step else ""
+    evaluated = f"; evaluated every {settings.eval_every:g} epochs" if run.task.evaluate is not None else ""
+    return (
+        f"{run.task.headline}; {settings.images} images, {settings.epochs} epochs = {settings.steps} steps of "
+        f"{settings.batch_size}{accumulated}{begins}; lr {settings.lr:.2e}, warm-up {settings.warmup_steps} steps"
+        f"{evaluated}; {fabric.world_size} x {fabric.device.type}"
+    )
+
+
+def _outcome(folder: RunFolder, task: Task, settings: Settings) -> dict[str, Any]:
+    entries, evaluations = read_metrics(folder.path), read_evaluations(folder.path)
+    if not entries or (task.metric and not evaluations):
+        raise InputError(f"{folder.path}: the run is finished, but its logs are gone; --no-resume trains it again")
+    last = entries[-1]
+    outcome = {
+        "epochs": settings.epochs,
+        "steps": settings.steps,
+        "loss": last["loss"],
+        "seconds": last["seconds"],
+        "images_per_second": last["images_per_second"],
+        "checkpoint": str(folder.checkpoint),
+    }
+    if not task.metric:
+        return outcome
+    figures = {name: value for name, value in evaluations[-1].items() if name not in ("step", "epoch", "seconds")}
+    best = max(evaluations, key=lambda entry: entry[task.metric] if entry[task.metric] is not None else -math.inf)
+    best_figures = {f"best_{task.metric}": best[task.metric], "best_epoch": best["epoch"], "best": str(folder.best)}
+    return {**figures, **best_figures, **outcome}

@@ -1,0 +1,145 @@
+"""A run in memory: the task on its devices, with everything that a step needs. Used by `train`, and to time steps."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from fastmae.config import TrainingConfig
+from fastmae.errors import InputError
+from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import launch
+from fastmae.runtime.workers import batches
+from fastmae.training.optimiser import adamw
+from fastmae.training.sampler import StepSampler
+from fastmae.training.state import TrainState
+from fastmae.training.task import Settings, Task
+
+
+@dataclass
+class Run:
+    """A run on its devices.
+
+    Attributes:
+        config: the options.
+        task: what is trained.
+        settings: size of the run.
+        fabric: launched.
+        grad_accum_steps: batches per process whose gradients are accumulated to one step.
+        state: network, optimizer and counters.
+        schedule: of the learning rate, by step.
+    """
+
+    config: TrainingConfig
+    task: Task
+    settings: Settings
+    fabric: Fabric
+    grad_accum_steps: int
+    state: TrainState
+    schedule: Scheduler
+
+    @property
+    def device_batch_size(self) -> int:
+        """Images that one device takes at once."""
+        return self.settings.batch_size // self.fabric.world_size // self.grad_accum_steps
+
+
+def launch_processes(config: TrainingConfig, task: Task, settings: Settings) -> tuple[Fabric, int]:
+    """Start the processes that the options ask for.
+
+    Returns:
+        Fabric, and the number of gradient accumulation steps.
+
+    Raises:
+        InputError: devices that are not there, or a batch that can't be divided among them.
+    """
+    fabric = launch(config.device, config.precision, config.devices, config.seed, task.strategy, task.sharded_blocks)
+    if settings.batch_size % fabric.world_size:
+        raise InputError(f"--batch-size {settings.batch_size}: not a multiple of the {fabric.world_size} processes")
+    return fabric, grad_accum_steps(settings.batch_size // fabric.world_size, config.micro_batch)
+
+
+def set_up(config: TrainingConfig, task: Task, settings: Settings, fabric: Fabric, accum_steps: int) -> Run:
+    """Put the task's network on its device, with its optimizer, schedule and moving average."""
+    network = task.network
+    ema = ModelEmaV3(network, config.ema, use_warmup=True, device=fabric.device) if config.ema else None
+    model = fabric.setup_module(cast(nn.Module, torch.compile(network)) if task.compile else network)
+    optimizer = _optimizer(config, task, settings, fabric)
+    schedule = task.schedule(optimizer, settings.steps, settings.warmup_steps, config.min_lr)
+    task.to_device(fabric)
+    state = TrainState(network, model.train(), fabric.setup_optimizers(optimizer), ema)
+    return Run(config, task, settings, fabric, accum_steps, state, schedule)
+
+
+def _optimizer(config: TrainingConfig, task: Task, settings: Settings, fabric: Fabric) -> torch.optim.Optimizer:
+    groups = task.parameter_groups()
+    if task.optimizer is not None:
+        return task.optimizer(groups, settings.lr)
+    betas: tuple[float, float] = config.betas  # type: ignore[attr-defined]  # each command has its own default
+    return adamw(groups, settings.lr, betas, fabric)
+
+
+def train_batches(run: Run) -> Iterator[Any]:
+    """This process's batches on its device, from the state's step to the last; `grad_accum_steps` of them per step."""
+    return run.task.on_the_way(map(run.fabric.to_device, loader(run)), sampler(run))
+
+
+def sampler(run: Run) -> StepSampler:
+    """Which images make up which of this process's batches."""
+    return StepSampler(
+        run.settings.images,
+        run.settings.batch_size,
+        run.settings.steps,
+        run.config.seed,
+        run.state.step,
+        run.fabric.global_rank,
+        run.fabric.world_size,
+        run.grad_accum_steps,
+        run.task.order,
+    )
+
+
+def loader(run: Run) -> Iterator[Any]:
+    """This process's batches as the loading processes give them: on the CPU, pinned for a GPU."""
+    return batches(
+        run.task.dataset,
+        run.fabric.device,
+        run.config.workers,
+        batch_sampler=sampler(run),
+        collate=run.task.collate,
+    )
+
+
+def take_step(run: Run, micro_batches: Iterable[Any]) -> dict[str, torch.Tensor]:
+    """One step of the optimizer, over the gradients of `grad_accum_steps` batches.
+
+    Returns:
+        The step's scalars, averaged over the batches, and `grad_norm`. They stay on the device.
+    """
+    fabric, state, accum_steps = run.fabric, run.state, run.grad_accum_steps
+    scalars: dict[str, torch.Tensor] = {}
+    for number, batch in enumerate(micro_batches, 1):
+        with fabric.no_backward_sync(state.model, enabled=fabric.world_size > 1 and number < accum_steps):
+            outputs = run.task.step(state.model, batch)
+            fabric.backward(outputs["loss"] / accum_steps)
+        for name, value in outputs.items():
+            scalars[name] = scalars.get(name, 0.0) + value.detach() / accum_steps
+    grad_norm = state.clip_gradients(fabric, run.config.clip_grad)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return {**scalars, "grad_norm": grad_norm}
+
+
+def grad_accum_steps(share: int, micro_batch: int) -> int:
+    """The fewest equal batches that a device's share of a batch is cut into, so that none exceeds `micro_batch`.
+
+    Args:
+        share: images of the batch that are the device's, at least 1.
+        micro_batch: most images at once; 0: no limit.
+    """
+    fewest = -(-share // micro_batch) if micro_batch else 1
+    return next(steps for steps in range(fewest, share + 1) if share % steps == 0)
