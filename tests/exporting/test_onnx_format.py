@@ -34,7 +34,7 @@ def test_large_weights_are_written_to_a_file_beside_the_graph(tmp_path, monkeypa
     out = tmp_path / "out"
     args = ["--no-pretrained", "--format", "onnx", "--image-size", "32"]
     assert run(["export", "timm/test_vit2", str(out), *args]) == 0
-    assert (out / "model.onnx").stat().st_size < 1e6 < (out / "model.onnx.data").stat().st_size
+    assert (out / "model.onnx").stat().st_size < (out / "model.onnx.data").stat().st_size
     session = onnxruntime.InferenceSession(out / "model.onnx")
     embedding, patches = session.run(None, {"images": np.zeros((2, 3, 32, 32), np.float32)})  # it has no class token
     assert (embedding.shape, patches.shape) == ((2, 64), (2, 4, 64))

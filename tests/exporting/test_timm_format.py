@@ -21,7 +21,7 @@ def test_timm_loads_the_export_by_folder_by_name_and_from_its_weights(exports, i
     name, arguments = config["architecture"], config["model_args"]
     with_weights = timm.create_model(name, **arguments)
     with_weights.load_state_dict(safetensors.torch.load_file(out / "model.safetensors"), strict=True)
-    overlay = {"file": str(out / "model.safetensors")}
+    overlay = {"file": str(out / "model.safetensors"), "custom_load": False}
     by_name = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     by_folder = timm.create_model(f"local-dir:{out}", pretrained=True)
     for model in (with_weights, by_name, by_folder):

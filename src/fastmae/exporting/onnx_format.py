@@ -68,7 +68,8 @@ def write(model: ExportedModel, folder: Path, config: ExportConfig) -> None:
                 verbose=False,
                 input_names=[INPUT],
                 output_names=output_names,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                # Without a maximum, torch 2.6 fixes the batch size at the example's.
+                dynamic_shapes=({0: torch.export.Dim("batch", max=2**31 - 1)},),
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise InputError(
