@@ -1,24 +1,12 @@
+"""Parameter groups and learning rate schedules, against their formulas."""
+
 import math
 
 import timm
 import torch
 from torch import nn
 
-from fastmae.student.encoder import build_encoder
-from fastmae.student.student import Student
-from fastmae.training.optimiser import adamw, cosine_schedule, layer_decayed_groups, linear_schedule
-
-
-def test_weight_decay_spares_what_has_fewer_than_two_dimensions():
-    model = Student(build_encoder("vit_tiny_patch16_224", 64, 16, 48, 2, 3), 10, decoder_width=32, decoder_heads=4)
-    optimizer = adamw(model, 1e-3, 0.05, (0.9, 0.95))
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.05 for p in group["params"]}
-    spared = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert decayed | spared == {id(p) for p in trainable.values()}
-    for name, parameter in trainable.items():
-        assert (id(parameter) in spared) == (parameter.ndim <= 1), name
-    assert optimizer.defaults["betas"] == (0.9, 0.95)
+from fastmae.training.optimiser import cosine_schedule, layer_decayed_groups, linear_schedule
 
 
 def test_the_learning_rate_is_linear_then_half_a_cosine():
@@ -36,7 +24,7 @@ def test_no_warm_up_starts_at_the_full_rate():
     assert optimizer.param_groups[0]["lr"] == 2.0
 
 
-def test_layers_learn_slower_the_deeper_they_lie():
+def test_deeper_layers_learn_more_slowly():
     """MAE's rule, decay^(L + 1 - id): embeddings id 0, block i id i + 1, the rest L + 1."""
     encoder = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=5)
     model = nn.Sequential(encoder, nn.Linear(5, 2))
@@ -46,14 +34,14 @@ def test_layers_learn_slower_the_deeper_they_lie():
     names = dict(encoder.named_parameters()) | {f"top.{name}": p for name, p in model[1].named_parameters()}
     assert len(scale) == len(names) == sum(len(group["params"]) for group in groups)
     for name, parameter in names.items():
-        place = 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else 4
-        place = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else place
-        assert scale[id(parameter)] == 0.5 ** (4 - place), name
-        spared = parameter.ndim <= 1 or name in ("pos_embed", "cls_token")
-        assert decay[id(parameter)] == (0 if spared else 0.05), name
+        layer = 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else 4
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layer
+        assert scale[id(parameter)] == 0.5 ** (4 - layer), name
+        exempt = parameter.ndim <= 1 or name in ("pos_embed", "cls_token")
+        assert decay[id(parameter)] == (0 if exempt else 0.05), name
 
 
-def test_the_schedules_keep_to_the_layers_scales_and_the_poly_one_is_a_line():
+def test_the_linear_schedule_keeps_the_layers_scales():
     parameter = [nn.Parameter(torch.zeros(1))]
     optimizer = torch.optim.AdamW([{"params": parameter, "lr_scale": 0.25}], lr=2.0)
     schedule = linear_schedule(optimizer, steps=110, warmup_steps=10, min_lr=0.0)
