@@ -1,72 +1,146 @@
-"""The house rules that a machine can check."""
+"""The rules of the house that a machine can check."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import fastmae
+from fastmae.config.commands import COMMANDS
 
 SOURCE = Path(fastmae.__file__).parent
+TESTS = Path(__file__).parent
 
-# Data flows down this list; a room may import from the rooms above it and from itself, never from below.
-ROOMS = [
-    "errors durable config processes progress device weights linear decoder fabric",
-    "images recipes loading",
-    "teachers",
-    "tokens",
-    "inspect intake offline targets",
-    "estimate verify",
-    "tokenize",
-    "model",
-    "training",
-    "runs",
-    "encoders",
-    "plan",
-    "steps",
-    "evaluate profile",
-    "pretrain",
-    "export",
-    "report",
-    "ablate bench demo",
-    "cli __main__",
-]
-LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
+FLOW = (
+    *("errors", "config", "runtime", "images", "teachers", "tokens", "offline", "student", "runs", "probes"),
+    *("training", "pretraining", "evaluate", "exporting", "reporting", "bench", "studies", "api", "cli", "__main__"),
+)
+"""Data flows down this list. A folder imports from the folders above it and from itself, never from below."""
 
 
-def imported_rooms(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    return {module.split(".")[1] for module in modules if module.startswith("fastmae.")}
+def modules() -> list[Path]:
+    return [path for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "__init__.py"]
 
 
-def room_of(path: Path) -> str:
+def folder_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
+@cache
+def imported_modules(path: Path) -> frozenset[Path]:
+    """The files of this package that a file imports, also inside functions and under TYPE_CHECKING."""
+    files = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            if name.startswith("fastmae."):
+                base = SOURCE / name.removeprefix("fastmae.").replace(".", "/")
+                files |= {file for file in (base.with_suffix(".py"), base / "__init__.py") if file.exists()}
+    return frozenset(files)
+
+
+def test_every_folder_has_its_place_in_the_flow():
+    assert {folder_of(path) for path in modules()} == set(FLOW)
+
+
 def test_imports_follow_the_flow_of_the_data():
-    files = [path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py"]
-    assert len(files) > 20
     against = [
-        (str(path), room) for path in files for room in imported_rooms(path) if LEVEL[room] > LEVEL[room_of(path)]
+        f"{path.relative_to(SOURCE)} imports {imported.relative_to(SOURCE)}"
+        for path in modules()
+        for imported in imported_modules(path)
+        if imported != SOURCE / "__init__.py" and FLOW.index(folder_of(imported)) > FLOW.index(folder_of(path))
     ]
     assert against == []
 
 
-def test_the_store_knows_nothing_of_models_and_the_model_nothing_of_files():
-    assert not any(
-        imported_rooms(path) & {"teachers", "model", "training"} for path in (SOURCE / "tokens").glob("*.py")
-    )
-    assert imported_rooms(SOURCE / "model.py") <= {"errors", "linear", "decoder"}
+def test_no_modules_import_each_other_in_a_circle():
+    finished: set[Path] = set()
+
+    def visit(path: Path, chain: tuple[Path, ...]) -> None:
+        assert path not in chain, " -> ".join(str(p.relative_to(SOURCE)) for p in (*chain, path))
+        if path in finished:
+            return
+        for imported in imported_modules(path):
+            # A package's __init__ gathers names from its own modules; they may import the package's other names.
+            if imported != path and imported.name != "__init__.py":
+                visit(imported, (*chain, path))
+        finished.add(path)
+
+    for path in modules():
+        if path.name != "__init__.py":
+            visit(path, ())
+
+
+def test_the_root_holds_at_most_five_modules():
+    names = {path.name for path in SOURCE.glob("*.py")}
+    assert names == {"__init__.py", "__main__.py", "api.py", "cli.py", "errors.py"}
+
+
+def test_the_tests_mirror_the_source():
+    missing = [
+        str(test.relative_to(TESTS))
+        for test in TESTS.rglob("test_*.py")
+        if test.parent not in (TESTS, TESTS / "end_to_end")
+        and not (SOURCE / test.relative_to(TESTS).with_name(test.name.removeprefix("test_"))).exists()
+    ]
+    assert sorted(missing) == sorted(TESTS_OF_SEVERAL_MODULES)
+
+
+TESTS_OF_SEVERAL_MODULES = {
+    "runtime/test_without_sigusr1.py",
+    "tokens/test_damage.py",
+    "tokens/test_store.py",
+}
+"""Tests of what several modules do together."""
+
+
+def test_the_store_knows_no_models_and_the_student_no_files():
+    for path in (SOURCE / "tokens").glob("*.py"):
+        assert {folder_of(file) for file in imported_modules(path)} <= {
+            "errors",
+            "runtime",
+            "images",
+            "tokens",
+            "__init__",
+        }
+    for path in (SOURCE / "student").glob("*.py"):
+        assert not {folder_of(file) for file in imported_modules(path)} & {"offline", "runs", "training"}
+
+
+def test_training_knows_no_task():
+    known = {folder_of(file) for path in (SOURCE / "training").glob("*.py") for file in imported_modules(path)}
+    assert known <= {"errors", "config", "runtime", "runs", "training"}
+
+
+def test_every_command_has_a_file_of_options_named_like_it():
+    for name, command in COMMANDS.items():
+        file = "recipes" if name == "recipes" else name.replace(" ", "_")
+        assert command.kind.__module__ == f"fastmae.config.{file}"
+
+
+def test_the_package_logs_and_only_the_command_line_prints():
+    printing = {
+        str(path.relative_to(SOURCE))
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+    }
+    assert printing == {"cli.py", "runtime/console.py"}
 
 
 def test_no_file_is_over_400_lines():
-    assert {path.name: n for path in SOURCE.rglob("*.py") if (n := len(path.read_text().splitlines())) > 400} == {}
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
 def test_no_data_file_is_unpickled():
     loads = [
         node
-        for path in SOURCE.rglob("*.py")
+        for path in modules()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) in {"torch.load", "pickle.load", "pickle.loads", "np.load", "joblib.load"}
@@ -74,4 +148,4 @@ def test_no_data_file_is_unpickled():
     assert loads
     for call in loads:
         assert ast.unparse(call.func) == "torch.load"
-        assert any(keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in call.keywords)
+        assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)

@@ -1,0 +1,114 @@
+"""Where an option's value comes from, and that flags, YAML and Python answer alike."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastmae.cli import parse
+from fastmae.config import FinetuneConfig, KnnConfig, PretrainConfig, TokenizeConfig
+from fastmae.config.recipes import load_recipe
+from fastmae.errors import InputError
+
+
+def pretraining(**given):
+    return PretrainConfig(**{"stores": "a.tokens", "run": "run", **given})
+
+
+def test_a_recipe_is_resolved_by_the_constructor():
+    config = pretraining(recipe="vit_tiny_cpu", epochs=1)
+    assert load_recipe("vit_tiny_cpu").items() <= {**vars(config), "epochs": 30}.items()
+    assert config.epochs == 1
+    assert (config.stores, config.run) == (("a.tokens",), Path("run"))
+
+
+def test_each_source_goes_over_the_one_before(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("target: pixels\nepochs: 7\nbatch-size: 64\n")
+    config = pretraining(recipe="vit_tiny_cpu", config=file, batch_size=8)
+    assert config.weight_decay == 0.05  # the default
+    assert (config.decoder_depth, config.loss) == (8, "mse")  # what the target implies, over the recipe's own target
+    assert config.encoder_width == load_recipe("vit_tiny_cpu")["encoder_width"]  # the recipe
+    assert config.epochs == 7  # the file, over the recipe
+    assert config.batch_size == 8  # the caller, over the file
+
+
+def test_replacing_an_option_keeps_the_resolved_values():
+    config = pretraining(recipe="mae_tiny_cpu")
+    assert replace(config, epochs=3) == pretraining(recipe="mae_tiny_cpu", epochs=3)
+
+
+BAD_VALUES = [
+    ("epochs", 0, "1 to 1000000"),
+    ("epochs", 1.5, "whole number"),
+    ("epochs", "many", "whole number"),
+    ("base_lr", "nan", "more than 0"),
+    ("base_lr", "inf", "more than 0"),
+    ("ema", 1.0, "0 to less than 1"),
+    ("mask_ratio", 1.0, "more than 0 to less than 1"),
+    ("norm", "patc", "did you mean 'patch'"),
+    ("seed", -1, "0 to less than"),
+    ("workers", -2, "-1 to 1024"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "way_out"), BAD_VALUES, ids=[f"{n} {v}" for n, v, _ in BAD_VALUES])
+def test_flags_yaml_and_python_refuse_a_bad_value_with_the_same_words(name, value, way_out, tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text(f"{name}: {value}\n")
+    flag = f"--{name.replace('_', '-')}"
+    messages = []
+    for attempt in (
+        lambda: parse("pretrain", ["a.tokens", "run", flag, str(value)]),
+        lambda: parse("pretrain", ["a.tokens", "run", "--config", str(file)]),
+        lambda: pretraining(**{name: value}),
+        lambda: pretraining(**{name: str(value)}),
+    ):
+        with pytest.raises(InputError) as error:
+            attempt()
+        messages.append(str(error.value).removeprefix(f"{file}: "))
+    assert (
+        len({message.replace(f"{float(value)}" if isinstance(value, float) else "", "") for message in messages}) == 1
+    )
+    assert flag in messages[0]
+    assert way_out in messages[0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"flip": "no"}, {"flip": 1}, {"epochs": True}, {"betas": (0.9,)}, {"betas": (0.9, 1.0)}, {"init": ["a"]}],
+    ids=str,
+)
+def test_a_python_value_of_another_type_names_its_option(given):
+    with pytest.raises(InputError, match=f"--{next(iter(given))}"):
+        pretraining(**given)
+
+
+def test_values_are_converted_but_not_rounded():
+    config = pretraining(epochs="3", base_lr="1e-3", betas=[0.8, 0.9], knn_data="photos", stores=["a", "b"])
+    assert (config.epochs, config.base_lr, config.betas) == (3, 1e-3, (0.8, 0.9))
+    assert (config.knn_data, config.stores) == (Path("photos"), ("a", "b"))
+    assert TokenizeConfig(images="a", store="b", middle_size=96).middle_size == "96"
+    assert KnnConfig(run=Path("run"), data="b").run == "run"
+    assert FinetuneConfig(run="a", data="b", image_size=None).image_size is None
+
+
+def test_an_unknown_option_and_a_missing_one_are_named():
+    with pytest.raises(InputError, match="did you mean 'epochs'"):
+        pretraining(epcohs=3)
+    with pytest.raises(InputError, match="RUN and DATA"):
+        KnnConfig()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"decoder_width": 10, "decoder_heads": 3}, "--decoder-heads"),
+        ({"target": "pixels", "all_layers": True}, "--no-all-layers"),
+        ({"target": "hog", "store_weights": "1,2"}, "--store-weights"),
+        ({"strategy": "fsdp", "ema": 0.9}, "--ema"),
+    ],
+)
+def test_options_that_contradict_each_other_are_named(given, named):
+    with pytest.raises(InputError, match=named):
+        pretraining(**given)
