@@ -4,13 +4,14 @@ import subprocess
 import sys
 
 IMPORT_EVERY_MODULE = """
-import importlib, os, pkgutil, signal
+import contextlib, importlib, os, pkgutil, signal
 
 del signal.SIGUSR1, os.sched_getaffinity
 import fastmae
-for module in pkgutil.walk_packages(fastmae.__path__, "fastmae."):
+for module in pkgutil.walk_packages(fastmae.__path__, "fastmae.", onerror=lambda name: None):
     if not module.name.endswith("__main__"):  # importing it runs the command line
-        importlib.import_module(module.name)
+        with contextlib.suppress(fastmae.InputError):  # names the extra that is not installed
+            importlib.import_module(module.name)
 
 from fastmae.runtime.device import cores
 from fastmae.runtime.workers import STOP_SIGNALS, heed_only_the_parent
