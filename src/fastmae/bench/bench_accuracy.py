@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fastmae.bench.table import Table, machine
-from fastmae.config import BenchAccuracyConfig, PretrainConfig, TokenizeConfig
+from fastmae.config import BenchAccuracyConfig
 from fastmae.config.recipes import check_baseline, load_recipe
 from fastmae.errors import InputError
 from fastmae.offline.tokenize import tokenize
@@ -187,20 +187,7 @@ def _tokenize(config: BenchAccuracyConfig) -> tuple[Path, float]:
     if differences:
         raise InputError(f"{config.out}: holds a bench with {'; '.join(differences)}; give that, or another --out")
     start = time.monotonic()
-    tokenize(
-        TokenizeConfig(
-            images=config.images / "train",
-            store=store,
-            teacher=config.teacher,
-            teacher_weights=config.teacher_weights,
-            teacher_block=config.teacher_block,
-            middle_size=config.middle_size,
-            patch_size=config.patch_size,
-            workers=config.workers,
-            device=config.device,
-            seed=config.seed,
-        )
-    )
+    tokenize(config.tokenize_options(config.images / "train", store, config.teacher))
     if not record_file.exists():
         write_json(record_file, {**settings, "tokenize_seconds": time.monotonic() - start})
     return store, float(json.loads(record_file.read_text(encoding="utf-8"))["tokenize_seconds"])
@@ -211,15 +198,8 @@ def _train(
 ) -> list[Mapping[str, float]]:
     """The measurements of a run, from before its first step to its end."""
     run = config.out / f"{method.lower()}-{seed}"
-    options = PretrainConfig(
-        stores=(str(store),),
-        run=run,
-        recipe=config.recipe if method == FASTMAE else config.mae_recipe,
-        flip=config.flip,
-        seed=seed,
-        device=config.device,
-        workers=config.workers,
-    )
+    recipe = config.recipe if method == FASTMAE else config.mae_recipe
+    options = config.pretrain_options(store, run, seed, recipe=recipe)
     if (run / RUN_FILE).exists():  # an interrupted bench continues with the epochs that it had chosen
         epochs = int(read_run(run)["options"]["epochs"])
     else:

@@ -23,9 +23,9 @@ class KnnConfig(Common):
     pool: Literal["mean", "class"] = "mean"
     """Mean of the patch tokens, or the class token."""
     k: Annotated[int, AT_LEAST_1] = 20
-    """Number of neighbours that vote."""
+    """Number of neighbours that vote. (DINO: 20)"""
     temperature: Annotated[float, POSITIVE] = 0.07
-    """The weight of a neighbour's vote is exp(cosine / temperature)."""
+    """The weight of a neighbour's vote is exp(cosine / temperature). (DINO: 0.07)"""
     image_size: Annotated[int | None, PIXELS] = None
     """Side of the images in pixels. Default: the encoder's own."""
     pretrained: bool = True

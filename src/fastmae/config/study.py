@@ -1,11 +1,13 @@
 """The options of commands that tokenise images and train small students on them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastmae.config.common import BLOCK, OFFLINE_TEACHER, Common
 from fastmae.config.options import options
+from fastmae.config.pretrain import PretrainConfig
 from fastmae.config.ranges import AT_LEAST_1, WORKERS, Range
+from fastmae.config.tokenize import TokenizeConfig
 
 
 @options
@@ -32,3 +34,23 @@ class StudyConfig(Common):
     """As in pretrain."""
     workers: Annotated[int, WORKERS] = -1
     """Loading processes; -1: one less than the cores, at most 8."""
+
+    def tokenize_options(self, images: Path, store: Path, teacher: str) -> TokenizeConfig:
+        """The options for tokenising the images."""
+        return TokenizeConfig(
+            images=images,
+            store=store,
+            teacher=teacher,
+            teacher_weights=self.teacher_weights,
+            teacher_block=self.teacher_block,
+            middle_size=self.middle_size,
+            patch_size=self.patch_size,
+            workers=self.workers,
+            device=self.device,
+            seed=self.seed,
+        )
+
+    def pretrain_options(self, store: Path, run: Path, seed: int, **given: Any) -> PretrainConfig:
+        """The options of one run; `given` goes over the study's recipe."""
+        shared = {"flip": self.flip, "workers": self.workers, "device": self.device}
+        return PretrainConfig(stores=(str(store),), run=run, seed=seed, **{"recipe": self.recipe, **shared, **given})

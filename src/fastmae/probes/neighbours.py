@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""As in DINO."""
+from fastmae.config import KnnConfig
+
 CHUNK = 1024
 """Validation images that are compared with all training images at a time."""
 
@@ -15,8 +15,8 @@ def knn_accuracy(
     val: torch.Tensor,
     val_labels: torch.Tensor,
     classes: int,
-    k: int = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
+    k: int = KnnConfig.k,
+    temperature: float = KnnConfig.temperature,
 ) -> tuple[float, float]:
     """Top-1 and top-5 accuracy, in percent.
 

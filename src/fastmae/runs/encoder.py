@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from fastmae.errors import InputError, first_line
 from fastmae.runs.checkpoint import is_checkpoint
 from fastmae.runs.folder import RUN_FILE
-from fastmae.runs.load import encoder_of, load_run
+from fastmae.runs.load import encoder_of, encoder_sizes, load_run
 from fastmae.student.encoder import Encoder, timm_arguments
 from fastmae.student.student import Student
 from fastmae.teachers.factory import load_network
@@ -219,19 +219,10 @@ def _of_run(spec: str, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder
         )
     options, store = description["options"], description["store"]
     mean, std = (tuple(values) for values in store["normalisation"])
-    arguments = timm_arguments(
-        options["encoder"],
-        options["image_size"],
-        store["patch_size"],
-        options["encoder_width"],
-        options["encoder_depth"],
-        options["encoder_heads"],
-        store["channels"],
-    )
     return OpenedEncoder(
         network=network,
         architecture=options["encoder"],
-        arguments=arguments,
+        arguments=timm_arguments(*encoder_sizes(description)),
         image_size=options["image_size"],
         channels=store["channels"],
         mean=mean,

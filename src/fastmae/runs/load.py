@@ -68,20 +68,17 @@ def encoder_of(description: Description, weights: Weights, trained: bool, extra:
 def _encoder_of_pretraining_run(
     description: Description, weights: Weights, trained: bool, extra: dict[str, Any]
 ) -> Encoder:
-    options, store = description["options"], description["store"]
-    encoder = build_encoder(
-        options["encoder"],
-        options["image_size"],
-        store["patch_size"],
-        options["encoder_width"],
-        options["encoder_depth"],
-        options["encoder_heads"],
-        store["channels"],
-        **extra,
-    )
+    encoder = build_encoder(*encoder_sizes(description), **extra)
     if trained:
         encoder.load_state_dict(weights_below("encoder.", weights))
     return without_masking(encoder)
+
+
+def encoder_sizes(description: Description) -> tuple[str, int, int, int | None, int | None, int | None, int]:
+    """Name and sizes of a pre-training run's encoder, as `build_encoder` and `timm_arguments` take them."""
+    options, store = description["options"], description["store"]
+    width, depth, heads = (options[f"encoder_{size}"] for size in ("width", "depth", "heads"))
+    return options["encoder"], options["image_size"], store["patch_size"], width, depth, heads, store["channels"]
 
 
 def _encoder_of_supervised_run(

@@ -43,3 +43,8 @@ def _first_number(value: str) -> int:
     Fabric refuses machines with unequal numbers of tasks.
     """
     return int(re.split(r"[(,]", value, maxsplit=1)[0])
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of all processes, also before Fabric is launched. Fabric sets LOCAL_RANK for its own."""
+    return this_process().rank == 0 and os.environ.get("LOCAL_RANK", "0") == "0"

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fastmae.config import AblateConfig, KnnConfig, PretrainConfig, TokenizeConfig
+from fastmae.config import AblateConfig, KnnConfig, PretrainConfig
 from fastmae.config.recipes import check_baseline, load_recipe
 from fastmae.errors import InputError
 from fastmae.evaluate.knn import labelled_features
@@ -145,35 +145,14 @@ def _tokenize_all(config: AblateConfig, teachers: set[int]) -> dict[int, Path]:
         if index in teachers:
             stores[index] = config.out / f"{_as_file_name(spec)}.tokens"
             log.info(f"teacher {spec}:")
-            tokenize(
-                TokenizeConfig(
-                    images=config.images / "train",
-                    store=stores[index],
-                    teacher=spec,
-                    teacher_weights=config.teacher_weights,
-                    teacher_block=config.teacher_block,
-                    middle_size=config.middle_size,
-                    patch_size=config.patch_size,
-                    workers=config.workers,
-                    device=config.device,
-                )
-            )
+            tokenize(config.tokenize_options(config.images / "train", stores[index], spec))
     return stores
 
 
 def _run_options(config: AblateConfig, row: Row, store: Path, seed: int) -> PretrainConfig:
     """The options of one run of a row."""
-    given = {
-        "recipe": config.recipe,
-        "epochs": config.epochs,
-        "seed": seed,
-        "device": config.device,
-        "workers": config.workers,
-        "flip": config.flip,
-        **row.options,
-    }
     run = config.out / config.table / f"{_as_file_name(row.name)}-seed{seed}"
-    options = PretrainConfig(stores=(str(store),), run=run, **given)
+    options = config.pretrain_options(store, run, seed, **{"epochs": config.epochs, **row.options})
     return replace(options, warmup_epochs=min(options.warmup_epochs, options.epochs / 5))
 
 

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -169,8 +168,3 @@ class StoreViews(Dataset[ViewBatch]):
         if str(error) not in self._warned:  # a shard that is gone as a whole is named once
             self._warned.add(str(error))
             log.warning(f"skipped image {key}: {str(error).split(';')[0]}")
-
-
-def as_read(batch: Any) -> Any:
-    """The `collate_fn` of a DataLoader over `StoreViews`, which returns whole batches already."""
-    return batch

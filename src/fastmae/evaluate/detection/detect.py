@@ -5,7 +5,6 @@ photos in `datasets`; the network is in `mask_rcnn`, the measurement in `validat
 """
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -25,7 +24,7 @@ from fastmae.evaluate.detection.mask_rcnn import build_detector
 from fastmae.evaluate.detection.validation import Validation
 from fastmae.evaluate.recipe import Recipe, settle
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
-from fastmae.runtime.processes import this_process
+from fastmae.runtime.processes import is_first_process
 from fastmae.training.driver import train
 from fastmae.training.optimiser import layer_decayed_groups, linear_schedule
 from fastmae.training.task import Settings, Task
@@ -70,7 +69,7 @@ def detect(config: DetectConfig) -> dict[str, Any] | None:
         raise InputError(f"{config.run}: the encoder takes {opened.channels} channels; photos have 3, or 1 if grey")
     limits = _choose_limits(config, train_split, opened.patch_size)
     task = _make_task(config, opened, train_split, val_split, limits)
-    if _is_first_process():
+    if is_first_process():
         log.info(_describe_setup(train_split, val_split, opened, limits))
     result = train(config, task, settings)
     return None if result is None else _report(result, config.out)
@@ -78,7 +77,7 @@ def detect(config: DetectConfig) -> dict[str, Any] | None:
 
 def _read_data(data: Path) -> tuple[Split, Split]:
     """Both splits, checked against themselves, each other and their image files."""
-    show_progress = _is_first_process()
+    show_progress = is_first_process()
     train_files, val_files = find_splits(data)
     train = read_split(train_files, progress="check train" if show_progress else "")
     return train, read_split(val_files, train.classes, progress="check val" if show_progress else "")
@@ -190,8 +189,3 @@ def _report(result: dict[str, Any], out: Path) -> dict[str, Any]:
     no_objects = f"; val has no object to measure {', '.join(missing)}" if missing else ""
     log.info(f"{out}: {summary}{no_objects}; pictures: {out / PICTURES_FILE}")
     return {**result, **figures}
-
-
-def _is_first_process() -> bool:
-    """Whether this is the first process, before Fabric is launched."""
-    return int(os.environ.get("LOCAL_RANK", this_process().rank)) == 0

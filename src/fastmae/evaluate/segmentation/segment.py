@@ -6,7 +6,6 @@ checked in `data_check` and loaded in `datasets`; the network is in `upernet`, t
 
 import hashlib
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +28,7 @@ from fastmae.evaluate.segmentation.validation import CLASS_PREFIX, Validation
 from fastmae.images.views import normalise
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.device import resolve_device
-from fastmae.runtime.processes import this_process
+from fastmae.runtime.processes import is_first_process, this_process
 from fastmae.training.driver import train
 from fastmae.training.optimiser import layer_decayed_groups, linear_schedule
 from fastmae.training.run import grad_accum_steps
@@ -70,7 +69,6 @@ def segment(config: SegmentConfig) -> dict[str, Any] | None:
     """
     if config.out is None:
         raise InputError("give --out DIR, the folder for the trained model")
-    is_first = this_process().rank == 0 and os.environ.get("LOCAL_RANK", "0") == "0"
     data = find_data(config.data)
     settings = settle(config, RECIPE, len(data.train))
     torch.manual_seed(config.seed)
@@ -81,10 +79,10 @@ def segment(config: SegmentConfig) -> dict[str, Any] | None:
         drop_path_rate=config.drop_path,
         dynamic_img_size=True,
     )
-    summary = check_data(data, opened.channels, quiet=not is_first)
+    summary = check_data(data, opened.channels, quiet=not is_first_process())
     sizes = choose_sizes(config, opened, summary)
     opened = set_crop_size(opened, sizes.crop)
-    if is_first:
+    if is_first_process():
         log.info(describe_setup(data, summary, opened, sizes, config.inference))
     task = make_task(config, settings, data, summary, opened, sizes)
     result = train(config, task, settings)
