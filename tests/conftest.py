@@ -1,21 +1,21 @@
-"""Shared inputs: real photos that scikit-learn ships, cut into small files; and stores made of them by the real command."""
+"""Shared inputs: crops of photos that scikit-learn ships, and stores and runs made from them by the real commands."""
 
 import os
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # a core each: with more threads than cores most of the time goes into waiting for one another
-    os.environ["OMP_NUM_THREADS"] = (
-        "1"  # over what it has from the process that started it, where this file was read as well
-    )
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread per process: with more threads than cores, most of the time goes into waiting. This overrides the value
+    # set below by the process that started the workers.
+    os.environ["OMP_NUM_THREADS"] = "1"
 else:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import json
+import logging
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -28,12 +28,17 @@ from fastmae.cli import run
 from fastmae.tokens.format import shard_path
 from fastmae.tokens.manifest import read_header
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+TINY_STUDENT = (
+    "--encoder vit_tiny_patch16_224 --encoder-depth 2 --encoder-width 64 --encoder-heads 2 --image-size 64 "
+    "--decoder-width 32 --decoder-heads 2 --batch-size 8 --warmup-epochs 1 --base-lr 0.02 --log-every 1 --device cpu"
+)
+VIT_STORE = "--middle-size 96 --patch-size 16 --shard-size 8 --codec fp32 --pixels raw --workers 1"
+SMALL_STORE = "--middle-size 96 --patch-size 16 --shard-size 8 --codec pq16 --workers 1"
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 cut-outs of two photos in train/ and val/ class folders, of many sizes and three formats."""
+    """40 crops of two photos in class folders below train/ (30) and val/ (10), of many sizes and in three formats."""
     folder = tmp_path_factory.mktemp("photos")
     for name in ("china", "flower"):
         photo = Image.fromarray(load_sample_image(f"{name}.jpg"))
@@ -49,54 +54,47 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def abandoned_part() -> Callable[[str], str]:
-    """A file's name -> what a killed writer of this machine leaves of it. Linux gives no process this number."""
+    """A file's name -> the name of the part that a killed writer on this machine leaves behind.
+
+    The process id in it is larger than any that Linux assigns.
+    """
     return lambda name: f"{name}.{socket.gethostname().replace('.', '-')}.4194304.part"
 
 
 @pytest.fixture(scope="session")
 def vit_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of a small ViT teacher at random, in timm's layout: `timm/vit_tiny_patch16_224` loads them."""
+    """Random weights of a small ViT teacher in timm's layout; `timm/vit_tiny_patch16_224` loads them."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "vit_tiny.safetensors"
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), path)
     return path
 
 
-VIT = ["--teacher", "timm/vit_tiny_patch16_224"]
-SMALL = ["--middle-size", "96", "--patch-size", "16", "--workers", "1"]
+@pytest.fixture(scope="session")
+def vit_teacher(vit_weights: Path) -> list[str]:
+    """Options of `tokenize` for the small ViT teacher."""
+    return ["--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", str(vit_weights)]
 
 
 @pytest.fixture(scope="session")
-def vit_store(photos: Path, vit_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store of `photos/train` by the ViT teacher: fp32 tokens, raw pixels, grid 6, 4 shards of 8."""
+def vit_store(photos: Path, vit_teacher: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete store of `photos/train` by the ViT teacher: fp32 tokens, raw pixels, grid 6, 4 shards of 8."""
     store = tmp_path_factory.mktemp("stores") / "vit.tokens"
-    exact = ["--codec", "fp32", "--pixels", "raw", "--shard-size", "8"]
-    assert (
-        run(
-            ["tokenize", str(photos / "train"), str(store), *VIT, "--teacher-weights", str(vit_weights), *SMALL, *exact]
-        )
-        == 0
-    )
+    assert run(["tokenize", str(photos / "train"), str(store), *vit_teacher, *VIT_STORE.split()]) == 0
     return store
 
 
 @pytest.fixture(scope="session")
-def small_store(photos: Path, vit_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same images and teacher as `vit_store`, as small as they get: 16 bytes a token, and JPEG."""
+def small_store(photos: Path, vit_teacher: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images and teacher as in `vit_store`, as small as they get: 16 bytes per token, and JPEG."""
     store = tmp_path_factory.mktemp("stores") / "small.tokens"
-    codec = ["--codec", "pq16", "--shard-size", "8"]
-    assert (
-        run(
-            ["tokenize", str(photos / "train"), str(store), *VIT, "--teacher-weights", str(vit_weights), *SMALL, *codec]
-        )
-        == 0
-    )
+    assert run(["tokenize", str(photos / "train"), str(store), *vit_teacher, *SMALL_STORE.split()]) == 0
     return store
 
 
 @pytest.fixture(scope="session")
 def flip_in_record() -> Callable[..., None]:
-    """(store, shard, row, tensor) -> one bit of an image's tokens, or of another tensor's row, is flipped on the disk."""
+    """(store, shard, row, tensor) -> one bit of an image's tokens, or of another tensor's row, is flipped on disk."""
 
     def flip(store: Path, shard: int, row: int, tensor: str = "tokens") -> None:
         file = shard_path(store, shard)
@@ -112,38 +110,13 @@ def flip_in_record() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def tiny_student() -> list[str]:
-    """Options of a student that trains in seconds on the small stores."""
-    return [
-        "--encoder",
-        "vit_tiny_patch16_224",
-        "--encoder-depth",
-        "2",
-        "--encoder-width",
-        "64",
-        "--encoder-heads",
-        "2",
-        "--image-size",
-        "64",
-        "--decoder-width",
-        "32",
-        "--decoder-heads",
-        "2",
-        "--batch-size",
-        "8",
-        "--warmup-epochs",
-        "1",
-        "--base-lr",
-        "0.02",
-        "--log-every",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    """Options of `pretrain` for a student that trains in seconds on the small stores."""
+    return TINY_STUDENT.split()
 
 
 @pytest.fixture(scope="session")
 def tiny_run(vit_store: Path, tiny_student: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs on `vit_store`: its encoder has 2 blocks of width 64, patch 16, 64 px."""
+    """A run of two epochs on `vit_store`. Its encoder: 2 blocks of width 64, images of 64 px, patches of 16."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     assert run(["pretrain", str(vit_store), str(folder), *tiny_student, "--epochs", "2", "--workers", "0"]) == 0
     return folder
@@ -151,5 +124,37 @@ def tiny_run(vit_store: Path, tiny_student: list[str], tmp_path_factory: pytest.
 
 @pytest.fixture(scope="session")
 def fastmae_command() -> list[str]:
-    """The command as a process of its own."""
+    """The command line that starts `fastmae` in a process of its own."""
     return [sys.executable, "-m", "fastmae"]
+
+
+@pytest.fixture
+def printed_json(capsys: pytest.CaptureFixture[str]) -> Callable[[], dict[str, Any]]:
+    """() -> the JSON that the last command printed."""
+    return lambda: json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture
+def error_line(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """(arguments) -> the line with which the command refuses them, on standard error; its exit code is 2."""
+
+    def refuse(args: list[str]) -> str:
+        capsys.readouterr()
+        assert run(args) == 2
+        err = capsys.readouterr().err
+        assert "Traceback" not in err
+        line = err.splitlines()[-1]
+        assert line.startswith(f"fastmae {args[0]}")
+        return line
+
+    return refuse
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """The package's messages, as a program that imports it gets them, even if an earlier test has run a command."""
+    logger = logging.getLogger("fastmae")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])
+    caplog.set_level("INFO", logger="fastmae")
+    return caplog

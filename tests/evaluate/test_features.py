@@ -1,4 +1,4 @@
-"""`fastmae features` against the encoder called directly, on folders, lists and tars, with images that can't be decoded."""
+"""`fastmae features` against the encoder itself, on folders, lists and tars, with images that can't be decoded."""
 
 import json
 import os
@@ -12,34 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors
-import safetensors.numpy
 import torch
 from PIL import Image
 
 import fastmae
 from fastmae.cli import run
-from fastmae.evaluate.feature_files import SafetensorsFeatures
 from fastmae.images.middle import resize_whole, to_tensor
 from fastmae.images.views import normalise
 
 CPU = ["--workers", "0", "--device", "cpu"]
-
-
-def result(capsys):
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def read(file):
-    """The tensors of a file, the paths as a list."""
-    tensors = safetensors.numpy.load_file(file)
-    return {**tensors, "paths": tensors["paths"].tobytes().decode("utf-8", "surrogateescape").split("\0")}
-
-
-@pytest.fixture(scope="module")
-def tiny_run(vit_store, tiny_student, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    assert run(["pretrain", str(vit_store), str(folder), *tiny_student, "--epochs", "1", "--workers", "0"]) == 0
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -50,149 +31,165 @@ def files(photos):
 
 @pytest.fixture(scope="module")
 def tokens(tiny_run, files):
-    """What the encoder makes of them, one by one: [10, 1 + 16, 64]."""
+    """The encoder's tokens of these images, computed one by one: class token and patch tokens, [10, 1 + 16, 64]."""
     encoder = fastmae.load_encoder(tiny_run)
     with torch.inference_mode():
         pictures = [normalise(to_tensor(resize_whole(Image.open(path).convert("RGB"), 64)))[None] for path in files]
         return torch.cat([encoder.forward_features(picture) for picture in pictures]).numpy()
 
 
-def test_features_equal_the_encoders_own_in_the_order_of_the_keys(tiny_run, photos, files, tokens, tmp_path, capsys):
+def test_the_features_are_the_encoders_in_the_order_of_the_keys(
+    tiny_run, photos, files, tokens, read_features, tmp_path, printed_json
+):
     out = tmp_path / "new" / "val.safetensors"
     args = ["features", str(tiny_run), str(photos / "val"), str(out), "--batch-size", "4", "--dense"]
     assert run([*args, *CPU, "--json"]) == 0
-    found = result(capsys)
-    assert (found["images"], found["dim"], found["grid"], found["skipped"], found["file"]) == (10, 64, 4, 0, str(out))
-    assert found["images_per_second"] > 0
-    assert found["bytes"] == out.stat().st_size
-    held = read(out)
-    assert held["paths"] == [str(path.relative_to(photos / "val")) for path in files]
-    np.testing.assert_allclose(held["dense"], tokens[:, 1:].reshape(10, 4, 4, 64), atol=1e-4)
-    np.testing.assert_allclose(held["embeddings"], tokens[:, 1:].mean(1), atol=1e-4)
+    result = printed_json()
+    expected = {"images": 10, "dim": 64, "grid": 4, "skipped": 0, "file": str(out), "bytes": out.stat().st_size}
+    assert expected.items() <= result.items()
+    assert result["images_per_second"] > 0
+    features = read_features(out)
+    assert features["paths"] == [str(path.relative_to(photos / "val")) for path in files]
+    np.testing.assert_allclose(features["dense"], tokens[:, 1:].reshape(10, 4, 4, 64), atol=1e-4)
+    np.testing.assert_allclose(features["embeddings"], tokens[:, 1:].mean(1), atol=1e-4)
     with safetensors.safe_open(out, "np") as opened:
-        made = json.loads(opened.metadata()["fastmae"])
+        metadata = json.loads(opened.metadata()["fastmae"])
         assert opened.get_slice("dense")[3:5].shape == (2, 4, 4, 64)
-    assert (made["pool"], made["listed"], made["encoder"]["patch_size"]) == ("mean", 10, 16)
+    assert (metadata["pool"], metadata["listed"], metadata["encoder"]["patch_size"]) == ("mean", 10, 16)
 
 
-def test_parquet_holds_the_same(tiny_run, photos, tmp_path, monkeypatch):
+def test_a_parquet_file_holds_the_same_features(tiny_run, photos, read_features, tmp_path, monkeypatch):
     monkeypatch.setattr("fastmae.evaluate.feature_files.ROW_GROUP", 4)
     for name in ("val.safetensors", "val.parquet"):
-        assert (
-            run(["features", str(tiny_run), str(photos / "val"), str(tmp_path / name), "--batch-size", "3", *CPU]) == 0
-        )
-    held, table = read(tmp_path / "val.safetensors"), pq.read_table(tmp_path / "val.parquet")
-    assert table["path"].to_pylist() == held["paths"]
-    np.testing.assert_array_equal(np.stack(table["embedding"].to_numpy()), held["embeddings"])
+        args = ["features", str(tiny_run), str(photos / "val"), str(tmp_path / name), "--batch-size", "3"]
+        assert run([*args, *CPU]) == 0
+    features, table = read_features(tmp_path / "val.safetensors"), pq.read_table(tmp_path / "val.parquet")
+    assert table["path"].to_pylist() == features["paths"]
+    np.testing.assert_array_equal(np.stack(table["embedding"].to_numpy()), features["embeddings"])
     assert pq.ParquetFile(tmp_path / "val.parquet").num_row_groups == 2
     assert b"fastmae" in table.schema.metadata
 
 
-def test_class_token_another_block_half_precision_and_another_size(tiny_run, photos, tokens, tmp_path):
+def test_pooling_block_precision_and_image_size_can_be_chosen(tiny_run, photos, tokens, read_features, tmp_path):
     out = tmp_path / "val.safetensors"
     args = ["features", str(tiny_run), str(photos / "val"), str(out), *CPU]
     assert run([*args, "--pool", "class", "--dtype", "fp16"]) == 0
-    held = read(out)
-    assert held["embeddings"].dtype == np.float16
-    np.testing.assert_allclose(held["embeddings"], tokens[:, 0], atol=4e-3)
+    class_tokens = read_features(out)["embeddings"]
+    assert class_tokens.dtype == np.float16
+    np.testing.assert_allclose(class_tokens, tokens[:, 0], atol=4e-3)
     assert run([*args, "--block", "0"]) == 0
-    assert abs(read(out)["embeddings"] - tokens[:, 1:].mean(1)).max() > 0.1
+    assert abs(read_features(out)["embeddings"] - tokens[:, 1:].mean(1)).max() > 0.1
     assert run([*args, "--dense", "--image-size", "96"]) == 0
-    assert read(out)["dense"].shape == (10, 6, 6, 64)
+    assert read_features(out)["dense"].shape == (10, 6, 6, 64)
     assert [path.name for path in tmp_path.iterdir()] == ["val.safetensors"]
 
 
-def test_lists_and_tars_give_the_same_as_the_folder(tiny_run, photos, files, tokens, tmp_path):
-    listed = tmp_path / "some.txt"
-    listed.write_text("\n".join(str(path) for path in files[:4]))
-    with tarfile.open(tmp_path / "some.tar", "w") as tar:
+def test_a_list_and_a_tar_give_the_same_features_as_the_folder(
+    tiny_run, photos, files, tokens, read_features, tmp_path
+):
+    path_list, tar_file = tmp_path / "some.txt", tmp_path / "some.tar"
+    path_list.write_text("\n".join(str(path) for path in files[:4]))
+    with tarfile.open(tar_file, "w") as tar:
         for path in files[:4]:
             tar.add(path, str(path.relative_to(photos / "val")))
-    for source in (listed, tmp_path / "some.tar"):
+    for source in (path_list, tar_file):
         out = tmp_path / f"{source.suffix[1:]}.safetensors"
         assert run(["features", str(tiny_run), str(source), str(out), *CPU]) == 0
-        np.testing.assert_allclose(read(out)["embeddings"], tokens[:4, 1:].mean(1), atol=1e-4)
+        np.testing.assert_allclose(read_features(out)["embeddings"], tokens[:4, 1:].mean(1), atol=1e-4)
 
 
-def test_what_can_not_be_decoded_is_skipped_and_named(tiny_run, photos, tokens, tmp_path, capsys):
-    images = tmp_path / "images"
-    shutil.copytree(photos / "val", images)
+@pytest.fixture
+def images_and_two_broken_ones(photos, tmp_path):
+    images = shutil.copytree(photos / "val", tmp_path / "images")
     (images / "china" / "00 broken.jpg").write_bytes(b"<html>")
     (images / "zz.png").write_bytes((images / "china" / "07.png").read_bytes()[:500])
-    args = ["features", str(tiny_run), str(images), str(tmp_path / "out.safetensors"), "--json", "--dense"]
-    for workers in ("0", "1"):
-        assert run([*args, "--batch-size", "1", "--workers", workers, "--device", "cpu"]) == 0
-        captured = capsys.readouterr()
-        found = json.loads(captured.out.splitlines()[-1])
-        assert (found["images"], found["skipped"]) == (10, 2)
-        assert [skipped["path"] for skipped in found["skipped_images"]] == ["china/00 broken.jpg", "zz.png"]
-        assert "skipped china/00 broken.jpg: not an image" in captured.err
-        held = read(tmp_path / "out.safetensors")
-        assert len(held["paths"]) == 10
-        np.testing.assert_allclose(held["embeddings"], tokens[:, 1:].mean(1), atol=1e-4)
-        np.testing.assert_allclose(held["dense"].mean((1, 2)), tokens[:, 1:].mean(1), atol=1e-4)
+    return images
 
-    (tmp_path / "out.safetensors").unlink()
-    assert run([*args, "--strict", *CPU]) == 2
-    assert "china/00 broken.jpg: not an image, or its header is damaged; repair or remove it" in capsys.readouterr().err
-    for path in (images / "china").iterdir():
-        path.write_bytes(b"<html>")
-    assert run(["features", str(tiny_run), str(images / "china"), str(tmp_path / "out.safetensors"), *CPU]) == 2
-    assert "none of its 6 images can be decoded" in capsys.readouterr().err
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_images_that_cannot_be_decoded_are_skipped_and_named(
+    workers, tiny_run, images_and_two_broken_ones, tokens, read_features, tmp_path, capsys
+):
+    out = tmp_path / "out.safetensors"
+    options = ["--json", "--dense", "--batch-size", "1", "--workers", workers, "--device", "cpu"]
+    assert run(["features", str(tiny_run), str(images_and_two_broken_ones), str(out), *options]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.splitlines()[-1])
+    assert (result["images"], result["skipped"]) == (10, 2)
+    assert [skipped["path"] for skipped in result["skipped_images"]] == ["china/00 broken.jpg", "zz.png"]
+    assert "skipped china/00 broken.jpg" in captured.err
+    features = read_features(out)
+    assert len(features["paths"]) == 10
+    np.testing.assert_allclose(features["embeddings"], tokens[:, 1:].mean(1), atol=1e-4)
+    np.testing.assert_allclose(features["dense"].mean((1, 2)), tokens[:, 1:].mean(1), atol=1e-4)
+
+
+def test_strict_refuses_an_image_that_cannot_be_decoded(tiny_run, images_and_two_broken_ones, tmp_path, error_line):
+    args = ["features", str(tiny_run), str(images_and_two_broken_ones), str(tmp_path / "out.safetensors"), *CPU]
+    assert "china/00 broken.jpg" in error_line([*args, "--strict"])
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
-def test_names_that_are_not_utf_8(tiny_run, photos, tmp_path):
+def test_a_folder_without_a_single_decodable_image_is_refused(tiny_run, tmp_path, error_line):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.jpg").write_bytes(b"<html>")
+    args = ["features", str(tiny_run), str(tmp_path / "images"), str(tmp_path / "out.safetensors"), *CPU]
+    assert "broken.jpg" in error_line(args)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_file_name_that_is_not_utf_8_is_kept(tiny_run, photos, read_features, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     name = os.fsdecode(b"caf\xe9 \n.jpg")
     shutil.copy(photos / "val" / "china" / "03.jpg", images / name)
-    assert run(["features", str(tiny_run), str(images), str(tmp_path / "a.safetensors"), *CPU]) == 0
-    assert run(["features", str(tiny_run), str(images), str(tmp_path / "a.parquet"), *CPU]) == 0
-    assert read(tmp_path / "a.safetensors")["paths"] == [name]
+    for file in ("a.safetensors", "a.parquet"):
+        assert run(["features", str(tiny_run), str(images), str(tmp_path / file), *CPU]) == 0
+    assert read_features(tmp_path / "a.safetensors")["paths"] == [name]
     assert pq.read_table(tmp_path / "a.parquet")["path"].to_pylist() == ["caf\\xe9 \n.jpg"]
 
 
-def test_an_export_and_a_bare_name_are_embedded_with_too(tiny_run, photos, tokens, vit_weights, tmp_path, capsys):
+def test_an_exported_model_gives_the_features_of_its_run(tiny_run, photos, tokens, read_features, tmp_path):
     assert run(["export", str(tiny_run), str(tmp_path / "exported")]) == 0
     out = tmp_path / "out.safetensors"
     assert run(["features", str(tmp_path / "exported"), str(photos / "val"), str(out), *CPU]) == 0
-    np.testing.assert_allclose(read(out)["embeddings"], tokens[:, 1:].mean(1), atol=1e-4)
-    named = ["features", "timm/vit_tiny_patch16_224", str(photos / "val"), str(out), "--image-size", "32", *CPU]
-    capsys.readouterr()
-    assert run([*named, "--weights", str(vit_weights), "--json"]) == 0
-    assert result(capsys)["dim"] == 192
-    first = read(out)["embeddings"]
-    assert run([*named, "--no-pretrained", "--seed", "1"]) == 0
-    assert abs(read(out)["embeddings"] - first).max() > 0.1
+    np.testing.assert_allclose(read_features(out)["embeddings"], tokens[:, 1:].mean(1), atol=1e-4)
+
+
+def test_a_timm_name_is_embedded_with_given_or_with_random_weights(
+    photos, vit_weights, read_features, tmp_path, printed_json
+):
+    out = tmp_path / "out.safetensors"
+    args = ["features", "timm/vit_tiny_patch16_224", str(photos / "val"), str(out), "--image-size", "32", *CPU]
+    assert run([*args, "--weights", str(vit_weights), "--json"]) == 0
+    assert printed_json()["dim"] == 192
+    with_weights = read_features(out)["embeddings"]
+    assert run([*args, "--no-pretrained", "--seed", "1"]) == 0
+    assert abs(read_features(out)["embeddings"] - with_weights).max() > 0.1
 
 
 @pytest.mark.parametrize(
-    ("args", "out", "says"),
+    ("out", "options", "named"),
     [
-        ([], "out.csv", "give a file that ends in .safetensors or .parquet"),
-        (["--dense"], "out.parquet", "give a .safetensors file"),
-        (["--block", "2"], "out.parquet", "blocks 0 to 1"),
-        (["--batch-size", "0"], "out.parquet", "--batch-size 0"),
-        (["--image-size", "50"], "out.parquet", "not a multiple"),
-        (["--dtype", "fp8"], "out.parquet", "fp8"),
+        ("out.csv", "", "out.csv"),
+        ("out.parquet", "--dense", "--dense"),
+        ("out.parquet", "--block 2", "--block 2"),
+        ("out.parquet", "--image-size 50", "--image-size 50"),
+        ("out.parquet", "--dtype fp8", "fp8"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(args, out, says, tiny_run, photos, tmp_path, capsys):
-    assert run(["features", str(tiny_run), str(photos / "val"), str(tmp_path / out), *args, *CPU]) == 2
-    err = capsys.readouterr().err
-    assert says in err.splitlines()[-1]
-    assert "Traceback" not in err
+def test_options_that_do_not_fit_are_named_and_nothing_is_written(
+    out, options, named, tiny_run, photos, tmp_path, error_line
+):
+    args = ["features", str(tiny_run), str(photos / "val"), str(tmp_path / out), *options.split(), *CPU]
+    assert named in error_line(args)
     assert not list(tmp_path.iterdir())
 
 
-def test_no_images_and_a_folder_as_the_file(tiny_run, photos, tmp_path, capsys):
+def test_a_folder_without_images_is_named(tiny_run, tmp_path, error_line):
     (tmp_path / "empty").mkdir()
-    assert run(["features", str(tiny_run), str(tmp_path / "empty"), str(tmp_path / "out.parquet"), *CPU]) == 2
-    assert "no image in it" in capsys.readouterr().err
-    (tmp_path / "dir.parquet").mkdir()
-    assert run(["features", str(tiny_run), str(photos / "val"), str(tmp_path / "dir.parquet"), *CPU]) == 2
-    assert "is a folder; give a file in it" in capsys.readouterr().err
+    args = ["features", str(tiny_run), str(tmp_path / "empty"), str(tmp_path / "out.parquet"), *CPU]
+    assert str(tmp_path / "empty") in error_line(args)
 
 
 @pytest.mark.slow
@@ -203,33 +200,17 @@ def test_a_killed_call_leaves_the_earlier_file(tiny_run, photos, tmp_path, fastm
         (images / f"{number}.jpg").symlink_to(photos / "val" / "china" / "03.jpg")
     assert run(["features", str(tiny_run), str(photos / "val"), str(out), *CPU]) == 0
     before = out.read_bytes()
-    started = subprocess.Popen(
-        [*fastmae_command, "features", str(tiny_run), str(images), str(out), *CPU, "--batch-size", "1"]
-    )
+    command = [*fastmae_command, "features", str(tiny_run), str(images), str(out), *CPU, "--batch-size", "1"]
+    process = subprocess.Popen(command)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*.part")):
-        assert started.poll() is None
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert out.read_bytes() == before
     assert len(list(tmp_path.glob("*.part"))) == 1
     assert run(["features", str(tiny_run), str(photos / "val"), str(out), *CPU]) == 0
     assert not list(tmp_path.glob("*.part"))
     assert out.read_bytes() == before
-
-
-def test_a_file_grows_row_by_row_whatever_the_number_of_rows(tmp_path):
-    for rows in (1, 9, 10, 101):  # lengths of the header's numbers
-        vectors = np.random.default_rng(0).normal(size=(rows, 5)).astype(np.float32)
-        grids = np.random.default_rng(1).normal(size=(rows, 2, 2, 5)).astype(np.float32)
-        file = SafetensorsFeatures(tmp_path / "a", 1000, 5, 2, "fp32", {})
-        for row in range(rows):
-            file.add([f"{row}"], vectors[row : row + 1], grids[row : row + 1])
-        file.close()
-        held = read(tmp_path / "a")
-        np.testing.assert_array_equal(held["embeddings"], vectors)
-        np.testing.assert_array_equal(held["dense"], grids)
-        assert held["paths"] == [str(row) for row in range(rows)]
-        assert [path.name for path in tmp_path.iterdir()] == ["a"]

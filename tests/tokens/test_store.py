@@ -13,9 +13,10 @@ from fastmae.cli import run
 from fastmae.errors import InputError
 from fastmae.images.middle import make_middle_image
 from fastmae.images.views import ViewDraws
+from fastmae.runtime.workers import as_is
 from fastmae.teachers import load_teacher
 from fastmae.tokens.format import checksum, shard_path
-from fastmae.tokens.loader import StoreViews, as_read
+from fastmae.tokens.loader import StoreViews
 from fastmae.tokens.reader import open_scales, pooled_statistics
 
 
@@ -84,7 +85,7 @@ def test_loader_workers_give_the_same_batches_as_none(vit_store):
     views = StoreViews([[TokenStore(vit_store)]], ViewDraws(4, True, "random", 4, seed=3), with_middle=True)
     views[(0, 0)]  # this process has mapped a shard; a worker must map its own
     visits = [[(epoch, index) for index in range(12)] for epoch in range(3)]
-    batches = [list(DataLoader(views, batch_sampler=visits, num_workers=n, collate_fn=as_read)) for n in (0, 2)]
+    batches = [list(DataLoader(views, batch_sampler=visits, num_workers=n, collate_fn=as_is)) for n in (0, 2)]
     for here, worker in zip(*batches, strict=True):
         assert torch.equal(here.pixels, worker.pixels)
         assert torch.equal(here.tokens[0], worker.tokens[0])

@@ -46,5 +46,5 @@ def _first_number(value: str) -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this is the first of all processes, also before Fabric is launched. Fabric sets LOCAL_RANK for its own."""
+    """Whether this is the first of all processes, also before Fabric is launched (which sets LOCAL_RANK)."""
     return this_process().rank == 0 and os.environ.get("LOCAL_RANK", "0") == "0"
