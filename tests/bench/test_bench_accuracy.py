@@ -30,6 +30,7 @@ def test_the_ratio_is_of_the_times_to_maes_best_accuracy():
     assert (never["ratio"], never["with_tokenising"], never["fastmae_seconds"]) == (None, None, None)
 
 
+@pytest.mark.slow
 def test_the_command_trains_both_measures_on_the_way_and_goes_on(photos, tmp_path, capsys):
     args = [
         "bench",

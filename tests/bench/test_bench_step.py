@@ -30,6 +30,7 @@ def small():
     return Steps.launched(config), {method.name: method for method in methods(config)}
 
 
+@pytest.mark.slow
 def test_times_ratios_shares_and_sizes_are_consistent_and_the_markdown_file_names_the_settings(tmp_path, capsys):
     file = tmp_path / "step.md"
     assert run(["bench", "step", *SMALL, "--rounds", "2", "--warmup", "1", "--out", str(file), "--json"]) == 0

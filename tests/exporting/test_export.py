@@ -47,6 +47,7 @@ def test_printed_code_runs_as_it_stands(tiny_run, tmp_path, images, tokens, caps
     torch.testing.assert_close(variables["features"], tokens[:, 1:].mean(1), **CLOSE)
 
 
+@pytest.mark.slow
 def test_another_image_size_resamples_the_position_embeddings(tiny_run, tmp_path):
     larger = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
@@ -62,6 +63,7 @@ def test_another_image_size_resamples_the_position_embeddings(tiny_run, tmp_path
     np.testing.assert_allclose(session.run(["patch_tokens"], {"images": larger.numpy()})[0], expected[:, 1:], **CLOSE)
 
 
+@pytest.mark.slow
 def test_an_encoder_with_rotary_positions_exports_to_timm_and_onnx_only(vit_store, tiny_student, tmp_path, capsys):
     rotary_run = tmp_path / "rotary"
     student = [*tiny_student, "--encoder", "vit_small_patch16_dinov3"]
@@ -121,6 +123,7 @@ def test_an_encoder_of_grey_images_keeps_channels_normalisation_and_crop(
     assert (expected - by_transformers).abs().max() < 4 / 255 / opened.std[0]
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_exports_its_encoder_and_its_classifier(tiny_run, photos, picture, tmp_path, capsys):
     tuned = tmp_path / "tuned"
     short = ["--epochs", "1", "--batch-size", "8", "--workers", "0", "--device", "cpu", "--augment", "none"]

@@ -29,6 +29,7 @@ def images_and_store(photos, tokenize, tmp_path):
     return tmp_path / "images", tmp_path / "s"
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_file_is_found_named_and_repaired(small_store, verify, contents, flip_bit, tmp_path):
     files = contents(small_store)
     assert {"store.json", "manifest.json", "index.parquet", "statistics.safetensors", "lists/0.list"} <= files.keys()

@@ -232,6 +232,7 @@ save_file(out, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_another_process_with_more_threads_learns_the_same_bytes_and_encodes_the_same_codes(codecs, tmp_path):
     tokens = correlated(1000, seed=3)
     inputs = {"sample": correlated(4000, seed=2).numpy(), "tokens": tokens.numpy()}

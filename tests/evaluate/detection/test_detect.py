@@ -44,6 +44,7 @@ def test_a_run_reports_all_figures_draws_a_picture_and_can_be_opened(rectangles,
     assert "head_channels" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_and_losses_are_logged_and_mixed_precision_trains_too(rectangles, tmp_path, capsys):
     data, out = rectangles(lambda content: content["annotations"][0].update(bbox=[5, 5, 0, 9])), tmp_path / "out"
     options = [*TINY, *SMALL_IMAGES, "--epochs", "1", *MIXED_PRECISION]
