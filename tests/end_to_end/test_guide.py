@@ -1,7 +1,8 @@
-"""What the README and the guide show is run as it stands there, in the order of each page, on tiny photos.
+"""Every command and every Python block of the README and the guide runs, in the order of its page, on tiny photos.
 
-A command keeps its words. What follows it makes it small (a student of two blocks, an epoch) and gives the teacher's weights, which
-the hub would give; names of data sets and placeholders stand for the tiny data. SLURM's srun and sbatch are a script that starts two tasks.
+A command keeps the words that the page shows. Options are appended that make it small (a student of two blocks, one
+epoch) and that name a file of weights for the teacher, which would come from the hub. The pages' data sets and
+placeholders stand for tiny data. A script with two tasks stands in for SLURM's srun and sbatch.
 """
 
 import json
@@ -11,167 +12,197 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import fastmae
 from fastmae.cli import run
 from fastmae.config.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CPU = ["--device", "cpu"]
-ALONE = [*CPU, "--workers", "0"]
-WIDTH = ["--encoder-depth", "2", "--encoder-width", "64", "--encoder-heads", "2"]
-STUDENT = [
-    *WIDTH,
-    "--decoder-width",
-    "32",
-    "--decoder-heads",
-    "2",
-    "--decoder-depth",
-    "1",
-    "--batch-size",
-    "8",
-    "--epochs",
-    "1",
-]
-SUPERVISED = ("linear", "finetune", "segment", "detect")
-SHORT = [*ALONE, "--epochs", "1", "--batch-size", "4"]
-TEACHER = ["--teacher", "timm/vit_tiny_patch16_224"]
-SMALL = {
-    "tokenize": [*ALONE, *TEACHER, "--shard-size", "8", "--codec-images", "4"],
-    "pretrain": [*ALONE, *STUDENT, "--warmup-epochs", "0"],
-    "knn": ALONE,
+PROGRAMS = ("fastmae", "python", "torchrun", "srun", "sbatch")
+
+CPU = {"device": "cpu"}
+ONE_PROCESS = {**CPU, "workers": 0}
+ENCODER = {"encoder_depth": 2, "encoder_width": 64, "encoder_heads": 2}
+STUDENT = {**ENCODER, "decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
+TEACHER = {"teacher": "timm/vit_tiny_patch16_224"}
+SHORT = {**ONE_PROCESS, "epochs": 1, "batch_size": 4}
+SMALL: dict[str, dict[str, Any]] = {
+    "tokenize": {**ONE_PROCESS, **TEACHER, "shard_size": 8, "codec_images": 4},
+    "pretrain": {**ONE_PROCESS, **STUDENT, "epochs": 1, "batch_size": 8, "warmup_epochs": 0},
+    "knn": ONE_PROCESS,
     "linear": SHORT,
     "finetune": SHORT,
-    "segment": [*SHORT, "--crop-size", "96", "--short-side", "96", "--head-channels", "16"],
-    "detect": [*SHORT, "--image-size", "64", "--head-channels", "16"],
-    "features": ALONE,
+    "segment": {**SHORT, "crop_size": 96, "short_side": 96, "head_channels": 16},
+    "detect": {**SHORT, "image_size": 64, "head_channels": 16},
+    "features": ONE_PROCESS,
     "report": CPU,
-    "ablate": [*ALONE, "--epochs", "1"],
-    "bench store": [
-        *ALONE,
-        *TEACHER,
-        "--middle-size",
-        "96",
-        "--codecs",
-        "fp16,pq16",
-        "--rounds",
-        "1",
-        "--codec-images",
-        "16",
-    ],
-    "bench step": [
-        *[
-            *CPU,
-            *WIDTH,
-            "--image-size",
-            "64",
-            "--middle-size",
-            "96",
-            "--batch-size",
-            "2",
-            "--rounds",
-            "1",
-            "--warmup",
-            "1",
-        ],
-        *["--encoder", "vit_tiny_patch16_224", "--teachers", "vit_tiny_patch16_224"],
-    ],
-    "bench loader": [
-        *[*ALONE, *TEACHER, "--codecs", "fp16,pq16", "--sample", "16", "--rounds", "1", "--batch-size", "8"],
-        *["--image-size", "64", "--middle-size", "96"],
-    ],
-    "bench accuracy": [*ALONE, "--points", "1", "--minutes", "0.02"],
+    "ablate": {**ONE_PROCESS, "epochs": 1},
+    "bench store": {
+        **ONE_PROCESS,
+        **TEACHER,
+        "middle_size": 96,
+        "codecs": "fp16,pq16",
+        "codec_images": 16,
+        "rounds": 1,
+    },
+    "bench step": {
+        **CPU,
+        **ENCODER,
+        "encoder": "vit_tiny_patch16_224",
+        "teachers": "vit_tiny_patch16_224",
+        "image_size": 64,
+        "middle_size": 96,
+        "batch_size": 2,
+        "rounds": 1,
+        "warmup": 1,
+    },
+    "bench loader": {
+        **ONE_PROCESS,
+        **TEACHER,
+        "codecs": "fp16,pq16",
+        "image_size": 64,
+        "middle_size": 96,
+        "batch_size": 8,
+        "sample": 16,
+        "rounds": 1,
+    },
+    "bench accuracy": {**ONE_PROCESS, "points": 1, "minutes": 0.02},
 }
-NAMES = {
+"""Command -> options that make it small."""
+
+STAND_INS = {
     "STORE": "photos.tokens",
     "RUN": "runs/photos",
     "DATA": "photos-labelled",
     "FOLDER": "photos",
     "SPEC": "runs/earlier",
     "DIR": "more",
-    "SHARE": "share",
+    "FILE": "teacher.safetensors",
+    "caltech101": "photos-labelled",
     "~/": "",
     "/data/": "",
     "timm/NAME": "timm/vit_tiny_patch16_224",
     "timm/vit_base_patch16_224.dino": "timm/vit_tiny_patch16_224",
+    "timm/vit_small_patch14_dinov2": "timm/vit_tiny_patch16_224",
     "A,B": "efficientnet-lite0,efficientnet-lite2",
     "s3://bucket/": "file://",
 }
+"""Name on a page -> what it stands for here."""
 DATA = {"segment": "ADEChallengeData2016", "detect": "coco"}
-"""What DATA is for those that want no folders of classes."""
+"""What DATA stands for where it is not a folder of classes."""
+TRAIN_ON_LABELS = ("linear", "finetune", "segment", "detect")
 
 
-def shown(page: Path) -> list[str]:
-    """The commands of a page in their order: lines of code blocks, and those between backticks that name what they work on."""
-    found, inside = [], False
+@dataclass(frozen=True)
+class Step:
+    """A command line of a page, or one of its Python blocks."""
+
+    text: str
+    is_python: bool = False
+
+
+def steps(page: Path) -> list[Step]:
+    """The steps of a page in their order: its code blocks, and the commands with arguments in its text."""
+    found: list[Step] = []
+    block: list[str] | None = None
+    language = ""
     for line in page.read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):
-            inside = not inside
-        elif inside and re.match(r"(fastmae|torchrun|srun|sbatch) ", line):
-            found.append(line.split("  #")[0].rstrip())
-        elif not inside:
-            found += [text for text in re.findall(r"`(fastmae [^`]+)`", line) if _arguments(text)]
+            if block is None:
+                block, language = [], line.removeprefix("```")
+                continue
+            if language == "python":
+                found.append(Step("\n".join(block), is_python=True))
+            else:
+                found += [Step(command) for command in _commands("\n".join(block))]
+            block = None
+        elif block is not None:
+            block.append(line)
+        else:
+            found += [Step(text) for text in re.findall(r"`(fastmae [^`]+)`", line) if _has_arguments(text)]
     return found
 
 
-def _arguments(text: str) -> list[str]:
-    """What follows the command's name; nothing where the text only speaks of a command."""
+def _commands(block: str) -> list[str]:
+    """The command lines of a code block, without their comments. A backslash at a line's end continues the line."""
+    lines = [line.split("  #")[0].rstrip() for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.partition(" ")[0] in PROGRAMS and " COMMAND " not in line]
+
+
+def _has_arguments(text: str) -> bool:
+    """Whether the text calls a command, and does not merely name it."""
     words = shlex.split(text)[1:]
-    return [] if words[0] == "COMMAND" else words[len(_name(words).split()) :]
+    return words[0] != "COMMAND" and len(words) > len(_command(words).split())
 
 
-def _name(words: list[str]) -> str:
-    two = " ".join(words[:2])
-    return two if two in COMMANDS else words[0]
+def _command(words: list[str]) -> str:
+    two_words = " ".join(words[:2])
+    return two_words if two_words in COMMANDS else words[0]
 
 
 @pytest.fixture(scope="module")
-def data(photos, tmp_path_factory):
-    """The folders that the pages speak of, and a store and a run by the README's first two commands."""
+def data(photos: Path, vit_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the images, the data sets and the weights that the pages name."""
     root = tmp_path_factory.mktemp("guide")
     shutil.copytree(photos / "train", root / "photos")
     for name in ("photos-labelled", "imagenet"):
         (root / name).symlink_to(photos)
-    coco, ade = root / "coco", root / "ADEChallengeData2016"
-    for number, path in enumerate(sorted((root / "photos").rglob("*.jpg"))[:6]):
-        split, own = ("train2017", "training") if number < 4 else ("val2017", "validation")
-        photo = Image.open(path).convert("RGB").resize((80, 72))
-        for folder in (coco / split, ade / "images" / own):
-            folder.mkdir(parents=True, exist_ok=True)
-            photo.save(folder / f"{number:012d}.jpg")
-        bright = np.asarray(photo.convert("L")) > 120
-        (ade / "annotations" / own).mkdir(parents=True, exist_ok=True)
-        Image.fromarray((1 + bright).astype(np.uint8)).save(ade / "annotations" / own / f"{number:012d}.png")
-    for split, numbers in (("train2017", range(4)), ("val2017", range(4, 6))):
-        box = [10, 8, 40, 50]
-        outline = [[10, 8, 50, 8, 50, 58, 10, 58]]
-        objects = [
-            {
-                "id": n + 1,
-                "image_id": n,
-                "category_id": 7,
-                "bbox": box,
-                "area": 2000,
-                "iscrowd": 0,
-                "segmentation": outline,
-            }
-            for n in numbers
-        ]
-        images = [{"id": n, "file_name": f"{n:012d}.jpg", "width": 80, "height": 72} for n in numbers]
-        (coco / "annotations").mkdir(exist_ok=True)
-        said = {"images": images, "annotations": objects, "categories": [{"id": 7, "name": "thing"}]}
-        (coco / "annotations" / f"instances_{split}.json").write_text(json.dumps(said))
+    (root / "teacher.safetensors").symlink_to(vit_weights)
+    paths = sorted((root / "photos").rglob("*.jpg"))[:6]
+    pictures = [Image.open(path).convert("RGB").resize((80, 72)) for path in paths]
+    _write_coco(root / "coco", pictures)
+    _write_ade20k(root / "ADEChallengeData2016", pictures)
     return root
 
 
+def _write_coco(root: Path, pictures: list[Image.Image]) -> None:
+    """The layout of COCO: four pictures to train on and two to validate, each with one object."""
+    (root / "annotations").mkdir(parents=True)
+    for split, numbers in (("train2017", range(4)), ("val2017", range(4, 6))):
+        images, annotations = [], []
+        (root / split).mkdir()
+        for number in numbers:
+            pictures[number].save(root / split / f"{number:012d}.jpg")
+            images.append({"id": number, "file_name": f"{number:012d}.jpg", "width": 80, "height": 72})
+            annotations.append(
+                {
+                    "id": number + 1,
+                    "image_id": number,
+                    "category_id": 7,
+                    "bbox": [10, 8, 40, 50],
+                    "area": 2000,
+                    "iscrowd": 0,
+                    "segmentation": [[10, 8, 50, 8, 50, 58, 10, 58]],
+                }
+            )
+        content = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "thing"}]}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def _write_ade20k(root: Path, pictures: list[Image.Image]) -> None:
+    """The layout of ADE20K: four pictures to train on and two to validate; a mask holds the classes dark and bright."""
+    for number, picture in enumerate(pictures):
+        split = "training" if number < 4 else "validation"
+        for folder in (root / "images" / split, root / "annotations" / split):
+            folder.mkdir(parents=True, exist_ok=True)
+        picture.save(root / "images" / split / f"{number:012d}.jpg")
+        is_bright = np.asarray(picture.convert("L")) > 120
+        mask = Image.fromarray((1 + is_bright).astype(np.uint8))
+        mask.save(root / "annotations" / split / f"{number:012d}.png")
+
+
 @pytest.fixture
-def scheduler(tmp_path, monkeypatch):
-    """`srun` in the PATH: two tasks here, with the variables that SLURM gives them; `fastmae` beside it."""
+def scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`srun` in the PATH: it starts two tasks on this machine, with the variables that SLURM gives them."""
     tools = tmp_path / "bin"
     tools.mkdir()
     srun = """#!/usr/bin/env bash
@@ -190,29 +221,70 @@ def scheduler(tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(900)  # dozens of commands, one after the other
-@pytest.mark.parametrize("page", [page for page in PAGES if shown(page)], ids=lambda page: page.name)
-def test_a_page_runs_as_it_stands(page, data, vit_weights, scheduler, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("page", [page for page in PAGES if steps(page)], ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_and_python_blocks_of_a_page_run(page, data, vit_weights, scheduler, tmp_path, monkeypatch, capfd):
     work = tmp_path / "work"
     shutil.copytree(data, work, symlinks=True)
     monkeypatch.chdir(work)
-    for line in shown(page):
-        launcher, name, args = _split(shlex.split(line))
-        args = [_meant(word if word != "DATA" else DATA.get(name, word)) for word in args]
-        _provide(work, name, args, vit_weights)
-        args += _small(name, args, vit_weights)
-        capfd.readouterr()
-        if launcher:
-            ended = subprocess.run([*launcher, *args], check=False, capture_output=True, text=True, timeout=200)
-            assert ended.returncode == 0, (line, ended.stdout, ended.stderr)
+    for command in COMMANDS:
+        name = command.replace(" ", "_")
+        monkeypatch.setattr(fastmae, name, _small_function(command, getattr(fastmae, name), vit_weights))
+    namespace: dict[str, Any] = {}
+    for step in steps(page):
+        if not step.is_python:
+            _run_command(step.text, vit_weights, capfd)
+        elif "__main__" in step.text:
+            _run_script(step.text, work / "script.py")
         else:
-            assert run([*name.split(), *args]) == 0, (line, capfd.readouterr())
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        exec(compile(block, str(page), "exec"), {})
+            exec(compile(step.text, str(page), "exec"), namespace)
 
 
-def _meant(word: str) -> str:
-    """What a name of the guide stands for here."""
-    for name, meaning in NAMES.items():
+def _run_command(line: str, weights: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    launcher, command, words = _parsed(shlex.split(line))
+    if "--help" not in words and command != "--help":
+        words = [_stand_in(DATA.get(command, word) if word == "DATA" else word) for word in words]
+        _delete(_outputs(command, words))
+        _make_inputs(command, words, weights)
+        words += _flags(_small_options(command, words, weights))
+    capfd.readouterr()
+    if launcher:
+        process = subprocess.run([*launcher, *words], check=False, capture_output=True, text=True, timeout=200)
+        assert process.returncode == 0, (line, process.stdout, process.stderr)
+    else:
+        assert _exit_code([*command.split(), *words]) == 0, (line, capfd.readouterr())
+
+
+def _exit_code(args: list[str]) -> int | str | None:
+    try:
+        return run(args)
+    except SystemExit as ended:  # --help
+        return ended.code
+
+
+def _run_script(code: str, script: Path) -> None:
+    """Run a block that starts further processes, as a script. Of its processes, only the first prints a result."""
+    small = f"functools.partial(fastmae.pretrain, **{SMALL['pretrain']})"
+    script.write_text(f"import functools, fastmae\nfastmae.pretrain = {small}\n{code}")
+    process = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, (code, process.stdout, process.stderr)
+    assert len(process.stdout.splitlines()) == 1, process.stdout
+
+
+def _small_function(command: str, function: Callable[..., Any], weights: Path) -> Callable[..., Any]:
+    """A function of the Python interface that adds the options that make its command small."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        options = {name: _stand_in(value) if isinstance(value, str) else value for name, value in options.items()}
+        words = [*map(str, args), *_flags(options)]
+        _make_inputs(command, words, weights)
+        return function(*args, **{**options, **_small_options(command, words, weights)})
+
+    return call
+
+
+def _stand_in(word: str) -> str:
+    """A word of a page, with its names replaced by what they stand for here."""
+    for name, meaning in STAND_INS.items():
         if name.endswith("/"):
             word = meaning + word.removeprefix(name) if word.startswith(name) else word
         else:
@@ -220,58 +292,89 @@ def _meant(word: str) -> str:
     return f"file://{Path.cwd()}/{word.removeprefix('file://')}" if word.startswith("file://") else word
 
 
-def _split(words: list[str]) -> tuple[list[str], str, list[str]]:
-    """What starts the processes, the command's name, its words."""
+def _parsed(words: list[str]) -> tuple[list[str], str, list[str]]:
+    """A command line as the launcher that starts its processes ([] for this process), the command, and its words."""
     if words[0] == "sbatch":
         return ["bash", str(ROOT / words[1])], "pretrain", words[2:]
-    at = words.index("fastmae")
-    name = _name(words[at + 1 :])
-    args = words[at + 1 + len(name.split()) :]
+    if words[0] == "python":
+        return [sys.executable, str(ROOT / words[1])], "inspect", words[2:]  # it reads a store, as inspect does
+    position = words.index("fastmae")
+    command = _command(words[position + 1 :])
+    args = words[position + 1 + len(command.split()) :]
     if words[0] == "torchrun":
-        here = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastmae"]
-        return [*here, *name.split()], name, args
-    if (
-        "--devices" in args and args[args.index("--devices") + 1] == "2"
-    ):  # it starts a second process by its own command line
-        return [sys.executable, "-m", "fastmae", *name.split()], name, args
-    return ([] if words[0] == "fastmae" else [*words[: at + 1], *name.split()]), name, args
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        return [*torchrun, "-m", "fastmae", *command.split()], command, args
+    if _devices(args) == "2":  # it starts a second process with its own command line
+        return [sys.executable, "-m", "fastmae", *command.split()], command, args
+    return ([] if words[0] == "fastmae" else [*words[: position + 1], *command.split()]), command, args
 
 
-def _small(name: str, args: list[str], weights: Path) -> list[str]:
-    """Options that make a command small; a network of timm's gets its weights from a file."""
-    small = list(SMALL.get(name, []))
-    if "efficientnet-lite0" in args:  # it needs no network
-        small = [word for word in small if word not in TEACHER]
-    elif TEACHER[0] in small:
-        small += ["--teacher-weights", str(weights)]
-    if name in ("knn", "linear") and args[0].startswith("timm/"):
-        small += ["--weights", str(weights)]
-    if "--micro-batch" in args:
-        small += ["--micro-batch", "4"]
-    if "--devices" in args:
-        small += ["--devices", "2" if args[args.index("--devices") + 1] == "2" else "1"]
+def _devices(words: list[str]) -> str | None:
+    return words[words.index("--devices") + 1] if "--devices" in words else None
+
+
+def _small_options(command: str, words: list[str], weights: Path) -> dict[str, Any]:
+    """Options that make a command small, and that give a timm network its weights from a file."""
+    small = dict(SMALL.get(command, {}))
+    if "efficientnet-lite0" in words:  # it needs no network
+        small.pop("teacher", None)
+    elif "teacher" in small:
+        small["teacher_weights"] = weights
+    if command in ("knn", "linear") and words[0].startswith("timm/"):
+        small["weights"] = weights
+    if "--micro-batch" in words:
+        small["micro_batch"] = 4
+    if _devices(words) not in (None, "2"):
+        small["devices"] = 1
     return small
 
 
-def _provide(work: Path, name: str, args: list[str], weights: Path) -> None:
-    """Clear the way for what a command makes, and make what it reads and no earlier command of the page has made."""
-    stores = [word for word in args if word.endswith(".tokens")]
-    outputs = {"tokenize": [] if "--add" in args else stores, "pretrain": args[len(stores) : len(stores) + 1]}.get(
-        name, []
-    )
-    outputs += args[args.index("--out") + 1 :][:1] if "--out" in args and name in SUPERVISED else []
-    for folder in outputs:
-        shutil.rmtree(work / folder, ignore_errors=True)
-    needs_store = name in ("inspect", "verify", "pretrain") or "--add" in args
-    for store in [word.removeprefix(f"file://{work}/") for word in stores] if needs_store else []:
-        if not (work / store / "manifest.json").exists():
-            _make("tokenize", ["photos", store], weights)
-    for run_folder in [word for word in args if word.startswith("runs/") and "," not in word and word not in outputs]:
-        if not (work / run_folder).exists():
-            if not (work / "photos.tokens").exists():
-                _make("tokenize", ["photos", "photos.tokens"], weights)
-            _make("pretrain", ["photos.tokens", run_folder], weights)
+def _flags(options: dict[str, Any]) -> list[str]:
+    """Keyword arguments as flags."""
+    words: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
 
 
-def _make(name: str, args: list[str], weights: Path) -> None:
-    assert run([name, *args, *_small(name, args, weights)]) == 0
+def _stores(words: list[str]) -> list[str]:
+    return [word for word in words if word.endswith(".tokens")]
+
+
+def _outputs(command: str, words: list[str]) -> list[str]:
+    """The folders that a command writes and would continue."""
+    if command == "tokenize":
+        return [] if "--add" in words else _stores(words)
+    if command == "pretrain":
+        return words[len(_stores(words)) :][:1]
+    return words[words.index("--out") + 1 :][:1] if command in TRAIN_ON_LABELS and "--out" in words else []
+
+
+def _delete(folders: list[str]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_inputs(command: str, words: list[str], weights: Path) -> None:
+    """Make the stores and runs that a command reads, where no earlier step of the page has made them."""
+    if command in ("inspect", "verify", "pretrain") or "--add" in words:
+        for store in _stores(words):
+            _make_store(store.removeprefix(f"file://{Path.cwd()}/"), weights)
+    outputs = _outputs(command, words)
+    for folder in words:
+        if folder.startswith("runs/") and folder not in outputs and not Path(folder).exists():
+            _make_store("photos.tokens", weights)
+            _make("pretrain", ["photos.tokens", folder], weights)
+
+
+def _make_store(store: str, weights: Path) -> None:
+    if not (Path(store) / "manifest.json").exists():
+        _make("tokenize", ["photos", store], weights)
+
+
+def _make(command: str, words: list[str], weights: Path) -> None:
+    assert run([command, *words, *_flags(_small_options(command, words, weights))]) == 0
