@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
 from fastmae.cli import run
+from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import launch
 from fastmae.tokens.format import shard_path
 from fastmae.tokens.manifest import read_header
 
@@ -126,6 +128,12 @@ def tiny_run(vit_store: Path, tiny_student: list[str], tmp_path_factory: pytest.
 def fastmae_command() -> list[str]:
     """The command line that starts `fastmae` in a process of its own."""
     return [sys.executable, "-m", "fastmae"]
+
+
+@pytest.fixture(scope="session")
+def fabric() -> Fabric:
+    """One process on the CPU."""
+    return launch("cpu", "32-true", devices=1, seed=0)
 
 
 @pytest.fixture

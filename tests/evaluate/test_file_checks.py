@@ -7,29 +7,29 @@ from fastmae.runtime.progress import Progress
 
 
 @pytest.mark.parametrize(("orientation", "size", "swapped"), [(1, (30, 20), False), (6, (20, 30), True)])
-def test_size_is_that_of_the_image_as_exif_turns_it(orientation, size, swapped, tmp_path):
+def test_the_size_of_an_image_is_that_after_exif_has_turned_it(orientation, size, swapped, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (30, 20)).save(tmp_path / "photo.jpg", exif=exif)
     assert upright_size(tmp_path / "photo.jpg") == (size, swapped)
 
 
-def test_results_of_all_chunks_come_in_the_order_of_the_items(monkeypatch):
+def test_results_come_in_the_order_of_the_items_across_chunks(monkeypatch):
     monkeypatch.setattr(file_checks, "CHUNK", 4)
     with Progress("check", "items", 10, quiet=True) as progress:
         assert list(map_in_threads(lambda item: 2 * item, range(10), 3, progress)) == list(range(0, 20, 2))
     assert progress.done == 10
 
 
-def test_nothing_is_begun_long_after_the_first_error(monkeypatch):
+def test_no_chunk_is_started_after_the_first_error(monkeypatch):
     monkeypatch.setattr(file_checks, "CHUNK", 4)
-    begun = []
+    started = []
 
     def check(item):
-        begun.append(item)
+        started.append(item)
         if item == 2:
             raise ValueError("the third item")
 
     with Progress("check", "items", 100, quiet=True) as progress, pytest.raises(ValueError, match="third"):
         list(map_in_threads(check, range(100), 2, progress))
-    assert max(begun) < 4
+    assert max(started) < 4

@@ -1,4 +1,4 @@
-"""Fine-tuning: the classifier against its formula, the mixing, and the real command from start over interruption to its figures."""
+"""Fine-tuning: classifier and loss against their formulas; the command, also interrupted and in two processes."""
 
 import json
 import os
@@ -11,34 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import Mixup
 
 from fastmae.cli import run
-from fastmae.evaluate.classification import most_confused
 from fastmae.evaluate.finetune import ClassifierStep, build_classifier
-from fastmae.evaluate.transforms import LabelledImages, full_augmentation
-from fastmae.probes.labelled import open_labelled
 from fastmae.runs.checkpoint import load_checkpoint
 from fastmae.runs.encoder import open_encoder
 from fastmae.runs.folder import read_evaluations, read_metrics
 
-SHORT = [
-    "--batch-size",
-    "8",
-    "--workers",
-    "0",
-    "--device",
-    "cpu",
-    "--log-every",
-    "1",
-    "--lr",
-    "0.003",
-    "--layer-decay",
-    "0.9",
-    "--json",
-]
+SHORT = "--batch-size 8 --workers 0 --device cpu --log-every 1 --lr 0.003 --layer-decay 0.9 --json".split()
+PLAIN = ["--augment", "crop", "--smoothing", "0"]
 
 
-def test_the_classifier_is_mean_of_patches_norm_and_a_line(tiny_run):
+def test_the_classifier_is_the_mean_of_the_patches_a_norm_and_a_linear_layer(tiny_run):
     opened = open_encoder(str(tiny_run))
     network, _ = build_classifier(opened, 7, "mean", drop_path=0.0)
     torch.nn.init.normal_(network.head.weight)
@@ -50,50 +35,58 @@ def test_the_classifier_is_mean_of_patches_norm_and_a_line(tiny_run):
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_the_class_token_keeps_its_norm(tiny_run):
+def test_a_classifier_on_the_class_token_keeps_the_encoders_norm(tiny_run):
     opened = open_encoder(str(tiny_run))
     network, _ = build_classifier(opened, 7, "class", drop_path=0.0)
     assert torch.equal(network.norm.weight, opened.network.norm.weight)
     assert network.head.weight.std() < 1e-4
 
 
-def test_smooth_labels_and_mixed_images_against_the_formula():
-    scores = torch.randn(4, 5)
-    labels = torch.tensor([0, 1, 2, 4])
+def test_the_loss_with_smoothed_labels_equals_the_formula():
+    scores, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 4])
     loss = ClassifierStep(None, 0.1)(lambda _: scores, (torch.zeros(4, 1), labels))["loss"]
     targets = F.one_hot(labels, 5) * 0.9 + 0.1 / 5
     assert loss.item() == pytest.approx(-(targets * scores.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
 
 
-def test_the_strongest_augmentation_draws_the_same_for_a_visit_and_never_fails(photos, tiny_run):
-    data = open_labelled(photos)
-    pictures = LabelledImages(
-        data.train, data.train_labels, 3, full_augmentation(open_encoder(str(tiny_run)), "rand-m10-mstd2-inc1", 0.5)
-    )
-    for epoch in range(20):
-        images, label = pictures[epoch, epoch]
-        assert images.shape == (3, 64, 64)
-        assert label == data.train_labels[epoch]
-        assert torch.equal(images, pictures[epoch, epoch][0])
-    assert not torch.equal(pictures[0, 0][0], pictures[1, 0][0])
+def test_mixed_images_are_compared_with_labels_mixed_in_the_same_proportion():
+    scores, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 4])
+    images = F.one_hot(labels, 5).float()[:, :, None, None]  # mixing these images mixes their one-hot labels
+    mixed_images = []
+
+    def model(mixed):
+        mixed_images.append(mixed)
+        return scores
+
+    step = ClassifierStep(Mixup(mixup_alpha=0.8, cutmix_alpha=0.0, label_smoothing=0.0, num_classes=5), 0.0)
+    loss = step(model, (images, labels))["loss"]
+    targets = mixed_images[0][:, :, 0, 0]
+    assert not torch.equal(targets, F.one_hot(labels, 5).float())
+    assert loss.item() == pytest.approx(-(targets * scores.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
 
 
-def test_the_most_confused_are_named():
-    counts = torch.tensor([[5, 3, 0], [0, 9, 1], [0, 0, 2]])
-    assert most_confused(counts, ["a", "b", "c"]) == ["b for a (3)", "c for b (1)"]
+@pytest.fixture
+def finetune(tiny_run, photos, capsys):
+    """(folder, options) -> exit code, JSON and standard error of a short `finetune`."""
+
+    def call(out, *options):
+        code = run(["finetune", str(tiny_run), str(photos), "--out", str(out), *SHORT, *options])
+        captured = capsys.readouterr()
+        return code, json.loads(captured.out.splitlines()[-1]) if captured.out else None, captured.err
+
+    return call
 
 
-def tune(capsys, run_folder, photos, out, *options):
-    code = run(["finetune", str(run_folder), str(photos), "--out", str(out), *SHORT, *options])
-    captured = capsys.readouterr()
-    return code, json.loads(captured.out.splitlines()[-1]) if captured.out else None, captured.err
+def send_sigterm_after(folder, steps):
+    while len(read_metrics(folder)) < steps:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_fine_tuning_learns_draws_and_goes_on_where_it_was_stopped(tiny_run, photos, tmp_path, capsys):
-    plain = ["--augment", "crop", "--smoothing", "0", "--epochs", "12", "--eval-every", "4"]
-    code, result, err = tune(capsys, tiny_run, photos, tmp_path / "a", *plain)
+def test_fine_tuning_learns_and_an_interrupted_run_reaches_the_same_figures(finetune, tmp_path):
+    options = [*PLAIN, "--epochs", "12", "--eval-every", "4"]
+    code, result, err = finetune(tmp_path / "a", *options)
     assert code == 0, err
-    assert "30 images, 12 epochs = 45 steps of 8" in err
     assert result["top1"] >= 80  # a temple and a flower
     assert (result["top5"], result["epochs"], result["steps"]) == (100.0, 12, 45)
     evaluations = read_evaluations(tmp_path / "a")
@@ -102,88 +95,50 @@ def test_fine_tuning_learns_draws_and_goes_on_where_it_was_stopped(tiny_run, pho
     assert load_checkpoint(tmp_path / "a" / "best.pt")["evaluation"]["top1"] == result["best_top1"]
     with Image.open(tmp_path / "a" / "confusion.png") as picture:
         assert min(picture.size) > 300
-    # again, stopped on the way and continued: the same losses, the same figures
-    stopper = threading.Thread(target=stop_after_steps, args=(tmp_path / "b", 5))
+
+    stopper = threading.Thread(target=send_sigterm_after, args=(tmp_path / "b", 5))
     stopper.start()
-    assert tune(capsys, tiny_run, photos, tmp_path / "b", *plain)[0] == 130
+    assert finetune(tmp_path / "b", *options)[0] == 130
     stopper.join()
-    code, again, _ = tune(capsys, tiny_run, photos, tmp_path / "b", *plain)
-    assert (code, again["top1"], again["best_top1"]) == (0, result["top1"], result["best_top1"])
+    code, continued, _ = finetune(tmp_path / "b", *options)
+    assert (code, continued["top1"], continued["best_top1"]) == (0, result["top1"], result["best_top1"])
     losses = [[entry["loss"] for entry in read_metrics(tmp_path / name)] for name in ("a", "b")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def stop_after_steps(folder, steps):
-    """A scheduler's signal, once so many are logged."""
-    while len(read_metrics(folder)) < steps:
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_a_fine_tuned_run_is_an_encoder_again(tiny_run, photos, tmp_path, capsys):
-    options = ["--epochs", "1", "--image-size", "96", "--ema", "0.9", "--mixup", "0.8", "--micro-batch", "4"]
-    code, _, err = tune(capsys, tiny_run, photos, tmp_path / "ft", *options)
+def test_a_fine_tuned_run_can_be_opened_as_an_encoder(finetune, photos, tmp_path):
+    options = "--epochs 1 --image-size 96 --ema 0.9 --mixup 0.8 --micro-batch 4".split()
+    code, _, err = finetune(tmp_path / "ft", *options)
     assert code == 0, err
     opened = open_encoder(str(tmp_path / "ft"))
     assert (opened.image_size, opened.network.num_classes) == (96, 0)
-    saved = load_checkpoint(tmp_path / "ft" / "checkpoint.pt")["ema"]
-    assert torch.equal(opened.network.blocks[0].mlp.fc1.weight, saved["blocks.0.mlp.fc1.weight"])
+    average = load_checkpoint(tmp_path / "ft" / "checkpoint.pt")["ema"]
+    assert torch.equal(opened.network.blocks[0].mlp.fc1.weight, average["blocks.0.mlp.fc1.weight"])
     assert run(["knn", str(tmp_path / "ft"), str(photos), "--workers", "0"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--batch-size", "7"], "pair the images; give an even one"),
-        (["--rand-augment", "strong"], "not timm's word"),
-        (["--image-size", "50"], "not a multiple of the patch of 16"),
-        (["--erasing", "2"], "--erasing 2.0"),
-        (["--mixup", "-1"], "--mixup -1.0"),
-    ],
-)
-def test_options_that_do_not_go_are_one_line(options, says, tiny_run, photos, tmp_path, capsys):
-    code, _, err = tune(capsys, tiny_run, photos, tmp_path / "ft", *options)
+@pytest.mark.parametrize("option", ["--batch-size 7", "--rand-augment strong", "--image-size 50"])
+def test_an_option_that_does_not_fit_is_named_before_the_run_is_created(option, finetune, tmp_path):
+    code, _, err = finetune(tmp_path / "ft", *option.split())
     assert code == 2
-    assert says in err.splitlines()[-1]
+    assert option in err.splitlines()[-1]
     assert not (tmp_path / "ft").exists()
 
 
-def test_data_that_can_not_be_learnt_from_are_named_before_the_start(tiny_run, photos, tmp_path, capsys):
-    data = tmp_path / "data"
-    for split in ("train", "val"):
-        (data / split).mkdir(parents=True)
-        (data / split / "china").symlink_to(photos / split / "china")
-    code, _, err = tune(capsys, tiny_run, data, tmp_path / "ft")
-    assert (code, "one class only ('china')" in err) == (2, True)
-    (data / "train" / "empty").mkdir()
-    code, _, err = tune(capsys, tiny_run, data, tmp_path / "ft")
-    assert (code, "empty: no image in this class folder" in err) == (2, True)
-    code, _, err = tune(capsys, tiny_run, tmp_path / "nowhere", tmp_path / "ft")
-    assert (code, "no folder 'train'" in err) == (2, True)
-    assert run(["finetune", str(tiny_run), str(photos)]) == 2
-    assert "give --out DIR" in capsys.readouterr().err
+def test_fine_tuning_needs_a_folder_for_the_run(tiny_run, photos, error_line):
+    assert "--out" in error_line(["finetune", str(tiny_run), str(photos)])
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_measure_as_one_does(tiny_run, photos, tmp_path, capsys, fastmae_command):
-    plain = ["--augment", "crop", "--drop-path", "0", "--epochs", "2", "--eval-every", "1", *SHORT]
-    assert run(["finetune", str(tiny_run), str(photos), "--out", str(tmp_path / "one"), *plain]) == 0
-    two = [
-        *fastmae_command,
-        "finetune",
-        str(tiny_run),
-        str(photos),
-        "--out",
-        str(tmp_path / "two"),
-        *plain,
-        "--devices",
-        "2",
-    ]
-    done = subprocess.run(two, capture_output=True, text=True, check=False, timeout=250)
+def test_two_processes_train_and_evaluate_as_one_does(finetune, tiny_run, photos, tmp_path, fastmae_command):
+    options = [*PLAIN, "--drop-path", "0", "--epochs", "2", "--eval-every", "1"]
+    assert finetune(tmp_path / "one", *options)[0] == 0
+    args = ["finetune", str(tiny_run), str(photos), "--out", str(tmp_path / "two"), *SHORT, *options, "--devices", "2"]
+    done = subprocess.run([*fastmae_command, *args], capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1  # one of them speaks
-    one, other = (read_evaluations(tmp_path / name) for name in ("one", "two"))
-    assert [entry["top1"] for entry in one] == [entry["top1"] for entry in other]
-    assert [entry["val_loss"] for entry in one] == pytest.approx([entry["val_loss"] for entry in other], rel=1e-4)
+    assert len(done.stdout.splitlines()) == 1  # only the first process prints
+    one, two = (read_evaluations(tmp_path / name) for name in ("one", "two"))
+    assert [entry["top1"] for entry in one] == [entry["top1"] for entry in two]
+    assert [entry["val_loss"] for entry in one] == pytest.approx([entry["val_loss"] for entry in two], rel=1e-4)
     losses = [[entry["loss"] for entry in read_metrics(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

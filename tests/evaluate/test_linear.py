@@ -1,6 +1,4 @@
-"""The linear probe: LARS against its formula, and the real command in its three ways."""
-
-import json
+"""The linear probe: LARS against its formula, and the command with features computed once or augmented."""
 
 import pytest
 import torch
@@ -8,9 +6,11 @@ import torch
 from fastmae.cli import run
 from fastmae.evaluate.linear import FeatureBatches, build_probe, lars
 
+CPU = ["--workers", "0", "--device", "cpu"]
 
-def test_lars_scales_weights_by_trust_and_leaves_biases_alone():
-    """MAE's: for weights v <- m v + 0.001 |w| / |g| g, for biases v <- m v + g; w <- w - lr v."""
+
+def test_lars_scales_weights_by_the_trust_ratio_and_leaves_biases_alone():
+    """MAE's LARS: for weights v <- m v + 0.001 |w| / |g| g, for biases v <- m v + g; then w <- w - lr v."""
     torch.manual_seed(0)
     weight, bias = torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(3))
     optimizer = lars([{"params": [weight], "always_adapt": True}, {"params": [bias], "always_adapt": False}], lr=2.0)
@@ -25,7 +25,7 @@ def test_lars_scales_weights_by_trust_and_leaves_biases_alone():
     assert torch.allclose(bias, b, atol=1e-6)
 
 
-def test_the_probe_standardises_by_batch_without_parameters_of_its_own():
+def test_the_probe_standardises_over_the_batch_without_parameters():
     probe = build_probe(8, 3)
     assert [name for name, _ in probe.named_parameters()] == ["1.weight", "1.bias"]
     features = 5 + 3 * torch.randn(64, 8)
@@ -33,56 +33,41 @@ def test_the_probe_standardises_by_batch_without_parameters_of_its_own():
     assert torch.allclose(probe(features), standard @ probe[1].weight.T + probe[1].bias, atol=1e-5)
 
 
-def test_kept_features_come_a_batch_at_a_time():
-    kept = FeatureBatches(torch.arange(12.0).view(6, 2), torch.arange(6))
-    features, labels = kept.__getitems__([(0, 3), (7, 1)])
+def test_features_in_memory_are_read_a_batch_at_a_time():
+    dataset = FeatureBatches(torch.arange(12.0).view(6, 2), torch.arange(6))
+    features, labels = dataset.__getitems__([(0, 3), (7, 1)])
     assert features.tolist() == [[6.0, 7.0], [2.0, 3.0]]
     assert labels.tolist() == [3, 1]
 
 
 @pytest.mark.parametrize(
-    "how", [[], ["--solver", "logistic"], ["--augment", "crop", "--batch-size", "8", "--epochs", "3"]]
+    "options",
+    ["--epochs 20 --eval-every 20", "--solver logistic", "--augment crop --batch-size 8 --epochs 3"],
+    ids=["LARS", "logistic", "augmented"],
 )
-def test_the_command_reads_a_teachers_features(how, photos, vit_weights, capsys):
-    name = ["timm/vit_tiny_patch16_224", "--weights", str(vit_weights), "--image-size", "32"]
-    epochs = [] if "--epochs" in how else ["--epochs", "20", "--eval-every", "20"]
-    code = run(
-        ["linear", name[0], str(photos), *name[1:], *how, *epochs, "--workers", "0", "--device", "cpu", "--json"]
-    )
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    result = json.loads(captured.out.splitlines()[-1])
+def test_each_kind_of_probe_separates_a_temple_from_a_flower(options, photos, vit_weights, printed_json):
+    args = ["linear", "timm/vit_tiny_patch16_224", str(photos), "--weights", str(vit_weights), "--image-size", "32"]
+    assert run([*args, *options.split(), *CPU, "--json"]) == 0
+    result = printed_json()
     assert result["top1"] >= 60
     assert (result["top5"], result["classes"], result["dim"], result["train"], result["val"]) == (100.0, 2, 192, 30, 10)
 
 
-def test_a_probe_with_a_folder_is_kept_and_resumed_and_is_no_encoder(tiny_run, photos, tmp_path, capsys):
-    args = [
-        "linear",
-        str(tiny_run),
-        str(photos),
-        "--out",
-        str(tmp_path / "probe"),
-        "--epochs",
-        "10",
-        "--eval-every",
-        "10",
-    ]
-    args += ["--workers", "0", "--json"]
+def test_a_probe_with_a_folder_is_a_run_that_can_be_continued_but_holds_no_encoder(
+    tiny_run, photos, tmp_path, printed_json, error_line
+):
+    args = ["linear", str(tiny_run), str(photos), "--out", str(tmp_path / "probe"), "--epochs", "10", *CPU, "--json"]
     assert run(args) == 0
-    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = printed_json()
     assert (tmp_path / "probe" / "confusion.png").exists()
     assert run(args) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == first["top1"]
-    assert run(["knn", str(tmp_path / "probe"), str(photos)]) == 2
-    assert "give the run that it was made from" in capsys.readouterr().err
+    assert printed_json() == result
+    assert "fastmae linear" in error_line(["knn", str(tmp_path / "probe"), str(photos)])
 
 
-def test_options_that_do_not_go_together_are_one_line(tiny_run, photos, capsys):
-    for options, says in (
-        (["--augment", "crop", "--solver", "logistic"], "give --augment none"),
-        (["--devices", "2"], "give --devices 1"),
-        (["--block", "9"], "blocks 0 to 1"),
-    ):
-        assert run(["linear", str(tiny_run), str(photos), *options, "--workers", "0"]) == 2
-        assert says in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [("--augment crop --solver logistic", "--augment"), ("--devices 2", "--devices"), ("--block 9", "--block 9")],
+)
+def test_options_that_do_not_fit_are_named(options, named, tiny_run, photos, error_line):
+    assert named in error_line(["linear", str(tiny_run), str(photos), *options.split(), *CPU])

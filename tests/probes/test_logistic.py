@@ -5,7 +5,7 @@ from fastmae.probes.logistic import linear_accuracy
 
 
 @pytest.mark.parametrize("classes", [2, 7])
-def test_classes_on_separate_sides_are_told_apart_whatever_the_scale_of_the_features(classes):
+def test_separable_classes_are_all_recognised_whatever_the_scale_of_the_features(classes):
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(classes, 16, generator=generator)
     labels = torch.arange(classes).repeat_interleave(20)
@@ -18,7 +18,7 @@ def test_classes_on_separate_sides_are_told_apart_whatever_the_scale_of_the_feat
     assert linear_accuracy(train, labels, val, wrong, classes)[0] == 0.0
 
 
-def test_features_that_tell_nothing_give_chance():
+def test_features_without_information_give_chance_accuracy():
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(10).repeat(40)
     train, val = (torch.randn(400, 8, generator=generator) for _ in range(2))

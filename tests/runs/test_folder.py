@@ -1,19 +1,17 @@
 import json
 
 import pytest
-import torch
 
 from fastmae.errors import InputError
-from fastmae.runs.checkpoint import load_checkpoint
 from fastmae.runs.folder import RunFolder, read_evaluations, read_metrics, read_run
 
 DESCRIPTION = {"options": {"epochs": 3, "betas": (0.9, 0.95)}, "store": {"images": 10}}
 
 
-def test_a_run_is_opened_again_by_the_same_description_only(tmp_path):
+def test_a_run_can_only_be_opened_again_with_the_same_description(tmp_path):
     RunFolder(tmp_path / "run", DESCRIPTION, resume=True)
     RunFolder(tmp_path / "run", DESCRIPTION, resume=True)
-    with pytest.raises(InputError, match="options epochs: 3, not 4"):
+    with pytest.raises(InputError, match="options epochs: 3"):
         RunFolder(tmp_path / "run", {**DESCRIPTION, "options": {"epochs": 4, "betas": (0.9, 0.95)}}, resume=True)
     assert read_run(tmp_path / "run")["store"] == {"images": 10}
 
@@ -28,14 +26,14 @@ def test_no_resume_sets_the_old_run_aside_and_deletes_nothing(tmp_path):
     assert (tmp_path / "run" / "replaced-2" / "run.json").exists()
 
 
-def test_a_folder_that_is_no_run_is_not_touched(tmp_path):
+def test_a_folder_that_holds_something_else_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(InputError, match="not a run"):
+    with pytest.raises(InputError, match=str(tmp_path)):
         RunFolder(tmp_path, DESCRIPTION, resume=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_the_log_is_cut_back_to_the_checkpoint_and_half_a_line_is_dropped(tmp_path):
+def test_entries_after_the_checkpoint_and_an_incomplete_line_are_dropped_from_the_logs(tmp_path):
     folder = RunFolder(tmp_path / "run", DESCRIPTION, resume=True)
     log = folder.metrics(0)
     for step in (1, 2, 3):
@@ -51,24 +49,7 @@ def test_the_log_is_cut_back_to_the_checkpoint_and_half_a_line_is_dropped(tmp_pa
     assert read_evaluations(tmp_path / "run") == [{"step": 1, "top1": 10.0}, {"step": 2, "top1": 20.0}]
 
 
-def test_a_damaged_or_foreign_checkpoint_is_one_line(tmp_path):
-    file = tmp_path / "checkpoint.pt"
-    with pytest.raises(InputError, match="no checkpoint"):
-        load_checkpoint(file)
-    torch.save({"model": {}, "run": {}}, file)
-    whole = file.read_bytes()
-    assert load_checkpoint(file) == {"model": {}, "run": {}}
-    for content in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
-        file.write_bytes(content)
-        with pytest.raises(InputError, match="damaged, or not a checkpoint") as caught:
-            load_checkpoint(file)
-        assert "\n" not in str(caught.value)
-    torch.save({"weights": 1}, file)
-    with pytest.raises(InputError, match="not a checkpoint of fastmae"):
-        load_checkpoint(file)
-
-
-def test_a_kill_in_the_first_moment_or_during_a_save_leaves_a_run_that_opens_clean(tmp_path, abandoned_part):
+def test_what_a_killed_call_left_half_written_is_removed(tmp_path, abandoned_part):
     run = tmp_path / "run"
     run.mkdir()
     (run / abandoned_part("run.json")).write_text("{")

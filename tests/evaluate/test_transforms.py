@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from fastmae.errors import InputError
+from fastmae.evaluate.transforms import LabelledImages, centre_crop, full_augmentation
+from fastmae.probes.labelled import open_labelled
+from fastmae.runs.encoder import open_encoder
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_run):
+    return open_encoder(str(tiny_run))
+
+
+def test_the_strongest_augmentation_draws_the_same_for_a_visit_and_never_fails(photos, opened):
+    data = open_labelled(photos)
+    augmentation = full_augmentation(opened, "rand-m10-mstd2-inc1", 0.5)
+    pictures = LabelledImages(data.train, data.train_labels, 3, augmentation)
+    for epoch in range(20):
+        image, label = pictures[epoch, epoch]
+        assert image.shape == (3, 64, 64)
+        assert label == data.train_labels[epoch]
+        assert torch.equal(image, pictures[epoch, epoch][0])
+    assert not torch.equal(pictures[0, 0][0], pictures[1, 0][0])
+
+
+def test_an_image_of_val_is_the_same_at_every_reading(photos, opened):
+    data = open_labelled(photos)
+    pictures = LabelledImages(data.val, data.val_labels, 3, centre_crop(opened))
+    image, label = pictures[3]
+    assert image.shape == (3, 64, 64)
+    assert label == data.val_labels[3]
+    assert torch.equal(image, pictures[3][0])
+
+
+def test_a_damaged_image_is_named(photos, opened, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"<html>")
+    pictures = LabelledImages([tmp_path / "broken.jpg"], torch.zeros(1), 3, centre_crop(opened))
+    with pytest.raises(InputError, match=r"broken\.jpg"):
+        pictures[0]
