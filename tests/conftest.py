@@ -95,6 +95,15 @@ def small_store(photos: Path, vit_teacher: list[str], tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="session")
+def cnn_store(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images and grid as in `vit_store`, by a CNN: fp16 tokens of 320 channels, in one shard."""
+    store = tmp_path_factory.mktemp("stores") / "cnn.tokens"
+    options = "--teacher efficientnet-lite0 --middle-size 96 --workers 1".split()
+    assert run(["tokenize", str(photos / "train"), str(store), *options]) == 0
+    return store
+
+
+@pytest.fixture(scope="session")
 def flip_in_record() -> Callable[..., None]:
     """(store, shard, row, tensor) -> one bit of an image's tokens, or of another tensor's row, is flipped on disk."""
 

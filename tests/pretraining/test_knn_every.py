@@ -1,6 +1,4 @@
-"""`pretrain --knn-every`: it measures the encoder during training without changing the training."""
-
-import json
+"""`pretrain --knn-every`: the encoder is measured while it trains, and the training stays the same."""
 
 import pytest
 import torch
@@ -13,21 +11,22 @@ from fastmae.tokens import TokenStore
 
 
 @pytest.mark.parametrize("workers", [["--workers", "0"], []], ids=["no workers", "default workers"])
-def test_measuring_does_not_change_the_training(workers, vit_store, photos, tiny_student, tmp_path, capsys):
+def test_measuring_does_not_change_the_training_and_agrees_with_the_command_knn(
+    workers, vit_store, photos, tiny_student, tmp_path, printed_json
+):
     options = [*tiny_student, "--epochs", "4", *workers]
     measured = ["--knn-every", "2", "--knn-data", str(photos)]
     assert run(["pretrain", str(vit_store), str(tmp_path / "a"), *options]) == 0
     assert run(["pretrain", str(vit_store), str(tmp_path / "b"), *options, *measured]) == 0
-    losses = [[entry["loss"] for entry in read_metrics(tmp_path / name)] for name in ("a", "b")]
-    assert losses[0] == losses[1]
+    losses, measured_losses = ([entry["loss"] for entry in read_metrics(tmp_path / name)] for name in ("a", "b"))
+    assert measured_losses == losses
     evaluations = read_evaluations(tmp_path / "b")
     assert [entry["step"] for entry in evaluations] == [8, 15]
-    capsys.readouterr()
     assert run(["knn", str(tmp_path / "b"), str(photos), "--workers", "0", "--json"]) == 0
-    assert evaluations[-1]["knn_top1"] == json.loads(capsys.readouterr().out.splitlines()[-1])["top1"]
+    assert evaluations[-1]["knn_top1"] == printed_json()["top1"]
 
 
-def test_a_stores_own_images_are_labelled_by_their_folders_and_split_in_two(vit_store):
+def test_a_stores_images_are_labelled_by_their_folders_and_every_fifth_one_is_held_out(vit_store):
     store = TokenStore(vit_store)
     images = labelled_images(None, store, 64)
     assert (len(images.train), len(images.val)) == (24, 6)
@@ -38,10 +37,9 @@ def test_a_stores_own_images_are_labelled_by_their_folders_and_split_in_two(vit_
         assert [["china", "flower"][label] for label in labels.tolist()] == names
 
 
-def test_images_of_one_folder_have_no_labels(photos, vit_weights, tmp_path):
-    teacher = ["--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", str(vit_weights)]
-    small = ["--middle-size", "32", "--workers", "0"]
+def test_the_images_of_a_single_folder_have_no_labels(photos, vit_teacher, tmp_path):
     store = tmp_path / "a.tokens"
-    assert run(["tokenize", str(photos / "val" / "china"), str(store), *teacher, *small]) == 0
+    options = ["--middle-size", "32", "--workers", "0"]
+    assert run(["tokenize", str(photos / "val" / "china"), str(store), *vit_teacher, *options]) == 0
     with pytest.raises(InputError, match="--knn-data"):
         labelled_images(None, TokenStore(store), 32)

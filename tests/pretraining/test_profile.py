@@ -1,4 +1,4 @@
-"""`pretrain --profile`: the gradient computed in stages is the gradient, and the advice names the stage to change."""
+"""`pretrain --profile`: the stages of a step compute its gradient, and the advice names the option to change."""
 
 import json
 
@@ -13,7 +13,7 @@ from fastmae.training.run import launch_processes, set_up, train_batches
 
 
 @pytest.mark.parametrize("target", [["--fusion"], ["--target", "pixels"]])
-def test_the_gradient_in_stages_is_the_gradient(target, vit_store, tiny_student, tmp_path):
+def test_the_gradient_computed_in_stages_equals_the_gradient_of_the_step(target, vit_store, tiny_student, tmp_path):
     config = parse("pretrain", [str(vit_store), str(tmp_path / "run"), *tiny_student, *target, "--workers", "0"])
     plan = make_plan(config)
     task = pretraining_task(config, plan)
@@ -31,7 +31,7 @@ def test_the_gradient_in_stages_is_the_gradient(target, vit_store, tiny_student,
     assert max(errors.values()) < 1e-4, errors
 
 
-def test_the_command_shows_where_the_time_goes_and_writes_nothing(vit_store, tiny_student, tmp_path, capsys):
+def test_the_profile_gives_each_stages_share_of_the_time_and_writes_nothing(vit_store, tiny_student, tmp_path, capsys):
     args = ["pretrain", str(vit_store), str(tmp_path / "run"), *tiny_student, "--profile", "--epochs", "6", "--json"]
     assert run(args) == 0
     captured = capsys.readouterr()
@@ -53,6 +53,6 @@ def test_the_command_shows_where_the_time_goes_and_writes_nothing(vit_store, tin
         ({"encoder": 0.8}, "--precision bf16-mixed"),
     ],
 )
-def test_the_advice_names_the_option_to_change(shares, advice):
+def test_the_advice_names_the_option_that_shortens_the_longest_stage(shares, advice):
     config = parse("pretrain", ["a", "b", "--workers", "1"])
     assert advice in advise({**dict.fromkeys(STAGES, 0.01), **shares}, config)

@@ -1,5 +1,3 @@
-"""Evaluation over several processes."""
-
 from types import SimpleNamespace
 
 import pytest

@@ -9,7 +9,7 @@ from torch import nn
 from fastmae.training.optimiser import cosine_schedule, layer_decayed_groups, linear_schedule
 
 
-def test_the_learning_rate_is_linear_then_half_a_cosine():
+def test_the_learning_rate_rises_linearly_and_falls_by_half_a_cosine():
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=2.0)
     schedule = cosine_schedule(optimizer, steps=100, warmup_steps=20, min_lr=0.5)
     for step in range(100):
@@ -18,14 +18,14 @@ def test_the_learning_rate_is_linear_then_half_a_cosine():
         assert math.isclose(optimizer.param_groups[0]["lr"], expected, abs_tol=1e-9), step
 
 
-def test_no_warm_up_starts_at_the_full_rate():
+def test_without_warm_up_the_first_step_has_the_full_learning_rate():
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=2.0)
     cosine_schedule(optimizer, steps=10, warmup_steps=0, min_lr=0.0).step_update(0)
     assert optimizer.param_groups[0]["lr"] == 2.0
 
 
-def test_deeper_layers_learn_more_slowly():
-    """MAE's rule, decay^(L + 1 - id): embeddings id 0, block i id i + 1, the rest L + 1."""
+def test_layers_nearer_to_the_input_learn_more_slowly():
+    """MAE's rule: decay^(L + 1 - id), with id 0 for the embeddings, i + 1 for block i, L + 1 for the rest."""
     encoder = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=5)
     model = nn.Sequential(encoder, nn.Linear(5, 2))
     groups = layer_decayed_groups(model, encoder, weight_decay=0.05, layer_decay=0.5)
@@ -41,7 +41,7 @@ def test_deeper_layers_learn_more_slowly():
         assert decay[id(parameter)] == (0 if exempt else 0.05), name
 
 
-def test_the_linear_schedule_keeps_the_layers_scales():
+def test_the_linear_schedule_scales_each_layers_learning_rate():
     parameter = [nn.Parameter(torch.zeros(1))]
     optimizer = torch.optim.AdamW([{"params": parameter, "lr_scale": 0.25}], lr=2.0)
     schedule = linear_schedule(optimizer, steps=110, warmup_steps=10, min_lr=0.0)

@@ -1,0 +1,133 @@
+"""One run from its announcement to its figures: new, interrupted, continued, finished."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastmae.errors import InputError, InterruptedRunError
+from fastmae.runs.checkpoint import load_checkpoint
+from fastmae.runs.folder import read_metrics
+from fastmae.training.driver import train
+
+
+def stopping_after(steps, task):
+    """The task, whose step sends SIGTERM to this process after so many steps."""
+    calls, step = 0, task.step
+
+    def step_and_stop(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(model, batch)
+
+    return replace(task, step=step_and_stop)
+
+
+def losses(task):
+    return [entry["loss"] for entry in read_metrics(task.out)]
+
+
+def test_a_run_is_announced_with_its_task_and_its_size(sums_task, options, settings, caplog):
+    train(options(micro_batch=2), sums_task(), settings)
+    line = caplog.messages[0]
+    for part in ("sums of three numbers", "12 images", "4 epochs", "12 steps of 4 in 2 micro-batches", "lr 1.00e-01"):
+        assert part in line
+
+
+def test_a_run_learns_and_its_result_is_that_of_the_last_step(sums_task, options, settings):
+    task = sums_task()
+    result = train(options(), task, settings)
+    assert (result["epochs"], result["steps"], result["loss"]) == (4, 12, losses(task)[-1])
+    assert len(losses(task)) == 12
+    assert sum(losses(task)[-3:]) < 0.5 * sum(losses(task)[:3])
+    assert torch.equal(load_checkpoint(task.out / "checkpoint.pt")["model"]["weight"], task.network.weight)
+
+
+def test_an_interrupted_run_continues_where_it_stopped_and_reaches_the_same_losses(
+    sums_task, options, settings, tmp_path, caplog
+):
+    unbroken = sums_task(out=tmp_path / "unbroken")
+    train(options(), unbroken, settings)
+    with pytest.raises(InterruptedRunError):
+        train(options(), stopping_after(5, sums_task()), settings)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 5
+    caplog.clear()
+    continued = sums_task()
+    train(options(), continued, settings)
+    assert "from step 5" in caplog.messages[0]
+    assert losses(continued) == losses(unbroken)
+    assert torch.equal(continued.network.weight, unbroken.network.weight)
+
+
+def test_a_finished_run_is_not_trained_again(sums_task, options, settings):
+    result = train(options(), sums_task(), settings)
+
+    def no_step(*_):
+        raise AssertionError("a step was taken")
+
+    assert train(options(), sums_task(step=no_step), settings) == result
+
+
+def test_only_a_new_run_is_initialised(sums_task, options, settings, caplog):
+    def initialise(network):
+        torch.nn.init.zeros_(network.weight)
+        return "zeros"
+
+    task = stopping_after(1, sums_task(initialise=initialise))
+    with pytest.raises(InterruptedRunError):
+        train(options(), task, settings)
+    assert "begins with zeros" in caplog.messages
+    trained = task.network.weight.detach().clone()
+    caplog.clear()
+    continued = sums_task(initialise=initialise)
+    with pytest.raises(InterruptedRunError):
+        train(options(), stopping_after(1, continued), settings)
+    assert "begins with zeros" not in caplog.messages
+    assert not torch.equal(continued.network.weight, trained)
+    assert (continued.network.weight != 0).all()
+
+
+def test_the_run_records_the_options_that_make_it_what_it_is_and_where_its_inputs_are(sums_task, options, settings):
+    task = sums_task(description={"classes": ["a", "b"]}, inputs={"data": "/photos"})
+    train(options(seed=3), task, settings)
+    description = json.loads((task.out / "run.json").read_text())
+    assert (description["task"], description["images"], description["classes"]) == ("sums", 12, ["a", "b"])
+    recorded = description["options"]
+    assert (recorded["seed"], recorded["epochs"], recorded["batch_size"], recorded["lr"]) == (3, 4, 4, 0.1)
+    assert not {"device", "workers", "log_every", "out"} & recorded.keys()
+    assert json.loads((task.out / "inputs.json").read_text()) == {"data": "/photos"}
+
+
+def test_a_run_with_other_settings_is_not_continued(sums_task, options, settings):
+    train(options(), sums_task(), settings)
+    with pytest.raises(InputError, match="options lr"):
+        train(options(), sums_task(), replace(settings, lr=0.2))
+
+
+def test_the_result_has_the_last_and_the_best_evaluation(sums_task, options, settings):
+    accuracies, weights = iter([10.0, 30.0, 20.0]), []
+
+    def evaluate(network, _):
+        weights.append(network.weight.clone())
+        return {"top1": next(accuracies)}
+
+    task = sums_task(evaluate=evaluate, metric="top1")
+    result = train(options(), task, replace(settings, eval_every=1.5))
+    assert (result["top1"], result["best_top1"]) == (20.0, 30.0)
+    assert result["best_epoch"] == pytest.approx(10 / 3, abs=1e-4)
+    best = load_checkpoint(task.out / "best.pt")
+    assert (best["step"], best["evaluation"]) == (10, {"top1": 30.0})
+    assert torch.equal(best["model"]["weight"], weights[1])
+
+
+def test_a_finished_run_without_its_logs_is_refused(sums_task, options, settings):
+    task = sums_task()
+    train(options(), task, settings)
+    (task.out / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match=str(task.out)):
+        train(options(), sums_task(), settings)
