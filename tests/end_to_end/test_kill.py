@@ -1,4 +1,4 @@
-"""Killed at any moment, continued, and equal to the run that was not."""
+"""Runs and stores that are killed at any moment, and continued to the result of one that was not."""
 
 import os
 import random
@@ -20,17 +20,28 @@ def start(command, args):
     )
 
 
-def kill_when(process, ready, then=signal.SIGKILL, timeout=120):
-    """Send a signal at a random moment after `ready()`; returns the exit code."""
+def finish(process, timeout=250):
+    """The process's output, once it has ended with exit code 0."""
+    out, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, out
+    return out
+
+
+def wait_until(ready, process, timeout=120):
     end = time.monotonic() + timeout
     while not ready() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
+
+
+def signal_when(ready, process, number):
+    """Send a signal at a random moment after `ready()`; returns the exit code."""
+    wait_until(ready, process)
     time.sleep(random.uniform(0, 0.4))
-    if process.poll() is None:
-        os.killpg(process.pid, then) if then == signal.SIGINT else process.send_signal(
-            then
-        )  # Ctrl-C reaches the workers too
-    process.communicate(timeout=timeout)
+    if process.poll() is None and number == signal.SIGINT:
+        os.killpg(process.pid, number)  # Ctrl-C reaches the loading processes too
+    elif process.poll() is None:
+        process.send_signal(number)
+    process.communicate(timeout=120)
     return process.returncode
 
 
@@ -38,147 +49,110 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_store_killed_while_it_is_built_ends_in_the_same_bytes(
-    photos, vit_store, vit_weights, tmp_path, fastmae_command
+@pytest.fixture
+def tokenize_args(photos, vit_teacher, tmp_path):
+    """The arguments that make `vit_store` again, in `tmp_path / "s"`."""
+    options = "--middle-size 96 --shard-size 8 --codec fp32 --pixels raw --workers 1".split()
+    return ["tokenize", str(photos / "train"), str(tmp_path / "s"), *vit_teacher, *options]
+
+
+def test_a_store_that_is_killed_while_it_is_written_ends_in_the_same_bytes(
+    tokenize_args, vit_store, tmp_path, fastmae_command
 ):
-    store = tmp_path / "s"
-    args = (
-        f"tokenize {photos / 'train'} {store} --teacher timm/vit_tiny_patch16_224 --teacher-weights {vit_weights} --middle-size 96 "
-        "--shard-size 8 --codec fp32 --pixels raw --workers 1"
-    ).split()
-    done = -1
-    for then in (signal.SIGINT, signal.SIGKILL):
-        process = start(fastmae_command, args)
-        code = kill_when(
-            process, lambda before=done: store.exists() and len(list(store.glob("shards/*.safetensors"))) > before, then
-        )
-        assert code in (0, 130 if then == signal.SIGINT else -then)
-        done = len(list(store.glob("shards/*.safetensors")))
-    last = start(fastmae_command, args)
-    out, _ = last.communicate(timeout=120)
-    assert last.returncode == 0, out
-    assert contents(store) == contents(vit_store)
+    def shards():
+        return len(list((tmp_path / "s").glob("shards/*.safetensors"))) if (tmp_path / "s").exists() else -1
+
+    def grows_beyond(count):
+        return lambda: shards() > count
+
+    for number, exit_code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        ready = grows_beyond(shards())
+        assert signal_when(ready, start(fastmae_command, tokenize_args), number) in (0, exit_code)
+    finish(start(fastmae_command, tokenize_args))
+    assert contents(tmp_path / "s") == contents(vit_store)
 
 
-def test_two_processes_fill_one_store_at_once(photos, vit_store, vit_weights, tmp_path, fastmae_command):
-    store = tmp_path / "s"
-    args = (
-        f"tokenize {photos / 'train'} {store} --teacher timm/vit_tiny_patch16_224 --teacher-weights {vit_weights} --middle-size 96 "
-        "--shard-size 8 --codec fp32 --pixels raw --workers 0 --world-size 2 --rank"
-    ).split()
-    for process in [start(fastmae_command, [*args, str(rank)]) for rank in range(2)]:
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, out
-    assert contents(store) == contents(vit_store)
+def test_two_processes_fill_one_store_to_the_same_bytes(tokenize_args, vit_store, tmp_path, fastmae_command):
+    ranks = [[*tokenize_args, "--world-size", "2", "--rank", str(rank)] for rank in range(2)]
+    for process in [start(fastmae_command, args) for args in ranks]:
+        finish(process)
+    assert contents(tmp_path / "s") == contents(vit_store)
 
 
 @pytest.fixture(scope="module")
-def pretrain_args(vit_store, tiny_student):
-    return [
-        "pretrain",
-        str(vit_store),
-        *tiny_student,
-        "--epochs",
-        "10",
-        "--workers",
-        "1",
-        "--save-every",
-        "0",
-        "--log-every",
-        "3",
-    ]
+def options(tiny_student):
+    """The options of a run of 38 steps that saves after each step and logs every third one."""
+    return [*tiny_student, *"--epochs 10 --workers 1 --save-every 0 --log-every 3".split()]
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def pretrain_args(vit_store, options, run_folder):
+    return ["pretrain", str(vit_store), str(run_folder), *options]
 
 
 @pytest.fixture(scope="module")
-def unbroken(pretrain_args, fastmae_command, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "unbroken"
-    process = start(fastmae_command, [*pretrain_args[:2], str(run), *pretrain_args[2:]])
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out
-    return read_metrics(run)
-
-
-def losses(entries):
-    return [(entry["step"], entry["loss"], entry["lr"]) for entry in entries]
+def unbroken(vit_store, options, fastmae_command, tmp_path_factory):
+    """The log of the run by one process without an interruption."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    finish(start(fastmae_command, ["pretrain", str(vit_store), str(folder), *options]))
+    return read_metrics(folder)
 
 
 def assert_same(entries, expected, tolerance=1e-6):
     assert [entry["step"] for entry in entries] == [entry["step"] for entry in expected]
-    for mine, theirs in zip(entries, expected, strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=tolerance)
-        assert mine["lr"] == pytest.approx(theirs["lr"], abs=1e-12)
+    assert [entry["loss"] for entry in entries] == pytest.approx([entry["loss"] for entry in expected], abs=tolerance)
+    assert [entry["lr"] for entry in entries] == pytest.approx([entry["lr"] for entry in expected], abs=1e-12)
 
 
-@pytest.mark.parametrize(("then", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_a_run_stopped_in_the_middle_reaches_the_same_loss(
-    then, code, pretrain_args, unbroken, fastmae_command, tmp_path
+SUMMATION = 2e-5
+"""Difference of the losses after 38 steps if several processes sum in another order."""
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_and_continued_reaches_the_same_losses(
+    number, exit_code, pretrain_args, run_folder, unbroken, fastmae_command
 ):
-    run = tmp_path / "run"
-    args = [*pretrain_args[:2], str(run), *pretrain_args[2:]]
-    returned = kill_when(start(fastmae_command, args), lambda: len(read_metrics(run)) >= 3, then)
-    stopped_at = len(read_metrics(run))
-    assert 3 <= stopped_at < len(unbroken)
-    assert returned == code
-    last = start(fastmae_command, args)
-    out, _ = last.communicate(timeout=200)
-    assert last.returncode == 0, out
-    assert "from step" in out
-    assert_same(read_metrics(run), unbroken)
+    process = start(fastmae_command, pretrain_args)
+    assert signal_when(lambda: len(read_metrics(run_folder)) >= 3, process, number) == exit_code
+    assert 3 <= len(read_metrics(run_folder)) < len(unbroken)
+    assert "from step" in finish(start(fastmae_command, pretrain_args))
+    assert_same(read_metrics(run_folder), unbroken)
 
 
-@pytest.mark.parametrize("then", [signal.SIGTERM, signal.SIGUSR1])
-def test_what_a_scheduler_sends_is_taken_as_ctrl_c_is(then, pretrain_args, unbroken, fastmae_command, tmp_path):
-    run = tmp_path / "run"
-    returned = kill_when(
-        start(fastmae_command, [*pretrain_args[:2], str(run), *pretrain_args[2:]]),
-        lambda: len(read_metrics(run)) >= 3,
-        then,
-    )
-    assert returned == 130
-    assert (
-        0 < load_checkpoint(run / CHECKPOINT_FILE)["step"] < unbroken[-1]["step"]
-    )  # the step in hand was finished and saved
-
-
-@pytest.mark.parametrize("launcher", ["devices", "torchrun", "fsdp"])
-def test_two_processes_reach_the_loss_of_one_on_the_same_global_batch(
-    launcher, pretrain_args, unbroken, fastmae_command, tmp_path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_schedulers_signal_saves_and_stops_the_run_like_ctrl_c(
+    number, pretrain_args, run_folder, unbroken, fastmae_command
 ):
-    run = tmp_path / "run"
-    args = [*pretrain_args[:2], str(run), *pretrain_args[2:]]
-    if launcher in ("devices", "fsdp"):
-        command, args = (
-            fastmae_command,
-            [*args, "--devices", "2", "--strategy", "fsdp" if launcher == "fsdp" else "ddp", "--knn-every", "5"],
-        )
-    else:
-        command = [
-            fastmae_command[0],
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "fastmae",
-        ]
-    process = start(command, args)
-    out, _ = process.communicate(timeout=250)
-    assert process.returncode == 0, out
-    assert_same(read_metrics(run), unbroken, tolerance=2e-5)  # another order of summation, over 38 steps
-    if (
-        launcher != "torchrun"
-    ):  # measured on the way: it changes nothing, and the weights at hand may be a part of the whole
-        measured = read_evaluations(run)
-        assert [entry["step"] for entry in measured] == [19, 38]
-        assert all(0 <= entry["knn_top1"] <= 100 for entry in measured)
+    process = start(fastmae_command, pretrain_args)
+    assert signal_when(lambda: len(read_metrics(run_folder)) >= 3, process, number) == 130
+    assert 0 < load_checkpoint(run_folder / CHECKPOINT_FILE)["step"] < unbroken[-1]["step"]
 
 
-def test_two_tasks_as_srun_starts_them_reach_the_loss_of_one(
-    pretrain_args, unbroken, fastmae_command, tmp_path, monkeypatch
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_devices_reach_the_losses_of_one_on_the_same_batches(
+    strategy, pretrain_args, run_folder, unbroken, fastmae_command
 ):
-    run = tmp_path / "run"
-    job = {
+    args = [*pretrain_args, "--devices", "2", "--strategy", strategy, "--knn-every", "5"]
+    finish(start(fastmae_command, args))
+    assert_same(read_metrics(run_folder), unbroken, SUMMATION)  # so the k-NN measurements have changed nothing
+    evaluations = read_evaluations(run_folder)
+    assert [entry["step"] for entry in evaluations] == [19, 38]
+    assert all(0 <= entry["knn_top1"] <= 100 for entry in evaluations)
+
+
+def test_two_processes_of_torchrun_reach_the_losses_of_one(pretrain_args, run_folder, unbroken, fastmae_command):
+    torchrun = [fastmae_command[0], *"-m torch.distributed.run --standalone --nproc-per-node 2 -m fastmae".split()]
+    finish(start(torchrun, pretrain_args))
+    assert_same(read_metrics(run_folder), unbroken, SUMMATION)
+
+
+def test_two_tasks_of_srun_reach_the_losses_of_one(pretrain_args, run_folder, unbroken, fastmae_command, monkeypatch):
+    variables = {
         "JOB_ID": str(os.getpid()),
         "JOB_NAME": "train",
         "NNODES": "1",
@@ -186,59 +160,53 @@ def test_two_tasks_as_srun_starts_them_reach_the_loss_of_one(
         "NTASKS_PER_NODE": "2",
         "NODELIST": "localhost",
         "NODEID": "0",
+        "STEP_NUM_TASKS": "2",
+        "STEP_TASKS_PER_NODE": "2",
     }
-    step = {"STEP_NUM_TASKS": "2", "STEP_TASKS_PER_NODE": "2"}
-    for name, value in {**job, **step}.items():
+    for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     tasks = []
     for rank in ("0", "1"):
         monkeypatch.setenv("SLURM_PROCID", rank)
         monkeypatch.setenv("SLURM_LOCALID", rank)
-        tasks.append(start(fastmae_command, [*pretrain_args[:2], str(run), *pretrain_args[2:]]))
-    outs = [task.communicate(timeout=250)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outs
-    assert outs[1] == ""  # one of them speaks
-    assert_same(read_metrics(run), unbroken, tolerance=2e-5)
+        tasks.append(start(fastmae_command, pretrain_args))
+    _, second_output = [finish(task) for task in tasks]
+    assert second_output == ""  # only the first process prints
+    assert_same(read_metrics(run_folder), unbroken, SUMMATION)
 
 
-def test_one_of_two_processes_killed_ends_the_other_and_the_run_goes_on(
-    pretrain_args, unbroken, fastmae_command, tmp_path
+def test_if_one_of_two_processes_is_killed_the_other_ends_and_the_run_can_be_continued(
+    pretrain_args, run_folder, unbroken, fastmae_command
 ):
-    run = tmp_path / "run"
-    args = [*pretrain_args[:2], str(run), *pretrain_args[2:], "--devices", "2"]
+    args = [*pretrain_args, "--devices", "2"]
     process = start(fastmae_command, args)
-    end = time.monotonic() + 120
-    while len(read_metrics(run)) < 5 and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    second = next(
-        int(pid) for pid in children if b"pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes() and _is_rank_one(pid)
-    )
-    os.kill(second, signal.SIGKILL)
+    wait_until(lambda: len(read_metrics(run_folder)) >= 5, process)
+    os.kill(second_process_of(process), signal.SIGKILL)
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 1, out
-    assert "process 2 of 2 on this machine was killed" in out
+    assert "process 2 of 2" in out
     assert "Traceback" not in out
-    last = start(fastmae_command, args)
-    out, _ = last.communicate(timeout=200)
-    assert last.returncode == 0, out
-    assert_same(read_metrics(run), unbroken, tolerance=2e-5)
+    finish(start(fastmae_command, args))
+    assert_same(read_metrics(run_folder), unbroken, SUMMATION)
 
 
-def test_what_only_the_second_process_finds_damaged_is_told(
-    vit_store, pretrain_args, flip_in_record, fastmae_command, tmp_path
+def second_process_of(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        command, environment = (Path(f"/proc/{child}/{name}").read_bytes() for name in ("cmdline", "environ"))
+        if b"pretrain" in command and b"LOCAL_RANK=1" in environment:
+            return int(child)
+    raise AssertionError(f"no second process among {children}")
+
+
+def test_damage_that_only_the_second_process_meets_is_reported_once(
+    vit_store, options, run_folder, flip_in_record, fastmae_command, tmp_path
 ):
     store = shutil.copytree(vit_store, tmp_path / "s")
-    flip_in_record(store, 1, 2)  # an image that falls to the second process, with this seed
-    process = start(
-        fastmae_command, ["pretrain", str(store), str(tmp_path / "run"), *pretrain_args[2:], "--devices", "2"]
-    )
+    flip_in_record(store, 1, 2)  # with this seed, the second process reads this image
+    process = start(fastmae_command, ["pretrain", str(store), str(run_folder), *options, "--devices", "2"])
     out, _ = process.communicate(timeout=150)
     assert process.returncode == 2, out
-    assert out.count("the tokens of its image 2 are damaged") == 1
-    assert "process 2 of 2 on this machine has ended with code 2" in out
+    assert out.count("image 2 are damaged") == 1
+    assert "process 2 of 2" in out
     assert "Traceback" not in out
-
-
-def _is_rank_one(pid):
-    return b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()

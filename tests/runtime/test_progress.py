@@ -1,7 +1,3 @@
-import logging
-
-import pytest
-
 from fastmae.runtime import console, progress
 from fastmae.runtime.progress import LOG_EVERY, WINDOW, Progress, Rate, duration
 
@@ -20,15 +16,6 @@ class Terminal:
 
     def write(self, text):
         raise AssertionError("nothing may be written to the terminal")
-
-
-@pytest.fixture(autouse=True)
-def caplog(caplog, monkeypatch):
-    """The log, as a program that imports the package sees it."""
-    monkeypatch.setattr(logging.getLogger("fastmae"), "propagate", True)  # another test may have run a command
-    monkeypatch.setattr(logging.getLogger("fastmae"), "handlers", [])
-    caplog.set_level("INFO", logger="fastmae")
-    return caplog
 
 
 def test_the_rate_is_that_of_the_last_minute_and_forgets_a_slow_start():

@@ -1,7 +1,6 @@
 """One run from its announcement to its figures: new, interrupted, continued, finished."""
 
 import json
-import os
 import signal
 from dataclasses import replace
 
@@ -22,7 +21,7 @@ def stopping_after(steps, task):
         nonlocal calls
         calls += 1
         if calls == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return step(model, batch)
 
     return replace(task, step=step_and_stop)

@@ -1,4 +1,3 @@
-import os
 import signal
 from types import SimpleNamespace
 
@@ -14,23 +13,23 @@ def test_a_signal_becomes_a_request_and_its_handler_is_restored(number):
     handler = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop.requested
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert stop.requested
     assert signal.getsignal(number) is handler
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
     with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         assert stop.requested
 
 
 def test_a_schedulers_second_signal_does_not_interrupt():
     with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert stop.requested
 
 
