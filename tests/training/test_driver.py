@@ -47,18 +47,19 @@ def test_a_run_learns_and_its_result_is_that_of_the_last_step(sums_task, options
     assert torch.equal(load_checkpoint(task.out / "checkpoint.pt")["model"]["weight"], task.network.weight)
 
 
+@pytest.mark.parametrize("log_every", [1, 5])
 def test_an_interrupted_run_continues_where_it_stopped_and_reaches_the_same_losses(
-    sums_task, options, settings, tmp_path, caplog
+    log_every, sums_task, options, settings, tmp_path, caplog
 ):
     unbroken = sums_task(out=tmp_path / "unbroken")
-    train(options(), unbroken, settings)
+    train(options(log_every=log_every), unbroken, settings)
     with pytest.raises(InterruptedRunError):
-        train(options(), stopping_after(5, sums_task()), settings)
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 5
+        train(options(log_every=log_every), stopping_after(7, sums_task()), settings)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 7
     caplog.clear()
     continued = sums_task()
-    train(options(), continued, settings)
-    assert "from step 5" in caplog.messages[0]
+    train(options(log_every=log_every), continued, settings)
+    assert "from step 7" in caplog.messages[0]
     assert losses(continued) == losses(unbroken)
     assert torch.equal(continued.network.weight, unbroken.network.weight)
 

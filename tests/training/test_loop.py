@@ -67,7 +67,7 @@ def test_evaluating_leaves_the_network_in_training_mode_with_gradients(sums_task
     step = task.step
 
     def note_mode(model, batch):
-        modes.append((model.training, torch.is_grad_enabled()))
+        modes.append((task.network.training, torch.is_grad_enabled()))
         return step(model, batch)
 
     train(options(), replace(task, step=note_mode), replace(settings, eval_every=2))

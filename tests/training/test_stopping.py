@@ -77,8 +77,19 @@ def test_several_processes_vote_about_once_a_second_but_at_most_after_every_step
             vote.after_step(stop=False, save=False)
         return processes.votes - before
 
-    votes_in(40)  # the interval grows from one step, at most twofold at a time
+    votes_in(40)  # the interval grows from one step
     assert votes_in(20 * steps_per_vote) == pytest.approx(20, abs=2)
+
+
+def test_after_fast_steps_the_interval_between_votes_doubles_at_most(clock):
+    processes = Processes()
+    vote, voted_at = Vote(processes), []
+    for step in range(1, 20):
+        clock.now += 1e-6
+        before = processes.votes
+        vote.after_step(stop=False, save=False)
+        voted_at += [step] if processes.votes > before else []
+    assert voted_at == [1, 3, 7, 15]
 
 
 def test_one_processs_wish_to_stop_reaches_all_at_the_next_vote(clock):
