@@ -24,6 +24,7 @@ from fastmae.evaluate.transforms import (
     crop_augmentation,
     full_augmentation,
 )
+from fastmae.probes.embed import check_pool
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.fabric import Fabric
@@ -96,8 +97,7 @@ def build_classifier(opened: OpenedEncoder, classes: int, pool: str, drop_path: 
         InputError: the encoder has no class token.
     """
     encoder: Any = opened.network
-    if pool == "class" and getattr(encoder, "cls_token", None) is None:
-        raise InputError("--pool class: this encoder has no class token; use --pool mean")
+    check_pool(encoder, pool)
     pooling: dict[str, Any] = {"global_pool": "avg" if pool == "mean" else "token"}
     pooling["use_fc_norm" if isinstance(encoder, Eva) else "fc_norm"] = pool == "mean"
     arguments = {**opened.arguments, "num_classes": classes, **pooling}

@@ -48,8 +48,10 @@ def is_due(run: Run) -> bool:
     settings, step = run.settings, run.state.step
     if run.task.evaluate is None:
         return False
-    interval = math.ceil(settings.eval_every * settings.images / settings.batch_size)
-    return step % interval == 0 or step == settings.steps
+    if step == settings.steps:
+        return True
+    interval = settings.eval_every * settings.images / settings.batch_size
+    return math.isfinite(interval) and step % math.ceil(interval) == 0
 
 
 def evaluate(run: Run, folder: RunFolder, metrics: MetricsLog | None) -> float:
