@@ -24,7 +24,7 @@ import yaml
 from fastmae.config.commands import COMMANDS
 from fastmae.config.common import Common
 from fastmae.config.options import help_texts, positionals
-from fastmae.config.resolve import CALLER_ONLY, flag, label, range_of, read_yaml
+from fastmae.config.resolve import CALLER_ONLY, converted, flag, label, placeholder, range_of
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError, OneProcessError
 from fastmae.runtime import console
 from fastmae.runtime.processes import this_process
@@ -62,6 +62,9 @@ def run(args: list[str]) -> int:
         print(import_module("fastmae").__version__)
         return OK
     command, rest = _command_name(args)
+    if _two_word_names(args[0]) and args[1:] in (["-h"], ["--help"]):
+        print(overview(_two_word_names(args[0])))
+        return OK
     console.show()
     try:
         try:
@@ -82,9 +85,9 @@ def run(args: list[str]) -> int:
     return OK
 
 
-def overview() -> str:
-    """The text of `fastmae --help`."""
-    lines = [f"  {name:15} {(command.kind.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+def overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
+    """The text of `fastmae --help`, or of `fastmae bench --help`."""
+    lines = [f"  {name:15} {(COMMANDS[name].kind.__doc__ or '').splitlines()[0]}" for name in names]
     return "\n".join(["usage: fastmae COMMAND ...; fastmae COMMAND --help for its options", "", *lines])
 
 
@@ -103,33 +106,24 @@ def parse(command: str, args: Sequence[str]) -> Any:
     kind = COMMANDS[command].kind
     typed, words = _typed(command, args)
     given = {**_assigned(kind, words), **typed}
-    file = read_yaml(Path(typed["config"])) if "config" in typed else {}
-    missing = [name for name in positionals(kind) if name not in given and name not in file]
-    if typed.get("print_config"):  # the places to read and write need not be named
-        given |= {name: placeholder(kind, name) for name in missing}
-    elif missing:
+    missing = [name for name in positionals(kind) if name not in given]
+    if missing and not {"config", "print_config"} & typed.keys():
         raise InputError(f"give {' and '.join(label(kind, name) for name in missing)}: {_usage(command)}")
     return kind(**given)
 
 
 def as_yaml(config: Common) -> str:
     """Every option that a --config file can set, as YAML."""
-    kind = type(config)
+    hints = get_type_hints(type(config))
+    left_out = {
+        name: converted(hints[name], placeholder(hints[name], name), name) for name in positionals(type(config))
+    }
     values = {
         name: _plain(value)
         for name, value in vars(config).items()
-        if name not in CALLER_ONLY
-        and not (name in positionals(kind) and _plain(value) == _plain(placeholder(kind, name)))
+        if name not in CALLER_ONLY and left_out.get(name) != value
     }
     return yaml.safe_dump(values, sort_keys=False)
-
-
-def placeholder(kind: type[Common], name: str) -> Any:
-    """Stands for a positional argument that --print-config leaves out: STORE, say."""
-    hint = get_type_hints(kind)[name]
-    if get_origin(hint) is Literal:
-        return get_args(hint)[0]
-    return (name.upper(),) if get_origin(hint) is tuple else name.upper()
 
 
 def _command_name(args: list[str]) -> tuple[str, list[str]]:
@@ -188,14 +182,15 @@ def _typed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], list[str]
             _add_flag(group, option.name, hints[option.name], option.default, text)
     shared.add_argument("-h", "--help", action="help", help="Show this text and exit.")
     parser.add_argument("_words", nargs="*", help=argparse.SUPPRESS)
-    spelt = [_dashed(arg) for arg in args]
-    typed, unknown = parser.parse_known_intermixed_args(spelt)
+    options, protected = _split_at_dashes(args)
+    typed, unknown = parser.parse_known_intermixed_args([_dashed(arg) for arg in options])
     values = {name: value for name, value in vars(typed).items() if not name.startswith("_")}
     if unknown:
         flags = [action for option in parser._actions for action in option.option_strings]
         near = difflib.get_close_matches(unknown[0], flags, 1)
         raise InputError(f"no option {unknown[0]}{f'; did you mean {near[0]}' if near else ''}; see --help")
-    return values, [word for name, words in vars(typed).items() if name.startswith("_") for word in words]
+    words = [word for name, words in vars(typed).items() if name.startswith("_") for word in words]
+    return values, words + protected
 
 
 def _usage(command: str) -> str:
@@ -247,6 +242,12 @@ def _assigned(kind: type[Common], words: list[str]) -> dict[str, Any]:
             given[name] = rest[:take] if name == several else rest[0]
             del rest[:take]
     return given
+
+
+def _split_at_dashes(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before `--`, and the words after it, which may begin with a dash."""
+    before = args.index("--") if "--" in args else len(args)
+    return list(args[:before]), list(args[before + 1 :])
 
 
 def _dashed(arg: str) -> str:

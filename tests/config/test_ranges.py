@@ -17,7 +17,7 @@ from fastmae.config.resolve import range_of
         (AT_LEAST_1, [1, 10**9], [0, -1], "1 or more"),
         (POSITIVE, [1e-30, 5], [0, -2], "more than 0"),
         (FRACTION, [0, 0.999], [1, -0.1], "0 to less than 1"),
-        (Range(above=0, most=1), [1, 0.5], [0, 1.1], "more than 0 to 1"),
+        (Range(gt=0, le=1), [1, 0.5], [0, 1.1], "more than 0 to 1"),
     ],
 )
 def test_a_range_holds_its_values_and_says_so(span, inside, outside, text):

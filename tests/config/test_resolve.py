@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastmae.cli import parse
@@ -48,11 +49,13 @@ BAD_VALUES = [
     ("mask_ratio", 1.0, "more than 0 to less than 1"),
     ("norm", "patc", "did you mean 'patch'"),
     ("seed", -1, "0 to less than"),
+    ("seed", 10**400, "0 to less than"),
+    ("target", ["tokens"], "'teacher'"),
     ("workers", -2, "-1 to 1024"),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "way_out"), BAD_VALUES, ids=[f"{n} {v}" for n, v, _ in BAD_VALUES])
+@pytest.mark.parametrize(("name", "value", "way_out"), BAD_VALUES, ids=[f"{n} {str(v)[:9]}" for n, v, _ in BAD_VALUES])
 def test_flags_yaml_and_python_refuse_a_bad_value_with_the_same_words(name, value, way_out, tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text(f"{name}: {value}\n")
@@ -91,6 +94,7 @@ def test_values_are_converted_but_not_rounded():
     assert TokenizeConfig(images="a", store="b", middle_size=96).middle_size == "96"
     assert KnnConfig(run=Path("run"), data="b").run == "run"
     assert FinetuneConfig(run="a", data="b", image_size=None).image_size is None
+    assert pretraining(epochs=np.int64(3), base_lr=np.float32(0.5), run=2024, recipe="None").run == Path("2024")
 
 
 def test_an_unknown_option_and_a_missing_one_are_named():

@@ -96,7 +96,7 @@ def test_the_run_is_saved_before_it_fails_on_damaged_data(sums_task, options, se
             yield batch
         raise InputError("shard 3 is damaged")
 
-    task = sums_task(on_the_way=four_batches)
+    task = sums_task(wrap_batches=four_batches)
     with pytest.raises(InputError, match="shard 3"):
         train(options(), task, settings)
     assert load_checkpoint(task.out / "checkpoint.pt")["step"] == 4

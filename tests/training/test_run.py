@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastmae.training.run import grad_accum_steps, launch_processes, set_up, take_step, train_batches
+from fastmae.training.run import grad_accum_steps, launch_processes, set_up, train_batches, train_step
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ def test_a_share_is_cut_into_the_fewest_equal_micro_batches_that_fit(share, micr
 def first_step(config, task, settings):
     """Scalars and weights after the first step."""
     run = set_up(config, task, settings, *launch_processes(config, task, settings))
-    scalars = take_step(run, itertools.islice(train_batches(run), run.grad_accum_steps))
+    scalars = train_step(run, itertools.islice(train_batches(run), run.grad_accum_steps))
     return scalars, task.network.weight.detach()
 
 

@@ -1,4 +1,5 @@
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,18 @@ def test_a_signal_becomes_a_request_and_its_handler_is_restored(number):
         signal.raise_signal(number)
         assert stop.requested
     assert signal.getsignal(number) is handler
+
+
+def test_another_thread_than_the_main_one_trains_without_signals():
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+
+    def train() -> bool:
+        with StopRequest() as stop:
+            return stop.requested
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(train).result()
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
 
 
 def test_a_second_ctrl_c_interrupts_at_once():

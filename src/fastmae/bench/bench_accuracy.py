@@ -25,16 +25,17 @@ from fastmae.errors import InputError
 from fastmae.offline.tokenize import tokenize
 from fastmae.pretraining.plan import make_plan
 from fastmae.pretraining.pretrain import pretrain
-from fastmae.pretraining.speed import images_per_second
+from fastmae.pretraining.speed import fitted_to_time
 from fastmae.probes.embed import WholeImages, embed_images, embed_with_encoder
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.probes.logistic import linear_accuracy
 from fastmae.probes.neighbours import knn_accuracy
 from fastmae.reporting.charts import Curves, curves_png
 from fastmae.reporting.html_page import Section, write_page
-from fastmae.runs.folder import RUN_FILE, read_evaluations, read_run
+from fastmae.runs.folder import read_evaluations
 from fastmae.runtime.device import own_device
 from fastmae.runtime.durable import write_json, write_whole
+from fastmae.runtime.table import with_std
 from fastmae.student.student import build_student
 from fastmae.tokens import TokenStore
 
@@ -200,13 +201,8 @@ def _train(
     run = config.out / f"{method.lower()}-{seed}"
     recipe = config.recipe if method == FASTMAE else config.mae_recipe
     options = config.pretrain_options(store, run, seed, recipe=recipe)
-    if (run / RUN_FILE).exists():  # an interrupted bench continues with the epochs that it had chosen
-        epochs = int(read_run(run)["options"]["epochs"])
-    else:
-        seconds = 60 * config.minutes / 2 / config.seeds
-        epochs = max(1, round(seconds * images_per_second(options, TIMED_STEPS) / len(TokenStore(store))))
-    warmup_epochs = min(options.warmup_epochs, epochs / 5)
-    options = replace(options, epochs=epochs, warmup_epochs=warmup_epochs, knn_every=epochs / config.points)
+    options = fitted_to_time(options, 60 * config.minutes / 2 / config.seeds, TIMED_STEPS)
+    options = replace(options, knn_every=options.epochs / config.points)
     plan = make_plan(options)
     torch.manual_seed(options.seed)
     untrained = build_student(options, plan.patch_size, plan.target_dim, plan.channels).eval().to(measure.device)
@@ -272,13 +268,9 @@ def _cells(method: str, point: Point) -> dict[str, str]:
     return {
         "method": method,
         "seconds": f"{point.seconds:.0f}",
-        LABELS["knn"]: _with_std(point.knn, point.knn_std),
-        LABELS["linear"]: _with_std(point.linear, point.linear_std),
+        LABELS["knn"]: with_std(point.knn, point.knn_std),
+        LABELS["linear"]: with_std(point.linear, point.linear_std),
     }
-
-
-def _with_std(value: float, std: float | None) -> str:
-    return f"{value:.1f}" if std is None else f"{value:.1f} ± {std:.1f}"
 
 
 def _sentence(label: str, ratio: Mapping[str, Any]) -> str:

@@ -199,7 +199,9 @@ class Steps:
     def _our_step(self, method: Method) -> Step:
         """As `pretrain` trains."""
         student = self._student(method.channels, pixels=method.target == "pixels")
-        step = PretrainStep(self._target(method), student.loss, IMAGENET_MEAN, IMAGENET_STD)
+        step = PretrainStep(
+            self._target(method), student.loss, IMAGENET_MEAN, IMAGENET_STD, autocast=self.fabric.autocast
+        )  # the teacher gets the precision of the student, which is the faster one
         step.to(self.fabric)
         batch = self._batch(method)
         run = self._training_step(lambda: step(student.model, batch)["loss"], student.optimizer)
@@ -234,7 +236,7 @@ class Steps:
             student = build_student(options, self.config.patch_size, channels, CHANNELS)
             model = self.fabric.setup_module(student)
             groups = param_groups_weight_decay(student, options.weight_decay)
-            optimizer = adamw(groups, options.base_lr * options.batch_size / 256, options.betas, self.fabric)
+            optimizer = adamw(groups, options.lr, options.betas, self.fabric)
             loss = StudentLoss(options.loss, options.all_layers_weight, (channels,), (1.0,))
             self.students[channels, pixels] = ReadyStudent(
                 student, model.train(), self.fabric.setup_optimizers(optimizer), loss

@@ -24,7 +24,7 @@ class BenchLoaderConfig(Common):
     """Side of a view in pixels."""
     middle_size: Annotated[int, PIXELS] = 352
     """Side of the stored middle images in pixels."""
-    patch_size: Annotated[int, Range(least=1, most=1024)] = 16
+    patch_size: Annotated[int, Range(ge=1, le=1024)] = 16
     """Side of a patch in pixels."""
     codecs: str = "fp16,pq48"
     """Codecs of the tokens, as in tokenize; several separated by commas."""

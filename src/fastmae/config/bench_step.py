@@ -14,11 +14,11 @@ class BenchStepConfig(Common):
 
     encoder: str = "vit_base_patch16_224"
     """As in pretrain. (Table 2: ViT-B)"""
-    encoder_width: Annotated[int | None, Range(least=1, most=65536)] = None
+    encoder_width: Annotated[int | None, Range(ge=1, le=65536)] = None
     """As in pretrain."""
-    encoder_depth: Annotated[int | None, Range(least=1, most=1024)] = None
+    encoder_depth: Annotated[int | None, Range(ge=1, le=1024)] = None
     """As in pretrain."""
-    encoder_heads: Annotated[int | None, Range(least=1, most=1024)] = None
+    encoder_heads: Annotated[int | None, Range(ge=1, le=1024)] = None
     """As in pretrain."""
     teachers: str = "vit_base_patch16_224,vit_large_patch16_224"
     """ViTs of timm, separated by commas, with random weights: only their size matters. (Table 2: ViT-B and ViT-L)"""
@@ -29,7 +29,7 @@ class BenchStepConfig(Common):
     """Side of a view in pixels. (Sec. 4.1.1)"""
     middle_size: Annotated[int, PIXELS] = 352
     """Side of the stored middle images in pixels, for the disk space of their tokens. (Sec. 3.2.3)"""
-    patch_size: Annotated[int, Range(least=1, most=1024)] = 16
+    patch_size: Annotated[int, Range(ge=1, le=1024)] = 16
     """Side of a patch in pixels."""
     batch_size: Annotated[int, AT_LEAST_0] = 0
     """Views per step; 0: 256 on a GPU, 32 elsewhere."""

@@ -21,7 +21,7 @@ class BenchStoreConfig(Common):
     """Number of images, spread over IMAGES, to measure on; 0: all."""
     middle_size: Annotated[int, PIXELS] = 352
     """Side of the middle images in pixels."""
-    patch_size: Annotated[int, Range(least=1, most=1024)] = 16
+    patch_size: Annotated[int, Range(ge=1, le=1024)] = 16
     """Side of a patch in pixels."""
     teacher: str = OFFLINE_TEACHER
     """As in tokenize."""

@@ -10,9 +10,9 @@ DEFAULT_TEACHER = "timm/vit_base_patch16_224.dino"
 OFFLINE_TEACHER = "efficientnet-lite0"
 """A teacher whose weights come with a package."""
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
-PIXELS = Range(least=1, most=16384)
+PIXELS = Range(ge=1, le=16384)
 """A side in pixels."""
-BLOCK = Range(least=-1024, most=1023)
+BLOCK = Range(ge=-1024, le=1023)
 """The number of a block: from 0, or from -1 backwards. Which ones exist depends on the network."""
 
 

@@ -18,7 +18,7 @@ class DetectConfig(SupervisedConfig):
     data: Path
     """COCO's own layout (annotations/instances_{train,val}2017.json, train2017/, val2017/), or two folders whose names
     end in train and val, each with images/ and annotations.json in COCO's format."""
-    layer_decay: Annotated[float, Range(above=0, most=1)] = 0.75
+    layer_decay: Annotated[float, Range(gt=0, le=1)] = 0.75
     """Each block's learning rate, as a fraction of that of the block above it. (CAE's value; the paper gives none.)"""
     drop_path: Annotated[float, FRACTION] = 0.2
     """Rate of stochastic depth at the last block, growing linearly from 0 at the first. (Sec. 4.1.5)"""
@@ -28,7 +28,7 @@ class DetectConfig(SupervisedConfig):
     max_size: Annotated[int | None, PIXELS] = None
     """Upper limit of the longer side in pixels; the shorter side shrinks to keep it. Default: 1333/800 of
     --image-size."""
-    head_channels: Annotated[int, Range(least=1, most=16384)] = 256
+    head_channels: Annotated[int, Range(ge=1, le=16384)] = 256
     """Width of the feature pyramid and the heads; 64, say, on a small machine."""
     pictures: Annotated[int, AT_LEAST_0] = 6
     """Images of val/ drawn into detections.png after each evaluation; 0: no picture."""

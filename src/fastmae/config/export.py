@@ -24,7 +24,7 @@ class ExportConfig(Common):
     classifier: bool = False
     """For a run of finetune: the whole classifier, with the names of its classes (timm and onnx). Default: its
     encoder."""
-    opset: Annotated[int, Range(least=18, most=23)] = 18
+    opset: Annotated[int, Range(ge=18, le=23)] = 18
     """Version of the ONNX operators: those that torch writes and onnxruntime reads."""
     weights: Path | None = None
     """Weights file for a timm/NAME, instead of the hub's."""

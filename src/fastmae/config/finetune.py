@@ -18,7 +18,7 @@ class FinetuneConfig(SupervisedConfig):
     """The classifier reads the mean of the patch tokens, or the class token."""
     min_lr: Annotated[float, AT_LEAST_0] = 1e-6
     """Learning rate at the end."""
-    layer_decay: Annotated[float, Range(above=0, most=1)] = 0.65
+    layer_decay: Annotated[float, Range(gt=0, le=1)] = 0.65
     """Each block's learning rate, as a fraction of that of the block above it."""
     drop_path: Annotated[float, FRACTION] = 0.1
     """Rate of stochastic depth at the last block, growing linearly from 0 at the first."""

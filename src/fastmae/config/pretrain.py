@@ -1,7 +1,7 @@
 """Options of `fastmae pretrain`, and what a target implies for them."""
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -34,18 +34,18 @@ class PretrainConfig(TrainingConfig):
 
     encoder: str = "vit_base_patch16_224"
     """Any vit_* name of timm; the store's patch size and --image-size replace its own. (Sec. 4.1.1)"""
-    encoder_width: Annotated[int | None, Range(least=1, most=65536)] = None
+    encoder_width: Annotated[int | None, Range(ge=1, le=65536)] = None
     """Embedding width, instead of the encoder's own."""
-    encoder_depth: Annotated[int | None, Range(least=1, most=1024)] = None
+    encoder_depth: Annotated[int | None, Range(ge=1, le=1024)] = None
     """Number of blocks, instead of the encoder's own."""
-    encoder_heads: Annotated[int | None, Range(least=1, most=1024)] = None
+    encoder_heads: Annotated[int | None, Range(ge=1, le=1024)] = None
     """Number of attention heads, instead of the encoder's own."""
     init: str = ""
     """Start from these weights instead of random ones: a run (with its decoder and heads, where they fit), timm/NAME, a
     checkpoint of MAE, DINO or iBOT, or an exported model."""
     image_size: Annotated[int, PIXELS] = 224
     """Side of a view in pixels. (Sec. 4.1.1)"""
-    mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.75
+    mask_ratio: Annotated[float, Range(gt=0, lt=1)] = 0.75
     """Fraction of the patches that the encoder does not see. (Sec. 4.1.1)"""
     mask: Literal["random", "block"] = "random"
     """Mask scattered patches, or rectangles as BEiT does."""
@@ -67,27 +67,27 @@ class PretrainConfig(TrainingConfig):
     """Weight of the mean of the layers' losses."""
     fusion: bool = False
     """The decoder reads the sum of all layers' projected outputs instead of the last layer alone."""
-    decoder_depth: Annotated[int, Range(least=1, most=1024)] = 1
+    decoder_depth: Annotated[int, Range(ge=1, le=1024)] = 1
     """Transformer blocks of the decoder. (Sec. 4.3.3)"""
-    decoder_width: Annotated[int, Range(least=1, most=65536)] = 512
+    decoder_width: Annotated[int, Range(ge=1, le=65536)] = 512
     """Width of the decoder."""
-    decoder_heads: Annotated[int, Range(least=1, most=1024)] = 16
+    decoder_heads: Annotated[int, Range(ge=1, le=1024)] = 16
     """Attention heads of the decoder."""
     decoder_class_token: bool = False
     """The decoder also sees the encoder's class token, as in MAE."""
     flip: bool = True
     """Flip half of the views, pixels and token grid together."""
 
-    epochs: Annotated[int, Range(least=1, most=1_000_000)] = 60
+    epochs: Annotated[int, Range(ge=1, le=1_000_000)] = 60
     """Passes over the store. (Sec. 4.1.1: 60 or 300)"""
     warmup_epochs: Annotated[float, AT_LEAST_0] = 10.0
     """Epochs of linear warm-up, at most half of the run; then a cosine down to --min-lr."""
-    batch_size: Annotated[int, Range(least=1, most=1 << 24)] = 4096
+    batch_size: Annotated[int, Range(ge=1, le=1 << 24)] = 4096
     """Views per step, over all devices. (Sec. 4.1.1)"""
     base_lr: Annotated[float, POSITIVE] = 1.5e-4
     """Learning rate for 256 views; the learning rate of a step is this times batch size / 256. (Sec. 4.1.1)"""
     betas: Annotated[tuple[float, float], FRACTION] = (0.9, 0.95)
-    """Betas of AdamW."""
+    """Betas of AdamW. (MAE's)"""
 
     compile: bool = False
     """Compile the student with torch.compile: minutes at the start, faster steps on a GPU."""
@@ -111,6 +111,15 @@ class PretrainConfig(TrainingConfig):
     """Labelled images for --knn-every, train/<class>/* and val/<class>/*. Default: the store's own images, labelled by
     their folders, every fifth one held out."""
 
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of a step."""
+        return self.base_lr * self.batch_size / 256
+
+    def with_epochs(self, epochs: int) -> "PretrainConfig":
+        """The same options for a short run of so many epochs, at most a fifth of them warm-up."""
+        return replace(self, epochs=epochs, warmup_epochs=min(self.warmup_epochs, epochs / 5))
+
     @classmethod
     def layers(cls, asked: Mapping[str, Any]) -> list[Layer]:
         """The values of the recipe, on top of what its target implies; and what another target implies, on top of it.
@@ -118,11 +127,12 @@ class PretrainConfig(TrainingConfig):
         A recipe's values fit its own target. Under another target, everything that either of the two targets implies is
         set anew.
         """
-        recipe = {} if asked.get("recipe") is None else load_recipe(str(asked["recipe"]))
+        name = asked.get("recipe")
+        recipe = {} if name in (None, "None") else load_recipe(str(name))
         own = recipe.get("target", "tokens")
         target = asked.get("target") or own
-        layers: list[Layer] = [(f"target {own}", TARGET_DEFAULTS[own]), (f"recipe {asked.get('recipe')}", recipe)]
-        if target in TARGET_DEFAULTS and TARGET_DEFAULTS[target] != TARGET_DEFAULTS[own]:
+        layers: list[Layer] = [(f"target {own}", TARGET_DEFAULTS[own]), (f"recipe {name}", recipe)]
+        if isinstance(target, str) and target in TARGET_DEFAULTS and TARGET_DEFAULTS[target] != TARGET_DEFAULTS[own]:
             plain = {name: getattr(cls, name) for name in TARGET_DEFAULTS[own]}
             layers.append((f"target {target}", plain | TARGET_DEFAULTS[target]))
         return layers

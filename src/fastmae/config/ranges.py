@@ -9,39 +9,39 @@ class Range:
     """The values that a number may take; every limit is optional. NaN and infinity are never allowed.
 
     Attributes:
-        least: the smallest value allowed.
-        above: a limit that itself is not allowed.
-        most: the largest value allowed.
-        below: a limit that itself is not allowed.
+        ge: the smallest value allowed.
+        gt: a lower limit that itself is not allowed.
+        le: the largest value allowed.
+        lt: an upper limit that itself is not allowed.
     """
 
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
 
     def holds(self, value: float) -> bool:
         """Whether a value lies in the range."""
         return (
-            math.isfinite(value)
-            and (self.least is None or value >= self.least)
-            and (self.above is None or value > self.above)
-            and (self.most is None or value <= self.most)
-            and (self.below is None or value < self.below)
+            (isinstance(value, int) or math.isfinite(value))
+            and (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
         )
 
     def __str__(self) -> str:
         """`1 or more`, `more than 0`, `0 to 1`, `0 to less than 1`."""
-        if self.most is None and self.below is None:
-            return f"{self.least} or more" if self.least is not None else f"more than {self.above}"
-        start = f"{self.least}" if self.least is not None else f"more than {self.above}"
-        return f"{start} to {self.most}" if self.most is not None else f"{start} to less than {self.below}"
+        if self.le is None and self.lt is None:
+            return f"{self.ge} or more" if self.ge is not None else f"more than {self.gt}"
+        start = f"{self.ge}" if self.ge is not None else f"more than {self.gt}"
+        return f"{start} to {self.le}" if self.le is not None else f"{start} to less than {self.lt}"
 
 
-AT_LEAST_0 = Range(least=0)
-AT_LEAST_1 = Range(least=1)
-POSITIVE = Range(above=0)
-FRACTION = Range(least=0, below=1)
+AT_LEAST_0 = Range(ge=0)
+AT_LEAST_1 = Range(ge=1)
+POSITIVE = Range(gt=0)
+FRACTION = Range(ge=0, lt=1)
 """From 0 to less than 1: a rate of dropping or smoothing, a decay, a momentum."""
-WORKERS = Range(least=-1, most=1024)
-SEED = Range(least=0, below=2**31)
+WORKERS = Range(ge=-1, le=1024)
+SEED = Range(ge=0, lt=2**31)

@@ -27,5 +27,5 @@ class ReportConfig(Common):
     bench (.md), each with the figure of the same name beside it."""
     images: Annotated[int, AT_LEAST_1] = 6
     """Pictures of each kind."""
-    gallery: Annotated[int, Range(least=2)] = 2000
+    gallery: Annotated[int, Range(ge=2)] = 2000
     """Number of the store's images among which nearest neighbours are searched."""

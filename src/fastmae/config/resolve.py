@@ -7,6 +7,7 @@ values (flags or keyword arguments). Values are converted to their fields' types
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -34,7 +35,8 @@ def resolved(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = {option.name: option.default for option in fields(kind) if option.default is not MISSING}
     above = [("", given)]
-    if given.get("config") is not None:
+    complete = given.keys() >= {option.name for option in fields(kind)}  # as in `dataclasses.replace`
+    if given.get("config") is not None and not complete:
         above.insert(0, (str(given["config"]), read_yaml(Path(given["config"]))))
     above = [(source, _by_name(kind, source, layer)) for source, layer in above]
     asked = {name: value for _, layer in above for name, value in layer.items()}
@@ -44,6 +46,8 @@ def resolved(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in layer.items():
             values[name] = converted(hints[name], value, f"{prefix}{label(kind, name)}")
     missing = [option.name for option in fields(kind) if option.name not in values]
+    if missing and values.get("print_config"):  # the places to read and write need not be named
+        return values | {name: converted(hints[name], placeholder(hints[name], name), name) for name in missing}
     if missing:
         raise InputError(f"give {' and '.join(label(kind, name) for name in missing)}")
     return values
@@ -77,12 +81,12 @@ def converted(hint: Any, value: Any, name: str) -> Any:
 
 
 def _converted_simple(kind: type, value: Any, name: str) -> Any:
-    """A bool, a str or a Path."""
-    accepted: dict[type, Any] = {bool: bool, Path: str | Path, str: str | int | float | Path}  # YAML: `middle_size: 96`
+    """A bool, a str or a Path. YAML reads `middle_size: 96` and `run: 2024` as numbers."""
+    accepted: dict[type, Any] = {bool: bool, Path: str | int | Path, str: str | int | float | Path}
     if not isinstance(value, accepted[kind]) or (isinstance(value, bool) and kind is not bool):
         wanted = {bool: "true or false", Path: "a path", str: "text"}
         raise InputError(f"{name} {value}: give {wanted[kind]}")
-    return kind(value)
+    return kind(str(value)) if kind is Path else kind(value)
 
 
 def _converted_tuple(arguments: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
@@ -97,14 +101,14 @@ def _converted_tuple(arguments: tuple[Any, ...], value: Any, name: str) -> tuple
 
 def _converted_number(kind: type, value: Any, name: str) -> int | float:
     try:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if isinstance(value, bool) or not isinstance(value, str | Real):
             raise ValueError
         if kind is float:
             return float(value)
-        if isinstance(value, float):  # 3.0 may be meant as 3, but 3.5 can't be
+        if not isinstance(value, str | Integral):  # 3.0 may be meant as 3, but 3.5 can't be
             raise ValueError
         return int(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(f"{name} {value}: give a {'whole number' if kind is int else 'number'}") from None
 
 
@@ -132,6 +136,11 @@ def label(kind: Any, name: str) -> str:
     """How messages name an option: `--batch-size`, or STORE for a positional argument."""
     option = next(option for option in fields(kind) if option.name == name)
     return option.metadata.get("metavar", name.upper()) if option.default is MISSING else flag(name)
+
+
+def placeholder(hint: Any, name: str) -> Any:
+    """Stands for a positional argument that --print-config leaves out: STORE, say."""
+    return get_args(hint)[0] if get_origin(hint) is Literal else name.upper()
 
 
 def flag(name: str) -> str:

@@ -18,17 +18,17 @@ class SegmentConfig(SupervisedConfig):
 
     may_change: ClassVar[tuple[str, ...]] = (*SupervisedConfig.may_change, "pictures")
 
-    layer_decay: Annotated[float, Range(above=0, most=1)] = 0.65
+    layer_decay: Annotated[float, Range(gt=0, le=1)] = 0.65
     """Each block's learning rate, as a fraction of that of the block above it."""
     drop_path: Annotated[float, FRACTION] = 0.1
     """Rate of stochastic depth at the last block, growing linearly from 0 at the first."""
     crop_size: Annotated[int | None, PIXELS] = None
     """Side of a training crop and of an inference window in pixels. Default: the largest multiple of the patch size
     that exceeds neither 512 nor the median shorter side of the photos."""
-    short_side: Annotated[int | None, Range(least=0, most=16384)] = None
+    short_side: Annotated[int | None, Range(ge=0, le=16384)] = None
     """Length in pixels to which a photo's shorter side is resized before it is cropped or evaluated; the masks used for
     the evaluation keep their size. 0: no resizing. Default: --crop-size, as in the recipe for ADE20K."""
-    head_channels: Annotated[int | None, Range(least=1, most=16384)] = None
+    head_channels: Annotated[int | None, Range(ge=1, le=16384)] = None
     """Width of UperNet's head. Default: the encoder's own, so 768 on a ViT-B."""
     inference: Literal["slide", "whole"] = "slide"
     """Average the scores of windows of --crop-size, each shifted by two thirds of it; or use the whole photo."""

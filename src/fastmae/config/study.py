@@ -28,7 +28,7 @@ class StudyConfig(Common):
     """As in tokenize, for one teacher."""
     middle_size: str = "96"
     """As in tokenize."""
-    patch_size: Annotated[int, Range(least=1, most=1024)] = 8
+    patch_size: Annotated[int, Range(ge=1, le=1024)] = 8
     """As in tokenize."""
     flip: bool = True
     """As in pretrain."""

@@ -25,7 +25,7 @@ class SupervisedConfig(TrainingConfig):
     weights: Path | None = None
     """Weights file for a timm/NAME, instead of the hub's."""
 
-    epochs: Annotated[int | None, Range(least=1, most=1_000_000)] = None
+    epochs: Annotated[int | None, Range(ge=1, le=1_000_000)] = None
     """Passes over the training images."""
     warmup_epochs: Annotated[float | None, AT_LEAST_0] = None
     """Epochs of linear warm-up."""
@@ -33,9 +33,7 @@ class SupervisedConfig(TrainingConfig):
     """Images per step, over all devices."""
     lr: Annotated[float | None, POSITIVE] = None
     """Peak learning rate of a step (not per 256 images)."""
-    betas: Annotated[tuple[float, float], FRACTION] = (0.9, 0.999)
-    """Betas of AdamW."""
-    layer_decay: Annotated[float, Range(above=0, most=1)] = 1.0
+    layer_decay: Annotated[float, Range(gt=0, le=1)] = 1.0
     """Each block's learning rate, as a fraction of that of the block above it."""
     drop_path: Annotated[float, FRACTION] = 0.0
     """Rate of stochastic depth at the last block, growing linearly from 0 at the first."""

@@ -35,9 +35,9 @@ class TokenizeConfig(Common):
     middle_size: str = "352"
     """Side of the middle image in pixels (Sec. 3.2.3). Several sizes (256,352,448) keep each picture at each size, and
     a view draws its scale."""
-    patch_size: Annotated[int, Range(least=1, most=1024)] = 16
+    patch_size: Annotated[int, Range(ge=1, le=1024)] = 16
     """Side of a patch in pixels (Sec. 4.1.1)."""
-    channels: Annotated[int, Range(least=1, most=1024)] = 3
+    channels: Annotated[int, Range(ge=1, le=1024)] = 3
     """Image channels as the student will see them: 3 for RGB, 1 for grey; any other number is read from .npy files
     [H, W, channels] or from images with as many bands."""
     teacher_channels: str = ""
@@ -53,9 +53,9 @@ class TokenizeConfig(Common):
     the disk)."""
     pixels: Literal["jpeg", "raw"] = "jpeg"
     """Storage of the middle images."""
-    jpeg_quality: Annotated[int, Range(least=1, most=100)] = 90
+    jpeg_quality: Annotated[int, Range(ge=1, le=100)] = 90
     """JPEG quality of the middle images."""
-    shard_size: Annotated[int, Range(least=1, most=1 << 20)] = 256
+    shard_size: Annotated[int, Range(ge=1, le=1 << 20)] = 256
     """Images per shard: what a kill loses at most, and what is held in memory."""
     batch_size: Annotated[int, AT_LEAST_1] = 32
     """Images per forward pass of the teacher."""

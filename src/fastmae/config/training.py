@@ -21,6 +21,8 @@ class TrainingConfig(Common):
     """Learning rate at the end."""
     weight_decay: Annotated[float, AT_LEAST_0] = 0.05
     """Weight decay of AdamW, on weights with two or more dimensions."""
+    betas: Annotated[tuple[float, float], FRACTION] = (0.9, 0.999)
+    """Betas of AdamW."""
     clip_grad: Annotated[float, AT_LEAST_0] = 0.0
     """Largest norm of the gradient; 0: no clipping."""
     ema: Annotated[float, FRACTION] = 0.0

@@ -25,7 +25,7 @@ from fastmae.tokens import TokenStore
 from fastmae.training.state import WHOLE
 
 MAX_IMAGES = 5000
-"""Most images of a store that are used, spread over all of it: a measurement should take seconds."""
+"""Maximum number of a store's images that are used, spread over all of it: a measurement should take seconds."""
 HELD_OUT = 5
 """One in so many images of a store is classified by the votes of the others."""
 BATCH_SIZE = 64

@@ -170,7 +170,7 @@ def _settings(config: PretrainConfig, images: int) -> Settings:
         images,
         config.epochs,
         config.batch_size,
-        config.base_lr * config.batch_size / 256,
+        config.lr,
         config.warmup_epochs,
         config.knn_every or math.inf,
     )

@@ -42,7 +42,7 @@ def pretrain(config: PretrainConfig, measure: Measure | None = None) -> dict[str
     """
     plan = make_plan(config)
     if config.profile:
-        return profile(config, plan, pretraining_task(config, plan))
+        return profile(config, plan, pretraining_task(replace(config, knn_every=0.0), plan))
     config = as_planned(config, plan)
     result = train(config, pretraining_task(config, plan, measure), plan.settings)
     if result is not None:
@@ -77,7 +77,7 @@ def pretraining_task(config: PretrainConfig, plan: Plan, measure: Measure | None
         evaluate=_evaluation(config, plan, measure) if config.knn_every else None,
         collate=as_is,
         order=ShuffleOrder(plan.stores[0][0].shard_sizes, config.seed, plan.shuffle_window),
-        on_the_way=prefetching(plan),
+        wrap_batches=prefetching(plan),
         initialise=partial(initialise_student, spec=config.init) if config.init else no_initialisation,
         to_device=step.to,
         compile=config.compile,

@@ -13,11 +13,12 @@ from fastmae.errors import InputError
 from fastmae.pretraining.plan import Plan
 from fastmae.pretraining.step import PretrainStep
 from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.launch import bare
 from fastmae.runtime.workers import worker_count
 from fastmae.student.loss import Prediction
 from fastmae.student.student import Student
 from fastmae.tokens.loader import ViewBatch
-from fastmae.training.run import launch_processes, loader, set_up
+from fastmae.training.run import launch_processes, loader, sampler, set_up
 from fastmae.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ STAGES = {
     "loss": "both losses, forward and backward",
     "optimiser": "the optimizer's step",
 }
-WORTH_A_WORD = 0.15
+ADVICE_THRESHOLD = 0.15
 """Share of a step from which advice is about the loader, the copy or the optimizer."""
 
 
@@ -82,7 +83,9 @@ def profile(config: PretrainConfig, plan: Plan, task: Task, timed_steps: int = T
     run = set_up(config, task, plan.settings, fabric, grad_accum_steps)
     timed_steps = min(timed_steps, max(1, plan.settings.steps - WARMUP_STEPS))
     warmup_steps = min(WARMUP_STEPS, plan.settings.steps - timed_steps)
-    batches = loader(run)
+    step_sampler = sampler(run)
+    batches = task.wrap_batches(loader(run, step_sampler), step_sampler)
+    optimizer = bare(run.state.optimizer)  # the gradients are not scaled here, and Fabric's would unscale them
     clock, start = StageClock(fabric.device), time.perf_counter()
     for step in range(warmup_steps + timed_steps):
         if step == warmup_steps:
@@ -94,8 +97,8 @@ def profile(config: PretrainConfig, plan: Plan, task: Task, timed_steps: int = T
                 batch = fabric.to_device(batch)
             forward_and_backward(run.state.network, task.step, batch, fabric, clock)  # type: ignore[arg-type]
         with clock.stage("optimiser"):
-            run.state.optimizer.step()
-            run.state.optimizer.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     return _outcome(config, clock, (time.perf_counter() - start) / timed_steps, timed_steps)
 
 
@@ -161,14 +164,14 @@ def advise(shares: dict[str, float], config: PretrainConfig) -> str:
         return f"the {name or stage} takes {100 * shares[stage]:.0f} % of a step"
 
     workers = worker_count(config.workers)
-    if shares["loader"] > WORTH_A_WORD:
+    if shares["loader"] > ADVICE_THRESHOLD:
         more = f"--workers {workers + 4} (now {workers})"
         return f"{percent('loader')}: give {more} if there are cores for them, or tokenize with --pixels raw"
-    if config.target == "teacher" and shares["target"] > WORTH_A_WORD:
+    if config.target == "teacher" and shares["target"] > ADVICE_THRESHOLD:
         return f"{percent('target', 'online teacher')}: --target tokens reads the same features from the store"
-    if shares["copy"] > WORTH_A_WORD:
+    if shares["copy"] > ADVICE_THRESHOLD:
         return f"{percent('copy')}: the bus is slow or the tokens are wide; tokenize with --codec pq48"
-    if shares["optimiser"] > WORTH_A_WORD:
+    if shares["optimiser"] > ADVICE_THRESHOLD:
         return f"{percent('optimiser')}: with a larger --batch-size there are fewer steps"
     if shares["decoder"] > shares["encoder"]:
         return f"{percent('decoder')}: give --decoder-depth 1 or a smaller --decoder-width"

@@ -1,27 +1,49 @@
-"""How fast a run would train on this machine, from a few steps of a student that is thrown away."""
+"""How fast a run would train on this machine, and the epochs that fit into a given time."""
 
 import itertools
+import math
 import time
+from dataclasses import replace
 
 from fastmae.config import PretrainConfig
 from fastmae.pretraining.plan import make_plan
 from fastmae.pretraining.pretrain import pretraining_task
-from fastmae.training.run import launch_processes, set_up, take_step, train_batches
+from fastmae.runs.folder import RUN_FILE, read_run
+from fastmae.tokens import TokenStore
+from fastmae.training.run import launch_processes, set_up, train_batches, train_step
 
 WARMUP_STEPS = 2
 """The first steps also allocate memory and start the loading processes."""
 
 
+def fitted_to_time(config: PretrainConfig, seconds: float, timed_steps: int) -> PretrainConfig:
+    """The options with as many epochs as fit into a time, so that the schedule ends with it.
+
+    A run that was begun continues with the epochs that were chosen for it.
+
+    Args:
+        config: options of a run on one store.
+        seconds: training time.
+        timed_steps: steps for measuring the speed.
+    """
+    if (config.run / RUN_FILE).exists():
+        return config.with_epochs(int(read_run(config.run)["options"]["epochs"]))
+    images = len(TokenStore(config.stores[0]))
+    return config.with_epochs(max(1, round(seconds * images_per_second(config, timed_steps) / images)))
+
+
 def images_per_second(config: PretrainConfig, timed_steps: int) -> float:
-    """Views per second of a run with these options, measured over some steps."""
+    """Views per second of a run with these options, measured over some steps of a student that is thrown away."""
+    steps = WARMUP_STEPS + timed_steps
+    images = len(make_plan(config).stores[0][0])
+    config = replace(config, epochs=max(config.epochs, math.ceil(steps * config.batch_size / images)))
     plan = make_plan(config)
     task = pretraining_task(config, plan)
-    fabric, grad_accum_steps = launch_processes(config, task, plan.settings)
-    run = set_up(config, task, plan.settings, fabric, grad_accum_steps)
+    run = set_up(config, task, plan.settings, *launch_processes(config, task, plan.settings))
     batches = train_batches(run)
     start = 0.0
-    for step in range(WARMUP_STEPS + timed_steps):
+    for step in range(steps):
         if step == WARMUP_STEPS:
             start = time.monotonic()
-        take_step(run, itertools.islice(batches, grad_accum_steps))
+        train_step(run, itertools.islice(batches, run.grad_accum_steps))
     return config.batch_size * timed_steps / (time.monotonic() - start)

@@ -35,7 +35,7 @@ class PretrainStep:
         loss: compares prediction and target.
         mean: mean of the student's input, one value per channel (of values in [0, 1]).
         std: its standard deviation.
-        autocast: precision under which an online teacher runs: that of the student.
+        autocast: precision of an online teacher; by default fp32, in which stored tokens are computed too.
     """
 
     target: Target
@@ -60,8 +60,7 @@ class PretrainStep:
             return self.target(batch, images)
 
     def to(self, fabric: Fabric) -> None:
-        """Use the run's device and precision for an online teacher."""
-        self.autocast = fabric.autocast
+        """Move an online teacher to the run's device."""
         if isinstance(self.target, OnlineTokens):
             self.target.to(fabric.device)
 

@@ -18,3 +18,8 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     others = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
     return "  ".join([cells[0].ljust(widths[0]), *others]).rstrip()
+
+
+def with_std(mean: float, std: float | None) -> str:
+    """`32.4 ± 1.0`, or `32.4` for a single run."""
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -21,7 +21,7 @@ from fastmae.probes.neighbours import knn_accuracy
 from fastmae.reporting.charts import bars
 from fastmae.reporting.html_page import Section, write_page
 from fastmae.runtime.durable import write_json
-from fastmae.runtime.table import text_table
+from fastmae.runtime.table import text_table, with_std
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def _run_options(config: AblateConfig, row: Row, store: Path, seed: int) -> Pret
     """The options of one run of a row."""
     run = config.out / config.table / f"{_as_file_name(row.name)}-seed{seed}"
     options = config.pretrain_options(store, run, seed, **{"epochs": config.epochs, **row.options})
-    return replace(options, warmup_epochs=min(options.warmup_epochs, options.epochs / 5))
+    return options.with_epochs(options.epochs)
 
 
 def _measure(config: AblateConfig, name: str, options: PretrainConfig) -> dict[str, float]:
@@ -191,8 +191,8 @@ def _publish(config: AblateConfig, title: str, results: list[dict[str, Any]]) ->
     rows = [
         {
             config.table: result["row"],
-            "k-NN top-1 %": _with_std(result, "knn"),
-            "linear top-1 %": _with_std(result, "linear"),
+            "k-NN top-1 %": with_std(result["knn"], result.get("knn_std")),
+            "linear top-1 %": with_std(result["linear"], result.get("linear_std")),
             "seconds": f"{result['seconds']:.0f}",
             "the paper, fine-tuned %": result["paper"] or "-",
         }
@@ -209,11 +209,6 @@ def _publish(config: AblateConfig, title: str, results: list[dict[str, Any]]) ->
     page = config.out / f"{config.table}.html"
     write_page(page, title, lead, [Section("The rows", text, rows, charts=charts)])
     log.info(f"{title}\n{text_table(rows)}\n{page}")
-
-
-def _with_std(result: dict[str, Any], name: str) -> str:
-    std = result.get(f"{name}_std")
-    return f"{result[name]:.1f}" if std is None else f"{result[name]:.1f} ± {std:.1f}"
 
 
 def _as_file_name(text: str) -> str:

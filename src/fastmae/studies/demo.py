@@ -2,7 +2,6 @@
 
 import logging
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ from PIL import Image
 from fastmae.config import OFFLINE_TEACHER, DemoConfig, KnnConfig, PretrainConfig, TokenizeConfig
 from fastmae.errors import InputError
 from fastmae.evaluate.knn import knn
-from fastmae.images.sources import labelled_split
 from fastmae.offline.tokenize import tokenize
 from fastmae.pretraining.pretrain import pretrain
-from fastmae.pretraining.speed import images_per_second
+from fastmae.pretraining.speed import fitted_to_time
+from fastmae.probes.labelled import open_labelled
 from fastmae.reporting.charts import Curves, bars
 from fastmae.reporting.html_page import Section, write_page
 from fastmae.reporting.predictions import predictions_png
-from fastmae.runs.folder import RUN_FILE, read_metrics, read_run
+from fastmae.runs.folder import read_metrics
 from fastmae.runtime.durable import write_whole
 from fastmae.runtime.table import text_table
 from fastmae.tokens import TokenStore
@@ -41,8 +40,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     start = time.monotonic()
     data = config.images or _write_digits(config.out / "digits")
     data_options = PHOTO_OPTIONS if config.images else DIGIT_OPTIONS
-    for split in ("train", "val"):
-        labelled_split(data, split)  # fails now rather than after the training
+    open_labelled(data)  # fails now rather than after the training
     store = config.out / "demo.tokens"
     tokenized = tokenize(
         TokenizeConfig(
@@ -96,16 +94,11 @@ def _write_digits(folder: Path) -> Path:
 
 
 def _pretrain(config: DemoConfig, store: Path, run: Path, recipe: str, flip: bool) -> None:
-    """Pre-train for the demo's time: the measured speed gives the epochs, so that the schedule ends with the time."""
+    """Pre-train for the demo's time."""
     options = PretrainConfig(
         stores=(str(store),), run=run, recipe=recipe, flip=flip, seed=config.seed, device=config.device
     )
-    if (run / RUN_FILE).exists():  # an interrupted demo continues with the epochs that it had chosen
-        epochs = read_run(run)["options"]["epochs"]
-    else:
-        images = 60 * config.minutes * images_per_second(options, TIMED_STEPS)
-        epochs = max(1, round(images / len(TokenStore(store))))
-    pretrain(replace(options, epochs=epochs, warmup_epochs=min(options.warmup_epochs, epochs / 5)))
+    pretrain(fitted_to_time(options, 60 * config.minutes, TIMED_STEPS))
 
 
 def _accuracies(config: DemoConfig, data: Path, runs: dict[str, Path]) -> dict[str, dict[str, Any]]:

@@ -14,18 +14,15 @@ from fastmae.runtime.progress import Progress
 from fastmae.runtime.seeding import seed_everything
 from fastmae.training.evaluation import evaluate, is_due
 from fastmae.training.meter import Meter
-from fastmae.training.run import Run, take_step, train_batches
+from fastmae.training.run import Run, train_batches, train_step
 from fastmae.training.stopping import StopRequest, Vote
 
 
-def fit(run: Run, folder: RunFolder) -> dict[str, float]:
+def fit(run: Run, folder: RunFolder) -> None:
     """Train from the state's step to the last one.
 
     After each step: log every `log_every` steps, evaluate when due, save every `save_every` minutes, stop if a signal
     asks for it.
-
-    Returns:
-        The last log entry; empty if no step was left.
 
     Raises:
         InterruptedRunError: after SIGINT, SIGTERM or SIGUSR1, and after saving.
@@ -35,7 +32,6 @@ def fit(run: Run, folder: RunFolder) -> dict[str, float]:
     steps, first_process = settings.steps, fabric.is_global_zero
     metrics = folder.metrics(state.step) if first_process else None
     meter, vote = Meter(fabric, state.sums, state.summed_steps), Vote(fabric)
-    entry: dict[str, float] = {}
     progress = Progress(
         run.task.name, "steps", steps, state.step, not first_process, scale=settings.batch_size, rate_unit="images"
     )
@@ -44,7 +40,7 @@ def fit(run: Run, folder: RunFolder) -> dict[str, float]:
 
     def save() -> None:
         state.sums, state.summed_steps = meter.totals(), meter.summed_steps
-        _check_finite(run, state.sums, folder)
+        _check_finite(run, state.sums, folder)  # a checkpoint of a run that has failed is worth nothing
         state.save(fabric, folder)
 
     def save_if_alone() -> None:  # other processes know nothing of this one's failure; they have their regular saves
@@ -57,7 +53,7 @@ def fit(run: Run, folder: RunFolder) -> dict[str, float]:
             run.schedule.step_update(state.step)
             seed_everything((config.seed * steps + state.step) * fabric.world_size + fabric.global_rank)
             meter.add(
-                take_step(run, itertools.chain([first_batch], itertools.islice(batches, run.grad_accum_steps - 1)))
+                train_step(run, itertools.chain([first_batch], itertools.islice(batches, run.grad_accum_steps - 1)))
             )
             state.step += 1
             if state.ema is not None:
@@ -87,7 +83,6 @@ def fit(run: Run, folder: RunFolder) -> dict[str, float]:
                 raise InterruptedRunError(
                     f"stopped after step {state.step} of {steps}, and saved; the same call continues"
                 )
-    return entry
 
 
 def _log_entry(run: Run, meter: Meter, now: float) -> dict[str, float]:

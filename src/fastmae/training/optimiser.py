@@ -70,7 +70,7 @@ def cosine_schedule(
     step."""
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(2, steps - warmup_steps),  # of 1, which is the same for a single step, timm would warn
+        t_initial=max(2, steps - warmup_steps),  # timm warns about 1; for a single step, 2 gives the same rate
         lr_min=min_lr,
         warmup_t=warmup_steps,
         warmup_lr_init=0.0,

@@ -79,13 +79,13 @@ def _optimizer(config: TrainingConfig, task: Task, settings: Settings, fabric: F
     groups = task.parameter_groups()
     if task.optimizer is not None:
         return task.optimizer(groups, settings.lr)
-    betas: tuple[float, float] = config.betas  # type: ignore[attr-defined]  # each command has its own default
-    return adamw(groups, settings.lr, betas, fabric)
+    return adamw(groups, settings.lr, config.betas, fabric)
 
 
 def train_batches(run: Run) -> Iterator[Any]:
     """This process's batches on its device, from the state's step to the last; `grad_accum_steps` of them per step."""
-    return run.task.on_the_way(map(run.fabric.to_device, loader(run)), sampler(run))
+    step_sampler = sampler(run)
+    return run.task.wrap_batches(map(run.fabric.to_device, loader(run, step_sampler)), step_sampler)
 
 
 def sampler(run: Run) -> StepSampler:
@@ -103,18 +103,18 @@ def sampler(run: Run) -> StepSampler:
     )
 
 
-def loader(run: Run) -> Iterator[Any]:
+def loader(run: Run, step_sampler: StepSampler) -> Iterator[Any]:
     """This process's batches as the loading processes give them: on the CPU, pinned for a GPU."""
     return batches(
         run.task.dataset,
         run.fabric.device,
         run.config.workers,
-        batch_sampler=sampler(run),
+        batch_sampler=step_sampler,
         collate=run.task.collate,
     )
 
 
-def take_step(run: Run, micro_batches: Iterable[Any]) -> dict[str, torch.Tensor]:
+def train_step(run: Run, micro_batches: Iterable[Any]) -> dict[str, torch.Tensor]:
     """One step of the optimizer, over the gradients of `grad_accum_steps` batches.
 
     Returns:

@@ -1,6 +1,7 @@
 """When a run stops or saves: signals become a flag, and several processes agree on what to do."""
 
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -22,7 +23,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self.requested = False
-        self.previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        # Only the main thread receives signals, and only it may ask for them.
+        numbers = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self.previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

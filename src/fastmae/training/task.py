@@ -70,7 +70,7 @@ def nothing_to_move(_: Fabric) -> None:
     """The step uses nothing on the device but the model and the batch."""
 
 
-def as_loaded(batches: Iterable[Any], _: StepSampler) -> Iterator[Any]:
+def not_wrapped(batches: Iterable[Any], _: StepSampler) -> Iterator[Any]:
     """The loader's batches, with nothing to do on the way."""
     yield from batches
 
@@ -89,14 +89,14 @@ class Task:
         parameter_groups: gives the optimizer's groups, once the network is on its device; they may have `lr_scale`.
         description: for run.json, JSON-able: together with the options, all that is needed to load the result.
         inputs: for inputs.json, JSON-able: where the inputs were found.
-        evaluate: (bare network, fabric) -> figures, the same in every process; see `Evaluation`. None: not measured.
+        evaluate: (bare network, fabric) -> figures, the same in every process; None: not measured.
         metric: figure by which best.pt is chosen; larger is better. Empty: no best.pt.
         shown: figures shown after each evaluation; empty: the first ones.
         schedule: of the learning rate: (optimizer, steps, warm-up steps, last learning rate).
         optimizer: (groups, learning rate) -> optimizer; None: AdamW with the options' betas.
         collate: samples -> batch; None: torch's own.
         order: order of the images in each epoch; None: a full shuffle.
-        on_the_way: passes the batches on and may work ahead (fetch what comes next).
+        wrap_batches: passes the batches on and may work ahead (fetch what comes next).
         initialise: gives a new run's network other weights than random ones, and says which.
         to_device: moves what the step uses besides the model to the run's device.
         compile: whether to compile the network.
@@ -121,7 +121,7 @@ class Task:
     optimizer: Callable[[ParameterGroups, float], torch.optim.Optimizer] | None = None
     collate: Callable[[list[Any]], Any] | None = None
     order: ShuffleOrder | None = None
-    on_the_way: Callable[[Iterable[Any], StepSampler], Iterator[Any]] = as_loaded
+    wrap_batches: Callable[[Iterable[Any], StepSampler], Iterator[Any]] = not_wrapped
     initialise: Callable[[nn.Module], str] = no_initialisation
     to_device: Callable[[Fabric], None] = nothing_to_move
     compile: bool = False
