@@ -49,7 +49,7 @@ result = fastmae.pretrain({str(vit_store)!r}, {str(tmp_path / "run")!r}, **optio
 assert result["epochs"] == 1 and result["checkpoint"].endswith("checkpoint.pt"), result
 top1 = fastmae.knn({str(tmp_path / "run")!r}, {str(photos)!r}, workers=0, device="cpu")["top1"]
 assert 0 <= top1 <= 100
-assert any("1 epochs" in message for message in messages), messages
+assert any("1 epoch =" in message for message in messages), messages
 assert any("k-NN top-1" in message for message in messages), messages
 """
     done = subprocess.run([fastmae_command[0], "-c", script], capture_output=True, text=True, check=False)
@@ -63,6 +63,8 @@ def test_bad_input_raises_an_input_error(vit_store, tmp_path):
         fastmae.pretrain(vit_store, tmp_path / "run", epochs=0)
     with pytest.raises(fastmae.InputError, match="did you mean"):
         fastmae.pretrain(vit_store, tmp_path / "run", epcohs=1)
+    with pytest.raises(fastmae.InputError, match="print_config"):
+        fastmae.pretrain(vit_store, tmp_path / "run", print_config=True)
     with pytest.raises(TypeError):
         fastmae.knn(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from fastmae.config.commands import COMMANDS
 from fastmae.config.options import help_texts
+from fastmae.errors import InputError
 
 Location = str | Path
 Function = TypeVar("Function", bound=Callable[..., dict[str, Any]])
@@ -25,6 +26,8 @@ Function = TypeVar("Function", bound=Callable[..., dict[str, Any]])
 
 def _run(command: str, **given: Any) -> dict[str, Any]:
     kind = COMMANDS[command].kind
+    for name in {"json", "print_config"} & given.keys():
+        raise InputError(f"{name}: is a flag of the command line alone; leave it out")
     return COMMANDS[command].run(kind(**given)) or {}
 
 

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import inspect
 import io
 import json
 import os
@@ -101,8 +102,8 @@ def parse(command: str, args: Sequence[str]) -> Any:
     if command not in COMMANDS:
         known = _two_word_names(command.partition(" ")[0]) or list(COMMANDS)
         near = difflib.get_close_matches(command, known, 1)
-        hint = f"; did you mean {near[0]!r}" if near else ""
-        raise InputError(f"no such command{hint}; commands: {', '.join(known)}")
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"no such command{hint}; give one of {', '.join(known)}")
     kind = COMMANDS[command].kind
     typed, words = _typed(command, args)
     given = {**_assigned(kind, words), **typed}
@@ -163,7 +164,7 @@ def _typed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], list[str]
     kind = COMMANDS[command].kind
     parser = _Parser(
         usage=_usage(command),
-        description=kind.__doc__,
+        description=inspect.cleandoc(kind.__doc__ or ""),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         add_help=False,
@@ -188,7 +189,7 @@ def _typed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], list[str]
     if unknown:
         flags = [action for option in parser._actions for action in option.option_strings]
         near = difflib.get_close_matches(unknown[0], flags, 1)
-        raise InputError(f"no option {unknown[0]}{f'; did you mean {near[0]}' if near else ''}; see --help")
+        raise InputError(f"no option {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}; see --help")
     words = [word for name, words in vars(typed).items() if name.startswith("_") for word in words]
     return values, words + protected
 

@@ -11,7 +11,7 @@ DESCRIPTION = {"options": {"epochs": 3, "betas": (0.9, 0.95)}, "store": {"images
 def test_a_run_can_only_be_opened_again_with_the_same_description(tmp_path):
     RunFolder(tmp_path / "run", DESCRIPTION, resume=True)
     RunFolder(tmp_path / "run", DESCRIPTION, resume=True)
-    with pytest.raises(InputError, match="options epochs: 3"):
+    with pytest.raises(InputError, match="--epochs 3, not 4"):
         RunFolder(tmp_path / "run", {**DESCRIPTION, "options": {"epochs": 4, "betas": (0.9, 0.95)}}, resume=True)
     assert read_run(tmp_path / "run")["store"] == {"images": 10}
 

@@ -92,6 +92,16 @@ def test_only_a_new_run_is_initialised(sums_task, options, settings, caplog):
     assert (continued.network.weight != 0).all()
 
 
+def test_an_initialisation_that_is_refused_leaves_no_folder(sums_task, options, settings):
+    def refuse(_):
+        raise InputError("--init: another encoder")
+
+    task = sums_task(initialise=refuse)
+    with pytest.raises(InputError, match="--init"):
+        train(options(), task, settings)
+    assert not task.out.exists()
+
+
 def test_the_run_records_the_options_that_make_it_what_it_is_and_where_its_inputs_are(sums_task, options, settings):
     task = sums_task(description={"classes": ["a", "b"]}, inputs={"data": "/photos"})
     train(options(seed=3), task, settings)
@@ -105,7 +115,7 @@ def test_the_run_records_the_options_that_make_it_what_it_is_and_where_its_input
 
 def test_a_run_with_other_settings_is_not_continued(sums_task, options, settings):
     train(options(), sums_task(), settings)
-    with pytest.raises(InputError, match="options lr"):
+    with pytest.raises(InputError, match="--lr 0.1, not 0.2"):
         train(options(), sums_task(), replace(settings, lr=0.2))
 
 

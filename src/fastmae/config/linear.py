@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from fastmae.config.common import BLOCK, PIXELS
 from fastmae.config.options import options
 from fastmae.config.ranges import AT_LEAST_0
+from fastmae.config.resolve import flag
 from fastmae.config.supervised import SupervisedConfig
 from fastmae.errors import InputError
 
@@ -31,8 +32,9 @@ class LinearConfig(SupervisedConfig):
 
     def check(self) -> None:
         """Refuse options that contradict each other."""
-        if self.checkpoint_activations:
-            raise InputError("--checkpoint-activations: the encoder is frozen, so there is no backward pass through it")
+        for name in ("betas", "layer_decay", "drop_path", "checkpoint_activations"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise InputError(f"{flag(name)}: has no effect on a linear probe by LARS; leave it out")
         if self.out is not None and self.solver == "logistic":
             raise InputError("--out: --solver logistic writes nothing; leave it out, or use --solver lars")
         if self.augment == "crop" and self.solver == "logistic":

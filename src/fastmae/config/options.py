@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
-from fastmae.config.resolve import Layer, check_ranges, resolved
+from fastmae.config.resolve import Layer, resolved
 
 if sys.version_info >= (3, 11):
     from typing import dataclass_transform
@@ -36,7 +36,6 @@ def options(kind: Kind) -> Kind:
     @functools.wraps(assign)
     def resolve_and_assign(self: Any, **given: Any) -> None:
         assign(self, **resolved(type(self), given))
-        check_ranges(self)
         self.check()
 
     built.__init__ = resolve_and_assign

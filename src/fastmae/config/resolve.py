@@ -1,7 +1,7 @@
 """Where an option's value comes from: one set of rules for the command line, YAML, Python, studies and benches.
 
 Each source goes over the one before: defaults < what the target implies < recipe < `--config FILE` < the caller's own
-values (flags or keyword arguments). Values are converted to their fields' types here, and ranges are checked once.
+values (flags or keyword arguments). Values are converted to their fields' types here, and checked against their ranges.
 """
 
 import difflib
@@ -62,15 +62,19 @@ def converted(hint: Any, value: Any, name: str) -> Any:
         name: the option's name, for messages.
 
     Raises:
-        InputError: a value that is not of the type.
+        InputError: a value that is not of the type, or out of its range.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return converted(arguments[0], value, name)
+        number = converted(arguments[0], value, name)
+        _check_range(range_of(hint), number, name)
+        return number
     if origin in (Union, UnionType):
         if value is None or value == "None":
             return None
         return converted(next(kind for kind in arguments if kind is not NoneType), value, name)
+    if value is None:
+        raise InputError(f"{name}: needs a value")
     if origin is Literal:
         if value not in arguments:
             raise InputError(f"{name} {value}: give one of {', '.join(map(repr, arguments))}{_near(value, arguments)}")
@@ -112,19 +116,10 @@ def _converted_number(kind: type, value: Any, name: str) -> int | float:
         raise InputError(f"{name} {value}: give a {'whole number' if kind is int else 'number'}") from None
 
 
-def check_ranges(config: Any) -> None:
-    """Check every number against the range in its field's annotation.
-
-    Raises:
-        InputError: names the option, its value and its range.
-    """
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
-        value = getattr(config, name)
-        if (span := range_of(hint)) is None or value is None:
-            continue
-        if not all(span.holds(number) for number in (value if isinstance(value, tuple) else [value])):
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(f"{label(type(config), name)} {shown}: give {span}")
+def _check_range(span: Range | None, number: Any, name: str) -> None:
+    numbers = number if isinstance(number, tuple) else () if number is None else (number,)
+    if span is not None and not all(span.holds(each) for each in numbers):
+        raise InputError(f"{name} {' '.join(map(str, numbers))}: give {span}")
 
 
 def range_of(hint: Any) -> Range | None:
@@ -155,7 +150,9 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
         InputError: a file that can't be read, or holds something else.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise InputError(f"{path}: does not exist; give a YAML file of options") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: can't be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -77,7 +77,7 @@ def draw_confusion(counts: torch.Tensor, classes: list[str], path: Path) -> None
             colour = "white" if shares[true, predicted] > 0.5 else "black"
             text = str(int(counts[true, predicted]))
             axes.text(predicted, true, text, ha="center", va="center", fontsize=6, color=colour)
-    axes.set(xlabel="predicted", ylabel="true", title=f"right: {100 * counts.diag().sum() / counts.sum():.1f} %")
+    axes.set(xlabel="predicted", ylabel="true", title=f"accuracy: {100 * counts.diag().sum() / counts.sum():.1f} %")
     figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
     confusions = most_confused(counts, classes)
     if confusions:

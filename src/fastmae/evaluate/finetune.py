@@ -28,6 +28,7 @@ from fastmae.probes.embed import check_pool
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.wording import weight_count
 from fastmae.training.driver import train
 from fastmae.training.evaluation import val_batches
 from fastmae.training.optimiser import layer_decayed_groups
@@ -71,12 +72,12 @@ def finetuning_task(config: FinetuneConfig, data: LabelledFolder, settings: Sett
     network, arguments = build_classifier(opened, len(data.classes), config.pool, config.drop_path)
     if config.checkpoint_activations:
         network.set_grad_checkpointing()
-    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    weights = sum(parameter.numel() for parameter in network.parameters())
     augmentation = _augmentation(config, opened)
     return Task(
         name="finetune",
         out=config.out,
-        headline=f"finetune: {millions:.1f} M weights",
+        headline=f"finetune: {weight_count(weights)}",
         network=network,
         dataset=LabelledImages(data.train, data.train_labels, opened.channels, augmentation, config.seed),
         step=ClassifierStep(_mixing(config, len(data.classes)), config.smoothing),

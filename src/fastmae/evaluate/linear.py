@@ -25,6 +25,7 @@ from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.device import own_device
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.processes import this_process
+from fastmae.runtime.wording import counted, weight_count
 from fastmae.runtime.workers import as_is
 from fastmae.training.driver import train
 from fastmae.training.task import ParameterGroups, Task
@@ -66,7 +67,7 @@ def linear(config: LinearConfig) -> dict[str, Any] | None:
             result = train(config, probing_task(config, data, opened, embed, features, out), settings)
         if result is not None:
             best = f"best evaluation {result['best_top1']:.1f} % at epoch {result['best_epoch']:g}"
-            method = f"{result['epochs']} epochs of LARS, {best}"
+            method = f"{counted(result['epochs'], 'epoch')} of LARS, {best}"
     if result is None:
         return None
     if config.out is None:
@@ -106,11 +107,11 @@ def probing_task(
         dataset = LabelledImages(data.train, data.train_labels, opened.channels, augmentation, config.seed)
     else:
         dataset = FeatureBatches(features["train"], data.train_labels)
-    millions = sum(parameter.numel() for parameter in probe.parameters()) / 1e6
+    weights = sum(parameter.numel() for parameter in probe.parameters())
     return Task(
         name="linear",
         out=out,
-        headline=f"linear: {millions:.1f} M weights",
+        headline=f"linear: {weight_count(weights)}",
         network=probe,
         dataset=dataset,
         step=partial(_step, embed=embed if augmented else None),

@@ -65,7 +65,7 @@ def make_plan(config: PretrainConfig) -> Plan:
     if config.image_size > info.middle_size:
         raise InputError(
             f"--image-size {config.image_size}: larger than the middle images of {stores[0][0].folder}, which have "
-            f"{info.middle_size} px"
+            f"{info.middle_size} px; give {info.middle_size} or less, or a recipe for small images"
         )
     norms = [resolve_norm(config, scales) for scales in stores]
     target = make_target(config, stores, norms)

@@ -20,6 +20,7 @@ from fastmae.pretraining.step import prefetching, step_of, views_of
 from fastmae.runs.encoder import initialise_student
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.seeding import seed_everything
+from fastmae.runtime.wording import counted
 from fastmae.runtime.workers import as_is
 from fastmae.student.student import Student, build_student
 from fastmae.tokens.files import is_url
@@ -47,7 +48,7 @@ def pretrain(config: PretrainConfig, measure: Measure | None = None) -> dict[str
     result = train(config, pretraining_task(config, plan, measure), plan.settings)
     if result is not None:
         log.info(
-            f"{config.run}: {result['steps']} steps, loss {result['loss']:.4f}, {result['seconds']:.0f} s; "
+            f"{config.run}: {counted(result['steps'], 'step')}, loss {result['loss']:.4f}, {result['seconds']:.0f} s; "
             f"next: fastmae knn {config.run} DATA"
         )
     return result

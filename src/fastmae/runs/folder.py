@@ -56,8 +56,8 @@ class RunFolder:
             differences = _differences(read_run(path), json.loads(json.dumps(description)))
             if differences:
                 raise InputError(
-                    f"{path}: holds a run with other settings ({'; '.join(differences)}); "
-                    "give the same settings, another folder, or --no-resume"
+                    f"{path}: holds a run with other settings (it has {'; '.join(differences)}); give the same "
+                    "settings, another folder, or, to a training command, --no-resume"
                 )
         else:
             path.mkdir(parents=True, exist_ok=True)
@@ -174,5 +174,12 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             differences += _differences(old, new, f"{prefix}{key} ")
         elif old != new:
-            differences.append(f"{prefix}{key}: {old}, not {new}")
+            name = f"--{key.replace('_', '-')}" if prefix == "options " else f"{prefix}{key}"
+            differences.append(f"{name} {_shortened(old)}, not {_shortened(new)}")
     return differences
+
+
+def _shortened(value: Any) -> str:
+    """A value for a message: of a digest, the first digits."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."

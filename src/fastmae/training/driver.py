@@ -7,12 +7,13 @@ from typing import Any
 
 from fastmae.config import TrainingConfig
 from fastmae.errors import InputError
-from fastmae.runs.folder import INPUTS_FILE, RunFolder, read_evaluations, read_metrics
+from fastmae.runs.folder import CHECKPOINT_FILE, INPUTS_FILE, RunFolder, read_evaluations, read_metrics
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import write_json
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import on_first_process
 from fastmae.runtime.peers import ends_with_its_peers
+from fastmae.runtime.wording import counted
 from fastmae.training.loop import fit
 from fastmae.training.run import Run, launch_processes, set_up
 from fastmae.training.task import Settings, Task
@@ -24,8 +25,8 @@ log = logging.getLogger(__name__)
 def train(config: TrainingConfig, task: Task, settings: Settings) -> dict[str, Any] | None:
     """Train a run to its end, or continue it.
 
-    The sequence: launch the processes; open the run's folder; put network, optimizer and schedule on the device;
-    restore the checkpoint; announce the run; train.
+    The sequence: launch the processes; initialise a new run; open its folder; put network, optimizer and schedule on
+    the device; restore the checkpoint; announce the run; train.
 
     Returns:
         What all training commands' JSON has in common, with the figures of the last evaluation. None in all processes
@@ -35,8 +36,9 @@ def train(config: TrainingConfig, task: Task, settings: Settings) -> dict[str, A
         InputError: a folder that holds another run, or a batch that can't be divided among the processes.
     """
     fabric, grad_accum_steps = launch_processes(config, task, settings)
+    begun = config.resume and (task.out / CHECKPOINT_FILE).exists()
+    initialised_with = "" if begun else task.initialise(task.network)  # may refuse; so before anything is written
     folder = _open_folder(config, task, settings, fabric)
-    initialised_with = "" if folder.checkpoint.exists() else task.initialise(task.network)
     run = set_up(config, task, settings, fabric, grad_accum_steps)
     run.state.restore(fabric, folder)
     if fabric.is_global_zero:
@@ -79,11 +81,11 @@ def _announcement(run: Run) -> str:
     settings, fabric, step = run.settings, run.fabric, run.state.step
     accumulated = f" in {run.grad_accum_steps} micro-batches" if run.grad_accum_steps > 1 else ""
     begins = ", all done before" if step == settings.steps else f", from step {step}" if step else ""
-    evaluated = f"; evaluated every {settings.eval_every:g} epochs" if run.task.evaluate is not None else ""
+    evaluated = f"; evaluated every {counted(settings.eval_every, 'epoch')}" if run.task.evaluate is not None else ""
+    size = f"{counted(settings.epochs, 'epoch')} = {counted(settings.steps, 'step')} of {settings.batch_size}"
     return (
-        f"{run.task.headline}; {settings.images} images, {settings.epochs} epochs = {settings.steps} steps of "
-        f"{settings.batch_size}{accumulated}{begins}; lr {settings.lr:.2e}, warm-up {settings.warmup_steps} steps"
-        f"{evaluated}; {fabric.world_size} x {fabric.device.type}"
+        f"{run.task.headline}; {counted(settings.images, 'image')}, {size}{accumulated}{begins}; lr {settings.lr:.2e}, "
+        f"warm-up {counted(settings.warmup_steps, 'step')}{evaluated}; {fabric.world_size} x {fabric.device.type}"
     )
 
 

@@ -25,6 +25,7 @@ from fastmae.evaluate.detection.validation import Validation
 from fastmae.evaluate.recipe import Recipe, settle
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.processes import is_first_process
+from fastmae.runtime.wording import weight_count
 from fastmae.training.driver import train
 from fastmae.training.optimiser import layer_decayed_groups, linear_schedule
 from fastmae.training.task import Settings, Task
@@ -118,7 +119,7 @@ def _make_task(config: DetectConfig, opened: OpenedEncoder, train: Split, val: S
     return Task(
         name="detect",
         out=config.out,
-        headline=f"detect: {trainable / 1e6:.1f} M weights",
+        headline=f"detect: {weight_count(trainable)}",
         network=network,
         dataset=TrainingPhotos(train, limits, opened.channels, config.seed),
         collate=collate_photos,

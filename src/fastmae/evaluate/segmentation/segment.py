@@ -29,6 +29,7 @@ from fastmae.images.views import normalise
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.device import resolve_device
 from fastmae.runtime.processes import is_first_process, this_process
+from fastmae.runtime.wording import weight_count
 from fastmae.training.driver import train
 from fastmae.training.optimiser import layer_decayed_groups, linear_schedule
 from fastmae.training.run import grad_accum_steps
@@ -172,7 +173,7 @@ def make_task(
     return Task(
         name="segment",
         out=config.out,
-        headline=f"segment: {sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M weights",
+        headline=f"segment: {weight_count(sum(parameter.numel() for parameter in network.parameters()))}",
         network=network,
         dataset=TrainingCrops(data.train, read_pair, augment, config.seed),
         step=SegmentationStep(opened.mean, opened.std),
