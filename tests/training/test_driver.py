@@ -115,7 +115,7 @@ def test_the_run_records_the_options_that_make_it_what_it_is_and_where_its_input
 
 def test_a_run_with_other_settings_is_not_continued(sums_task, options, settings):
     train(options(), sums_task(), settings)
-    with pytest.raises(InputError, match="--lr 0.1, not 0.2"):
+    with pytest.raises(InputError, match=r"--lr 0\.1, not 0\.2"):
         train(options(), sums_task(), replace(settings, lr=0.2))
 
 
