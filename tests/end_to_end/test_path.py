@@ -74,7 +74,7 @@ def test_a_finished_run_is_not_trained_again_and_gives_the_same_result(
     assert run(args) == 0
     assert printed_json() == result
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == written_at
-    assert "options epochs" in error_line([*args, "--epochs", "3"])
+    assert "--epochs 2" in error_line([*args, "--epochs", "3"])
     assert run([*args, "--epochs", "3", "--no-resume"]) == 0
     assert (folder / "replaced-1" / "checkpoint.pt").exists()
 

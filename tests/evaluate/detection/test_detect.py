@@ -41,7 +41,7 @@ def test_a_run_reports_all_figures_draws_a_picture_and_can_be_opened(rectangles,
     assert run(command) == 0  # the run is finished, so its result is only reported again
     assert json.loads(capsys.readouterr().out) == result
     assert run([*command, "--head-channels", "8"]) == 2
-    assert "head_channels" in capsys.readouterr().err
+    assert "--head-channels 16" in capsys.readouterr().err
 
 
 @pytest.mark.slow
