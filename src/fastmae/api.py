@@ -53,95 +53,95 @@ def _documented(command: str) -> Callable[[Function], Function]:
 
 
 @_documented("tokenize")
-def tokenize(images: Location, store: Location, **options: Any) -> dict[str, Any]:  # noqa: D103 - from the options
+def tokenize(images: Location, store: Location, **options: Any) -> dict[str, Any]:
     return _run("tokenize", images=images, store=store, **options)
 
 
 @_documented("inspect")
-def inspect(store: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def inspect(store: Location, **options: Any) -> dict[str, Any]:
     return _run("inspect", store=store, **options)
 
 
 @_documented("verify")
-def verify(store: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def verify(store: Location, **options: Any) -> dict[str, Any]:
     return _run("verify", store=store, **options)
 
 
 @_documented("pretrain")
-def pretrain(stores: Location | Sequence[Location], run: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def pretrain(stores: Location | Sequence[Location], run: Location, **options: Any) -> dict[str, Any]:
     return _run("pretrain", stores=stores, run=run, **options)
 
 
 @_documented("knn")
-def knn(run: Location, data: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def knn(run: Location, data: Location, **options: Any) -> dict[str, Any]:
     return _run("knn", run=run, data=data, **options)
 
 
 @_documented("linear")
-def linear(run: Location, data: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def linear(run: Location, data: Location, **options: Any) -> dict[str, Any]:
     return _run("linear", run=run, data=data, **options)
 
 
 @_documented("finetune")
-def finetune(run: Location, data: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def finetune(run: Location, data: Location, **options: Any) -> dict[str, Any]:
     return _run("finetune", run=run, data=data, **options)
 
 
 @_documented("segment")
-def segment(run: Location, data: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def segment(run: Location, data: Location, **options: Any) -> dict[str, Any]:
     return _run("segment", run=run, data=data, **options)
 
 
 @_documented("detect")
-def detect(run: Location, data: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def detect(run: Location, data: Location, **options: Any) -> dict[str, Any]:
     return _run("detect", run=run, data=data, **options)
 
 
 @_documented("features")
-def features(run: Location, images: Location, out: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def features(run: Location, images: Location, out: Location, **options: Any) -> dict[str, Any]:
     return _run("features", run=run, images=images, out=out, **options)
 
 
 @_documented("export")
-def export(run: Location, out: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def export(run: Location, out: Location, **options: Any) -> dict[str, Any]:
     return _run("export", run=run, out=out, **options)
 
 
 @_documented("report")
-def report(run: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def report(run: Location, **options: Any) -> dict[str, Any]:
     return _run("report", run=run, **options)
 
 
 @_documented("ablate")
-def ablate(table: str, images: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def ablate(table: str, images: Location, **options: Any) -> dict[str, Any]:
     return _run("ablate", table=table, images=images, **options)
 
 
 @_documented("bench step")
-def bench_step(**options: Any) -> dict[str, Any]:  # noqa: D103
+def bench_step(**options: Any) -> dict[str, Any]:
     return _run("bench step", **options)
 
 
 @_documented("bench loader")
-def bench_loader(images: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def bench_loader(images: Location, **options: Any) -> dict[str, Any]:
     return _run("bench loader", images=images, **options)
 
 
 @_documented("bench store")
-def bench_store(images: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def bench_store(images: Location, **options: Any) -> dict[str, Any]:
     return _run("bench store", images=images, **options)
 
 
 @_documented("bench accuracy")
-def bench_accuracy(images: Location, **options: Any) -> dict[str, Any]:  # noqa: D103
+def bench_accuracy(images: Location, **options: Any) -> dict[str, Any]:
     return _run("bench accuracy", images=images, **options)
 
 
 @_documented("demo")
-def demo(**options: Any) -> dict[str, Any]:  # noqa: D103
+def demo(**options: Any) -> dict[str, Any]:
     return _run("demo", **options)
 
 
 @_documented("recipes")
-def recipes(**options: Any) -> dict[str, Any]:  # noqa: D103
+def recipes(**options: Any) -> dict[str, Any]:
     return _run("recipes", **options)
