@@ -12,6 +12,7 @@ import yaml
 from fastmae.cli import parse, run
 from fastmae.config.commands import COMMANDS
 from fastmae.config.recipes import load_recipe, recipe_names
+from fastmae.errors import InputError
 
 # (arguments, what the one line must name)
 BAD_USAGE = [
@@ -114,6 +115,19 @@ def test_the_pixel_target_brings_maes_decoder_and_loss_unless_told_otherwise():
     assert parse("pretrain", ["a", "b"]).decoder_depth == 1
 
 
+def test_mask_ratio_0_brings_no_decoder_and_refuses_one():
+    assert parse("pretrain", ["a", "b", "--mask-ratio", "0"]).decoder_depth == 0
+    assert parse("pretrain", ["a", "b", "--mask-ratio", "0", "--recipe", "vit_base_60ep"]).decoder_depth == 0
+    with pytest.raises(InputError, match="--decoder-depth 2"):
+        parse("pretrain", ["a", "b", "--mask-ratio", "0", "--decoder-depth", "2"])
+
+
+@pytest.mark.parametrize("options", ["--fusion", "--loss-on all", "--target pixels"])
+def test_without_a_decoder_what_needs_one_is_refused(options):
+    with pytest.raises(InputError, match=options):
+        parse("pretrain", ["a", "b", "--decoder-depth", "0", *options.split()])
+
+
 def test_another_target_than_the_recipes_brings_its_own_values_over_the_recipe(tmp_path):
     def values(*args):
         config = parse("pretrain", ["a", "b", *args])
@@ -126,7 +140,7 @@ def test_another_target_than_the_recipes_brings_its_own_values_over_the_recipe(t
         "none",
         False,
     )
-    assert values("--recipe", "mae_300ep", "--target", "teacher") == (1, "smooth-l1", "auto", True)
+    assert values("--recipe", "mae_300ep", "--target", "teacher") == (1, "auto", "auto", True)
     assert values("--recipe", "mae_300ep", "--target", "pixels") == values("--recipe", "mae_300ep")
     file = tmp_path / "options.yaml"
     file.write_text("recipe: mae_300ep\ntarget: tokens\nloss: cosine\n")

@@ -93,7 +93,7 @@ def test_the_student_with_pixel_targets_has_the_published_output_loss_and_gradie
     ids_masked = ids_shuffle[:, V:, None].expand(-1, -1, published_prediction.shape[2])
     masked = published_prediction.gather(1, ids_masked)
     torch.testing.assert_close(prediction.decoded, masked, atol=1e-5, rtol=1e-5)
-    student_loss = StudentLoss("mse", 1.0, (3 * PATCH**2,), (1.0,))
+    student_loss = StudentLoss(("mse",), 1.0, (3 * PATCH**2,), (1.0,))
     loss = student_loss(prediction, norm_pix(images, PATCH), ids_shuffle)["loss"]
     published_loss = published(images, ids_shuffle)
     torch.testing.assert_close(loss, published_loss, atol=1e-5, rtol=1e-5)

@@ -46,7 +46,7 @@ BAD_VALUES = [
     ("base_lr", "nan", "more than 0"),
     ("base_lr", "inf", "more than 0"),
     ("ema", 1.0, "0 to less than 1"),
-    ("mask_ratio", 1.0, "more than 0 to less than 1"),
+    ("mask_ratio", 1.0, "0 to less than 1"),
     ("norm", "patc", "did you mean 'patch'"),
     ("seed", -1, "0 to less than"),
     ("seed", 10**400, "0 to less than"),

@@ -51,6 +51,13 @@ def test_norm_auto_is_patch_for_a_vit_store_for_a_cnn_and_none_for_pixels(config
     assert make_plan(config("--norm channel", stores=(vit_store, cnn_store))).norms == ["channel", "channel"]
 
 
+def test_loss_auto_is_smooth_l1_for_a_vit_cosine_for_a_cnn_and_mse_for_pixels_and_hog(config, vit_store, cnn_store):
+    assert make_plan(config(stores=(vit_store, cnn_store))).losses == ("smooth-l1", "cosine")
+    assert make_plan(config("--target pixels")).losses == ("mse",)
+    assert make_plan(config("--target hog --loss auto")).losses == ("mse",)
+    assert make_plan(config("--loss mse", stores=(vit_store, cnn_store))).losses == ("mse", "mse")
+
+
 def test_each_stores_loss_has_the_weight_one_unless_it_is_given(config, vit_store, cnn_store):
     assert make_plan(config(stores=(vit_store, cnn_store))).loss_weights == (1.0, 1.0)
     assert make_plan(config("--store-weights 1,0.5", stores=(vit_store, cnn_store))).loss_weights == (1.0, 0.5)
@@ -67,6 +74,7 @@ def test_each_stores_loss_has_the_weight_one_unless_it_is_given(config, vit_stor
         ("--image-size 60", "--image-size 60"),
         ("--target hog --norm store", "--norm store"),
         ("--encoder resnet18", "--encoder resnet18"),
+        ("--relation-weight 1 --relation-layers 99", "--relation-layers 99"),
     ],
 )
 def test_options_that_do_not_fit_the_store_are_named(options, named, config):

@@ -12,9 +12,17 @@ from fastmae.pretraining.profile import STAGES, StageClock, advise, forward_and_
 from fastmae.training.run import launch_processes, set_up, train_batches
 
 
-@pytest.mark.parametrize("target", [["--fusion"], ["--target", "pixels"]])
-def test_the_gradient_computed_in_stages_equals_the_gradient_of_the_step(target, vit_store, tiny_student, tmp_path):
-    config = parse("pretrain", [str(vit_store), str(tmp_path / "run"), *tiny_student, *target, "--workers", "0"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--fusion"],
+        ["--target", "pixels"],
+        ["--relation-weight", "1", "--relation-layers", "all"],
+        ["--mask-ratio", "0", "--no-all-layers", "--relation-weight", "1"],
+    ],
+)
+def test_the_gradient_computed_in_stages_equals_the_gradient_of_the_step(options, vit_store, tiny_student, tmp_path):
+    config = parse("pretrain", [str(vit_store), str(tmp_path / "run"), *tiny_student, *options, "--workers", "0"])
     plan = make_plan(config)
     task = pretraining_task(config, plan)
     fabric, grad_accum_steps = launch_processes(config, task, plan.settings)

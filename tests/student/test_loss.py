@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmae.student.loss import StudentLoss
+from fastmae.student.loss import Prediction, StudentLoss, relation_loss
 
 B, V, C = 3, 4, 10
 
 
 def losses(model, images, target, ids_shuffle, kind="smooth-l1", layers_weight=1.0):
-    return StudentLoss(kind, layers_weight, (C,), (1.0,))(model(images, ids_shuffle), target, ids_shuffle)
+    return StudentLoss((kind,), layers_weight, (C,), (1.0,))(model(images, ids_shuffle), target, ids_shuffle)
 
 
 def select(target, ids):
@@ -41,7 +41,7 @@ def test_without_all_layers_there_are_no_heads_and_no_second_loss(make_student, 
     model = make_student(all_layers=False)
     scalars = losses(model, *batch)
     assert len(model.layer_heads) == 0
-    assert scalars["layers_loss"] == 0
+    assert set(scalars) == {"loss", "decoder_loss"}
     assert torch.equal(scalars["loss"], scalars["decoder_loss"])
 
 
@@ -75,7 +75,7 @@ def test_predicting_all_patches_adds_the_visible_ones_to_the_decoders_loss(make_
 def test_each_teachers_part_has_a_loss_of_its_own_weight(make_student, batch):
     images, target, ids_shuffle = batch
     prediction = make_student()(images, ids_shuffle)
-    scalars = StudentLoss("mse", 1.0, (4, 6), (1.0, 0.5))(prediction, target, ids_shuffle)
+    scalars = StudentLoss(("mse", "mse"), 1.0, (4, 6), (1.0, 0.5))(prediction, target, ids_shuffle)
     for name, pred, ids in (
         ("decoder_loss", prediction.decoded, ids_shuffle[:, V:]),
         ("layers_loss", torch.stack(prediction.layers), ids_shuffle[:, :V]),
@@ -88,7 +88,7 @@ def test_a_half_precision_prediction_is_compared_with_the_target_in_fp32(make_st
     images, target, ids_shuffle = batch
     prediction = make_student()(images, ids_shuffle)
     prediction.decoded = prediction.decoded.bfloat16()
-    scalars = StudentLoss("smooth-l1", 1.0, (C,), (1.0,))(prediction, target * 1e5, ids_shuffle)
+    scalars = StudentLoss(("smooth-l1",), 1.0, (C,), (1.0,))(prediction, target * 1e5, ids_shuffle)
     assert scalars["loss"].dtype == torch.float32
     assert torch.isfinite(scalars["loss"])
 
@@ -100,3 +100,69 @@ def test_the_loss_does_not_depend_on_the_order_within_visible_and_masked(options
     model = make_student(**options)
     first, second = (losses(model, images, target, ids)["loss"] for ids in (ids_shuffle, reordered))
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+def centred_cosines(patches):
+    """[V, D] -> [V, V], pair by pair as the formula has it."""
+    centred = patches - patches.mean(0)
+    rows = [[torch.dot(a, b) / (a.norm() * b.norm()) for b in centred] for a in centred]
+    return torch.tensor(rows)
+
+
+def test_the_relation_loss_is_the_mean_squared_difference_of_the_centred_cosine_matrices():
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(B, V, 6, generator=generator)
+    target = torch.randn(B, V, C, generator=generator)
+    views = [(centred_cosines(f) - centred_cosines(t)).square().mean() for f, t in zip(features, target, strict=True)]
+    torch.testing.assert_close(relation_loss(features, target), torch.stack(views).mean())
+
+
+def test_the_relation_loss_is_zero_for_rotated_scaled_and_shifted_targets_and_positive_for_others():
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randn(B, 8, 6, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    same = 3 * target @ rotation + torch.randn(B, 1, 6, generator=generator)
+    torch.testing.assert_close(relation_loss(same, target), torch.tensor(0.0))
+    assert relation_loss(torch.randn(B, 8, 6, generator=generator), target) > 0.1
+
+
+def test_the_relation_loss_has_finite_gradients_where_all_patches_are_alike():
+    features = torch.ones(B, V, 6, requires_grad=True)
+    relation_loss(features, torch.randn(B, V, C)).backward()
+    assert features.grad.isfinite().all()
+
+
+def test_the_relation_term_compares_the_chosen_layers_at_the_visible_patches_with_each_teacher(make_student, batch):
+    images, target, ids_shuffle = batch
+    model = make_student(relation_layers=[0, 2])
+    loss = StudentLoss(("mse", "mse"), 1.0, (4, 6), (1.0, 0.5), relation_weight=2.0)
+    scalars = loss(model(images, ids_shuffle), target, ids_shuffle)
+    layers = model.encode(images, ids_shuffle[:, :V])
+    visible_target = select(target, ids_shuffle[:, :V])
+    by_layer = [
+        relation_loss(layers[number], visible_target[..., :4])
+        + 0.5 * relation_loss(layers[number], visible_target[..., 4:])
+        for number in (0, 2)
+    ]
+    torch.testing.assert_close(scalars["relation_loss"], sum(by_layer) / 2)
+    terms = scalars["decoder_loss"] + scalars["layers_loss"] + 2 * scalars["relation_loss"]
+    torch.testing.assert_close(scalars["loss"], terms)
+
+
+def test_the_relation_term_is_computed_in_fp32_from_half_precision_features(batch):
+    _, target, ids_shuffle = batch
+    features = torch.randn(B, V, 6, generator=torch.Generator().manual_seed(4)).bfloat16()
+    loss = StudentLoss(("mse",), 1.0, (C,), (1.0,), relation_weight=1.0)
+    scalars = loss(Prediction(None, [], [features]), target, ids_shuffle)
+    assert scalars["relation_loss"].dtype == torch.float32
+    torch.testing.assert_close(scalars["loss"], relation_loss(features.float(), select(target, ids_shuffle[:, :V])))
+
+
+def test_without_a_decoder_the_loss_is_that_of_the_visible_patches_alone(make_student, batch):
+    images, target, ids_shuffle = batch
+    model = make_student(decoder_depth=0, all_layers=False)
+    scalars = losses(model, *batch, kind="cosine")
+    last = model.layer_heads[0](model.encode(images, ids_shuffle[:, :V])[-1])
+    expected = (1 - F.cosine_similarity(last, select(target, ids_shuffle[:, :V]), dim=-1)).mean()
+    assert set(scalars) == {"loss", "layers_loss"}
+    torch.testing.assert_close(scalars["loss"], expected)

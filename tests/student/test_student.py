@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from fastmae.errors import InputError
 from fastmae.student.loss import StudentLoss
+from fastmae.student.student import layer_numbers
 
 V, C = 4, 10
 
 
 def loss_of(model, images, target, ids_shuffle):
-    loss = StudentLoss("smooth-l1", 1.0, (C,), (1.0,))
+    loss = StudentLoss(("smooth-l1",), 1.0, (C,), (1.0,))
     return loss(model(images, ids_shuffle), target, ids_shuffle)["loss"]
 
 
@@ -33,7 +35,18 @@ def test_it_compiles_as_one_graph(name, make_student, batch):
         torch.testing.assert_close(compiled(images, ids).decoded, model(images, ids).decoded)
 
 
-@pytest.mark.parametrize("options", [{}, {"fusion": True}, {"all_layers": False}, {"decoder_depth": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fusion": True},
+        {"all_layers": False},
+        {"decoder_depth": 3},
+        {"decoder_depth": 0},
+        {"decoder_depth": 0, "all_layers": False, "relation_layers": [2]},
+        {"decoder_depth": 0, "mask_ratio": 0.0},
+    ],
+)
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224", "vit_base_patch16_gap_224"])
 def test_every_trainable_parameter_gets_a_gradient(name, options, make_student, batch):
     model = make_student(name, **options)
@@ -78,3 +91,29 @@ def test_it_learns_one_batch_by_heart(make_student, batch):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.2 * first
+
+
+def test_without_a_mask_every_patch_is_encoded_and_predicted_in_the_given_order(make_student, batch):
+    images, _, ids_shuffle = batch
+    model = make_student(mask_ratio=0.0, decoder_depth=0, all_layers=False)
+    prediction = model(images, ids_shuffle)
+    assert (model.visible, prediction.decoded, len(prediction.layers)) == (16, None, 1)
+    in_order = model(images, torch.arange(16).expand(3, -1)).layers[0]
+    expected = in_order.gather(1, ids_shuffle.unsqueeze(-1).expand(-1, -1, C))
+    torch.testing.assert_close(prediction.layers[0], expected)
+
+
+def test_without_a_decoder_the_student_has_none_of_its_weights(make_student):
+    names = {name.split(".")[0] for name, _ in make_student(decoder_depth=0).named_parameters()}
+    assert names == {"encoder", "layer_heads"}
+
+
+@pytest.mark.parametrize(("layers", "numbers"), [("last", [2]), ("all", [0, 1, 2]), ("2,0,2", [0, 2])])
+def test_relation_layers_are_last_all_or_numbers(layers, numbers):
+    assert layer_numbers(layers, depth=3) == numbers
+
+
+@pytest.mark.parametrize("layers", ["3", "-1", "first", "", "0,,1"])
+def test_relation_layers_that_the_encoder_does_not_have_are_refused(layers):
+    with pytest.raises(InputError, match="--relation-layers"):
+        layer_numbers(layers, depth=3)

@@ -19,6 +19,7 @@ from fastmae.bench.published_mae import PublishedMae
 from fastmae.config import BenchStepConfig, PretrainConfig
 from fastmae.errors import InputError, first_line
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, normalise
+from fastmae.pretraining.plan import resolve_loss
 from fastmae.pretraining.step import PretrainStep
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch
@@ -237,7 +238,7 @@ class Steps:
             model = self.fabric.setup_module(student)
             groups = param_groups_weight_decay(student, options.weight_decay)
             optimizer = adamw(groups, options.lr, options.betas, self.fabric)
-            loss = StudentLoss(options.loss, options.all_layers_weight, (channels,), (1.0,))
+            loss = StudentLoss((resolve_loss(options, "vit"),), options.all_layers_weight, (channels,), (1.0,))
             self.students[channels, pixels] = ReadyStudent(
                 student, model.train(), self.fabric.setup_optimizers(optimizer), loss
             )

@@ -45,8 +45,9 @@ class PretrainConfig(TrainingConfig):
     checkpoint of MAE, DINO or iBOT, or an exported model."""
     image_size: Annotated[int, PIXELS] = 224
     """Side of a view in pixels. (Sec. 4.1.1)"""
-    mask_ratio: Annotated[float, Range(gt=0, lt=1)] = 0.75
-    """Fraction of the patches that the encoder does not see. (Sec. 4.1.1)"""
+    mask_ratio: Annotated[float, FRACTION] = 0.75
+    """Fraction of the patches that the encoder does not see (Sec. 4.1.1). 0: plain distillation (implies
+    --decoder-depth 0)."""
     mask: Literal["random", "block"] = "random"
     """Mask scattered patches, or rectangles as BEiT does."""
     target: Literal["tokens", "teacher", "pixels", "hog"] = "tokens"
@@ -57,18 +58,24 @@ class PretrainConfig(TrainingConfig):
     """Weights of the losses of several stores, as `1,0.5`. Default: 1 each."""
     norm: Literal["auto", "patch", "channel", "store", "none"] = "auto"
     """Guidance normalisation (Sec. 4.2.2). auto: patch for a ViT teacher, store for a CNN, none for HOG."""
-    loss: Literal["smooth-l1", "mse", "cosine"] = "smooth-l1"
-    """Loss between prediction and target."""
+    loss: Literal["auto", "smooth-l1", "mse", "cosine"] = "auto"
+    """Loss between prediction and target. auto: cosine for a CNN teacher, else smooth-l1."""
     loss_on: Literal["masked", "all"] = "masked"
     """Patches that the decoder predicts."""
     all_layers: bool = True
-    """All layers matter (Sec. 4.2.1): every encoder layer predicts the tokens of the visible patches."""
+    """All layers matter (Sec. 4.2.1): every encoder layer predicts the tokens of the visible patches. With
+    --no-all-layers and --decoder-depth 0, the last layer alone does."""
     all_layers_weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the mean of the layers' losses."""
+    relation_weight: Annotated[float, AT_LEAST_0] = 0.0
+    """Weight of the relation loss, which is not in the paper: the cosines between a view's visible patches, in the
+    encoder and in the teacher, should be equal. 0: none."""
+    relation_layers: str = "last"
+    """Encoder layers that the relation loss compares: last, all, or numbers from 0, as 2,3."""
     fusion: bool = False
     """The decoder reads the sum of all layers' projected outputs instead of the last layer alone."""
-    decoder_depth: Annotated[int, Range(ge=1, le=1024)] = 1
-    """Transformer blocks of the decoder. (Sec. 4.3.3)"""
+    decoder_depth: Annotated[int, Range(ge=0, le=1024)] = 1
+    """Transformer blocks of the decoder (Sec. 4.3.3). 0: no decoder; the visible patches alone are predicted."""
     decoder_width: Annotated[int, Range(ge=1, le=65536)] = 512
     """Width of the decoder."""
     decoder_heads: Annotated[int, Range(ge=1, le=1024)] = 16
@@ -78,8 +85,8 @@ class PretrainConfig(TrainingConfig):
     flip: bool = True
     """Flip half of the views, pixels and token grid together."""
 
-    epochs: Annotated[int, Range(ge=1, le=1_000_000)] = 60
-    """Passes over the store. (Sec. 4.1.1: 60 or 300)"""
+    epochs: Annotated[float, Range(gt=0, le=1_000_000)] = 60
+    """Passes over the store (Sec. 4.1.1: 60 or 300). Fractions count: 0.5 visits half of the images."""
     warmup_epochs: Annotated[float, AT_LEAST_0] = 10.0
     """Epochs of linear warm-up, at most half of the run; then a cosine down to --min-lr."""
     batch_size: Annotated[int, Range(ge=1, le=1 << 24)] = 4096
@@ -116,7 +123,7 @@ class PretrainConfig(TrainingConfig):
         """Peak learning rate of a step."""
         return self.base_lr * self.batch_size / 256
 
-    def with_epochs(self, epochs: int) -> "PretrainConfig":
+    def with_epochs(self, epochs: float) -> "PretrainConfig":
         """The same options for a short run of so many epochs, at most a fifth of them warm-up."""
         return replace(self, epochs=epochs, warmup_epochs=min(self.warmup_epochs, epochs / 5))
 
@@ -135,6 +142,8 @@ class PretrainConfig(TrainingConfig):
         if isinstance(target, str) and target in TARGET_DEFAULTS and TARGET_DEFAULTS[target] != TARGET_DEFAULTS[own]:
             plain = {name: getattr(cls, name) for name in TARGET_DEFAULTS[own]}
             layers.append((f"target {target}", plain | TARGET_DEFAULTS[target]))
+        if _is_zero(asked.get("mask_ratio")):
+            layers.append(("mask ratio 0", {"decoder_depth": 0}))
         return layers
 
     def check(self) -> None:
@@ -147,8 +156,33 @@ class PretrainConfig(TrainingConfig):
             raise InputError(
                 f"--decoder-width {self.decoder_width}: not a multiple of --decoder-heads {self.decoder_heads}"
             )
+        if self.mask_ratio == 0 and self.decoder_depth:
+            raise InputError(
+                f"--decoder-depth {self.decoder_depth}: with --mask-ratio 0 nothing is masked that a decoder could "
+                "predict; use --decoder-depth 0"
+            )
+        if not self.decoder_depth:
+            self._check_without_decoder()
         if self.target == "pixels" and (self.all_layers or self.norm not in ("none", "auto")):
             raise InputError("--target pixels is MAE's norm-pix loss: it needs --no-all-layers and --norm none")
+
+    def _check_without_decoder(self) -> None:
+        needs_decoder = {
+            "--fusion": self.fusion,
+            "--loss-on all": self.loss_on == "all",
+            "--target pixels": self.target == "pixels",
+        }
+        asked = next((option for option, is_given in needs_decoder.items() if is_given), None)
+        if asked is not None:
+            raise InputError(f"{asked}: needs a decoder; give --decoder-depth 1 or more")
+
+
+def _is_zero(number: Any) -> bool:
+    """Whether a value from the command line, a file or Python is the number 0."""
+    try:
+        return float(number) == 0
+    except (TypeError, ValueError):
+        return False
 
 
 TARGET_DEFAULTS: dict[str, dict[str, Any]] = {

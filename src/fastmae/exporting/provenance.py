@@ -57,7 +57,7 @@ def provenance_of(opened: OpenedEncoder) -> Provenance:
     metrics = {"steps": str(step), **_last_metrics(path if path.is_dir() else path.parent, step)}
     if "epoch" in metrics:
         planned_epochs = description["options"]["epochs"]
-        metrics["epoch"] += f" of {planned_epochs}"
+        metrics["epoch"] += f" of {planned_epochs:g}"
     return Provenance(trained.kind, trained.story, {**trained.facts, "Metrics": metrics})
 
 

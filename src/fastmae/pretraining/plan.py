@@ -25,6 +25,7 @@ class Plan:
     Attributes:
         stores: for each teacher, its store at each middle size, smallest first.
         norms: guidance normalisation of each store; one entry for a target that reads no teacher's features.
+        losses: kind of loss for each teacher's part of the target.
         target: what is predicted; not yet on a device.
         loss_weights: weight of each teacher's loss.
         settings: size of the run.
@@ -33,6 +34,7 @@ class Plan:
 
     stores: list[list[TokenStore]]
     norms: list[str]
+    losses: tuple[str, ...]
     target: Target
     loss_weights: tuple[float, ...]
     settings: Settings
@@ -73,6 +75,7 @@ def make_plan(config: PretrainConfig) -> Plan:
     return Plan(
         stores,
         norms,
+        tuple(resolve_loss(config, scales[0].info.teacher["kind"]) for scales in stores[: len(target.dims)]),
         target,
         _loss_weights(config, len(target.dims)),
         _settings(config, len(stores[0][0])),
@@ -122,6 +125,15 @@ def resolve_norm(config: PretrainConfig, scales: Sequence[TokenStore]) -> str:
     if config.target in ("pixels", "hog"):
         return "none"
     return "patch" if scales[0].info.teacher["kind"] == "vit" else "store"
+
+
+def resolve_loss(config: PretrainConfig, teacher_kind: str) -> str:
+    """`--loss auto`: the paper's smooth L1, except for a CNN's map, of which it learns the few loud channels."""
+    if config.loss != "auto":
+        return config.loss
+    if config.target in ("pixels", "hog"):
+        return "mse"
+    return "smooth-l1" if teacher_kind == "vit" else "cosine"
 
 
 def make_target(config: PretrainConfig, stores: list[list[TokenStore]], norms: list[str]) -> Target:

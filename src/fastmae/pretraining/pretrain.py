@@ -55,9 +55,9 @@ def pretrain(config: PretrainConfig, measure: Measure | None = None) -> dict[str
 
 
 def as_planned(config: PretrainConfig, plan: Plan) -> PretrainConfig:
-    """The options with what the plan has made of `--norm auto` and of the default `--shuffle-window`."""
-    norm = plan.norms[0] if len(set(plan.norms)) == 1 else "auto"
-    return replace(config, norm=norm, shuffle_window=plan.shuffle_window)  # type: ignore[arg-type]
+    """The options with what the plan has made of `--norm auto`, `--loss auto` and the default `--shuffle-window`."""
+    norm, loss = (kinds[0] if len(set(kinds)) == 1 else "auto" for kinds in (plan.norms, plan.losses))
+    return replace(config, norm=norm, loss=loss, shuffle_window=plan.shuffle_window)  # type: ignore[arg-type]
 
 
 def pretraining_task(config: PretrainConfig, plan: Plan, measure: Measure | None = None) -> Task:
@@ -128,7 +128,9 @@ def _absolute(location: str) -> str:
 def _headline(config: PretrainConfig, plan: Plan, student: Student) -> str:
     millions = sum(parameter.numel() for parameter in student.encoder.parameters()) / 1e6
     norm = "" if config.target == "pixels" else f", norm {', '.join(plan.norms)}"
+    relations = f", relations {config.relation_weight:g}" if config.relation_weight else ""
     return (
         f"{config.encoder} ({millions:.1f} M) at {config.image_size} px, patch {plan.patch_size}: "
-        f"{student.visible} of {student.patches} patches visible; target {config.target}{norm}"
+        f"{student.visible} of {student.patches} patches visible{'' if student.has_decoder else ', no decoder'}; "
+        f"target {config.target}{norm}, loss {', '.join(dict.fromkeys(plan.losses))}{relations}"
     )

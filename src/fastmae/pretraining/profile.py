@@ -118,15 +118,20 @@ def forward_and_backward(
     encoded_leaves = [tensor.detach().requires_grad_() for tensor in encoded]
     prefix_leaf, *layer_leaves = encoded_leaves
     with clock.stage("decoder"), fabric.autocast():
-        by_layer = [head(leaf) for head, leaf in zip(student.layer_heads, layer_leaves, strict=False)]
-        decoded = student.decode(layer_leaves, batch.ids_shuffle, prefix_leaf if student.decoder_prefix else None)
-        predictions = [decoded, *by_layer]
+        prediction = student.predict(prefix_leaf, layer_leaves, batch.ids_shuffle)
+        decoded = [] if prediction.decoded is None else [prediction.decoded]
+        predictions = [*decoded, *prediction.layers, *prediction.features]
     with clock.stage("target"):
         target = step.targets(batch, images)
     prediction_leaves = [tensor.detach().requires_grad_() for tensor in predictions]
     with clock.stage("loss"):
-        prediction = Prediction(prediction_leaves[0], prediction_leaves[1:])
-        step.loss(prediction, target, batch.ids_shuffle)["loss"].backward()
+        leaves = iter(prediction_leaves)
+        cut = Prediction(
+            decoded=next(leaves) if decoded else None,
+            layers=[next(leaves) for _ in prediction.layers],
+            features=[next(leaves) for _ in prediction.features],
+        )
+        step.loss(cut, target, batch.ids_shuffle)["loss"].backward()
     with clock.stage("decoder"):
         torch.autograd.backward(predictions, [leaf.grad for leaf in prediction_leaves])
     with clock.stage("encoder"):

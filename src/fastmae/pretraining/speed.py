@@ -1,7 +1,6 @@
 """How fast a run would train on this machine, and the epochs that fit into a given time."""
 
 import itertools
-import math
 import time
 from dataclasses import replace
 
@@ -27,16 +26,16 @@ def fitted_to_time(config: PretrainConfig, seconds: float, timed_steps: int) -> 
         timed_steps: steps for measuring the speed.
     """
     if (config.run / RUN_FILE).exists():
-        return config.with_epochs(int(read_run(config.run)["options"]["epochs"]))
+        return config.with_epochs(read_run(config.run)["options"]["epochs"])
     images = len(TokenStore(config.stores[0]))
-    return config.with_epochs(max(1, round(seconds * images_per_second(config, timed_steps) / images)))
+    return config.with_epochs(max(0.01, round(seconds * images_per_second(config, timed_steps) / images, 2)))
 
 
 def images_per_second(config: PretrainConfig, timed_steps: int) -> float:
     """Views per second of a run with these options, measured over some steps of a student that is thrown away."""
     steps = WARMUP_STEPS + timed_steps
     images = len(make_plan(config).stores[0][0])
-    config = replace(config, epochs=max(config.epochs, math.ceil(steps * config.batch_size / images)))
+    config = replace(config, epochs=max(config.epochs, steps * config.batch_size / images))
     plan = make_plan(config)
     task = pretraining_task(config, plan)
     run = set_up(config, task, plan.settings, *launch_processes(config, task, plan.settings))

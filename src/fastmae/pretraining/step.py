@@ -45,7 +45,7 @@ class PretrainStep:
     autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
 
     def __call__(self, model: nn.Module, batch: ViewBatch) -> Mapping[str, torch.Tensor]:
-        """The scalars `loss`, `decoder_loss` and `layers_loss` of a batch on the device."""
+        """The loss of a batch on the device, and its terms: see `StudentLoss`."""
         images = self.images(batch)
         prediction = model(images, batch.ids_shuffle)
         return self.loss(prediction, self.targets(batch, images), batch.ids_shuffle)
@@ -68,7 +68,7 @@ class PretrainStep:
 def step_of(config: PretrainConfig, plan: Plan) -> PretrainStep:
     """The step that the options and the stores ask for."""
     target = plan.target
-    loss = StudentLoss(config.loss, config.all_layers_weight, target.dims, plan.loss_weights)
+    loss = StudentLoss(plan.losses, config.all_layers_weight, target.dims, plan.loss_weights, config.relation_weight)
     return PretrainStep(target, loss, *plan.stores[0][-1].normalisation)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from fastmae.errors import InputError
 from fastmae.reporting.html_page import Section
 from fastmae.runs.folder import RUN_FILE, read_evaluations, read_run
+from fastmae.runtime.wording import counted
 
 PICTURES = ("confusion.png", "predictions.png", "detections.png")
 """The pictures of finetune and linear, of segment, and of detect."""
@@ -37,7 +38,7 @@ def _section_of_run(path: Path) -> Section:
     metrics = {name: value for name, value in evaluations[-1].items() if name not in ("step", "seconds")}
     picture = next((path / name for name in PICTURES if (path / name).exists()), None)
     options = description["options"]
-    epochs = f"{options['epochs']} {'epoch' if options['epochs'] == 1 else 'epochs'}"
+    epochs = counted(options["epochs"], "epoch")
     return Section(
         heading=f"{description['task']}: {path.name}",
         text=(

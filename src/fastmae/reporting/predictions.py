@@ -71,15 +71,21 @@ def _predict_all_patches(
     """Predictions [B, N, C] in the order of the patches.
 
     The decoder predicts the masked patches, the head of the encoder's last layer the visible ones. A student without
-    such heads does not predict visible patches: the target stands in.
+    such heads does not predict visible patches: the target stands in. A student without a decoder is shown the whole
+    view.
     """
     batch, patches, channels = target.shape
+    if not student.has_decoder:
+        in_order = torch.arange(patches).expand(batch, -1)
+        prefix, layers = student.encode_with_prefix(pixels, in_order)
+        return student.predict(prefix, layers, in_order).layers[-1][..., :channels]
     visible, masked = ids_shuffle.tensor_split([student.visible], dim=1)
     prediction = student(pixels, ids_shuffle)
     if prediction.layers:
         at_visible = prediction.layers[-1][..., :channels]
     else:
         at_visible = target.gather(1, visible.unsqueeze(-1).expand(-1, -1, channels))
+    assert prediction.decoded is not None  # there is a decoder
     at_masked = prediction.decoded[:, -masked.shape[1] :, :channels]
     shuffled = torch.cat([at_visible, at_masked], dim=1)
     return torch.empty_like(target).scatter_(1, ids_shuffle.unsqueeze(-1).expand(batch, patches, channels), shuffled)

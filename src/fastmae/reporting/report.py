@@ -15,6 +15,7 @@ from fastmae.reporting.nearest_neighbours import nearest_neighbours_png
 from fastmae.reporting.predictions import predictions_png
 from fastmae.runs.encoder import load_encoder
 from fastmae.runs.folder import CHECKPOINT_FILE, read_evaluations, read_inputs, read_metrics, read_run
+from fastmae.runtime.wording import counted
 from fastmae.tokens import TokenStore
 from fastmae.tokens.reader import open_scales
 
@@ -24,6 +25,12 @@ Entry = dict[str, Any]
 """One line of a run's log, or one evaluation."""
 MAX_POINTS = 1000
 """Most points of a curve; a longer log is thinned out."""
+LOSS_TERMS = {
+    "decoder_loss": "decoder, masked patches",
+    "layers_loss": "encoder layers, visible patches",
+    "relation_loss": "relations between visible patches",
+}
+"""Terms of the loss, as a log names them, and their curves' labels."""
 
 
 def report(config: ReportConfig) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def _lead(description: dict[str, Any], last: Entry, evaluations: list[Entry]) ->
     sentences = [
         f"{options['encoder']} at {options['image_size']} px, trained on {store['images']:,} images.",
         f"It learns to predict {targets[options['target']]}.",
-        f"{last['epoch']:.0f} of {options['epochs']} epochs took {last['seconds']:.0f} s.",
+        f"{round(last['epoch'], 1):g} of {counted(options['epochs'], 'epoch')} took {last['seconds']:.0f} s.",
         f"The loss is {last['loss']:.4f}.",
     ]
     if evaluations and "knn_top1" in evaluations[-1]:
@@ -97,9 +104,11 @@ def _lead(description: dict[str, Any], last: Entry, evaluations: list[Entry]) ->
 
 def _training_curves(entries: list[Entry], evaluations: list[Entry]) -> Section:
     thinned = entries[:: math.ceil(len(entries) / MAX_POINTS)]
-    losses = {"decoder, masked patches": [{**entry, "loss": entry["decoder_loss"]} for entry in thinned]}
-    if thinned[-1]["layers_loss"]:
-        losses["encoder layers, visible patches"] = [{**entry, "loss": entry["layers_loss"]} for entry in thinned]
+    losses = {
+        label: [{**entry, "loss": entry[term]} for entry in thinned]
+        for term, label in LOSS_TERMS.items()
+        if term in thinned[-1]
+    }
     charts = [Curves(losses, "epoch", "loss", "epoch", "loss").svg()]
     measured = [entry for entry in evaluations if "knn_top1" in entry]
     if measured:

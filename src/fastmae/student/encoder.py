@@ -1,15 +1,16 @@
-"""The encoder: a timm ViT that embeds and encodes only the visible patches (Sec. 3.2.4).
+"""The plain ViT as an encoder: timm's, which embeds and encodes only the visible patches (Sec. 3.2.4).
 
 Shapes: B views, N patches per view, V visible ones, D the width, K the image channels, P the side of a patch.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers import PatchEmbed, build_sincos2d_pos_embed
 from timm.models import is_model_in_modules
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -19,7 +20,7 @@ from fastmae.errors import InputError
 from fastmae.runtime.fast_linear import linear
 
 Encoder = Any
-"""A timm ViT. Its attributes depend on its class, and nn.Module types them all as Tensor or Module."""
+"""A network of timm. Its attributes depend on its class, and nn.Module types them all as Tensor or Module."""
 
 LayerNorm: Any = partial(nn.LayerNorm, eps=1e-6)
 
@@ -85,7 +86,7 @@ def build_encoder(
     """A timm ViT with random weights and MAE's fixed sin-cos positions.
 
     Args:
-        name: any vit_* name of timm.
+        name: any vit_* name of timm, with or without timm/ in front.
         image_size: side of a view, in pixels.
         patch_size: side of a patch, in pixels.
         width: D, instead of the name's own.
@@ -97,18 +98,15 @@ def build_encoder(
     Raises:
         InputError: no such ViT, or sizes that don't divide.
     """
-    if not name.startswith("vit_") or name not in timm.list_models("vit_*"):
+    architecture = architecture_of(name)
+    if architecture not in timm.list_models("vit_*"):
         raise InputError(
             f"--encoder {name}: not one of timm's vit_* names (vit_tiny_patch16_224, vit_base_patch16_224, ...)"
         )
-    if image_size % patch_size:
-        multiple = max(patch_size, image_size // patch_size * patch_size)
-        raise InputError(
-            f"--image-size {image_size}: not a multiple of the store's patch size {patch_size}; use {multiple}"
-        )
+    check_grid(image_size, patch_size)
     arguments = timm_arguments(name, image_size, patch_size, width, depth, heads, channels)
     try:
-        encoder: Encoder = timm.create_model(name, pretrained=False, **arguments, **extra)
+        encoder: Encoder = timm.create_model(architecture, pretrained=False, **arguments, **extra)
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         cause = " ".join(str(error).split())
         raise InputError(f"--encoder {name}: timm can't build it with these sizes ({cause})") from error
@@ -132,10 +130,23 @@ def build_encoder(
     return encoder
 
 
+def check_grid(image_size: int, patch_size: int) -> None:
+    """Check that a view consists of whole patches.
+
+    Raises:
+        InputError: it does not.
+    """
+    if image_size % patch_size:
+        multiple = max(patch_size, image_size // patch_size * patch_size)
+        raise InputError(
+            f"--image-size {image_size}: not a multiple of the store's patch size {patch_size}; use {multiple}"
+        )
+
+
 def timm_arguments(
     name: str, image_size: int, patch_size: int, width: int | None, depth: int | None, heads: int | None, channels: int
 ) -> dict[str, Any]:
-    """Arguments for `timm.create_model(name, ...)`, whose parameters then have `build_encoder`'s names and shapes."""
+    """Arguments for `timm.create_model`, whose parameters then have `build_encoder`'s names and shapes."""
     sizes = {"embed_dim": width, "depth": depth, "num_heads": heads}
     return {
         "num_classes": 0,
@@ -168,13 +179,13 @@ def sincos_positions(grid: tuple[int, int], width: int) -> torch.Tensor:
 
 
 def visible_patches(patches: int, mask_ratio: float) -> int:
-    """Number of patches that the encoder sees: 49 of 196 at 0.75.
+    """Number of patches that the encoder sees: 49 of 196 at 0.75; all at 0.
 
     Raises:
-        InputError: no patch would be visible, or none masked.
+        InputError: no patch would be visible, or a ratio above 0 masks none.
     """
     visible = int(patches * (1 - mask_ratio))
-    if not 0 < visible < patches:
+    if not 0 < visible < patches and mask_ratio:
         raise InputError(f"--mask-ratio {mask_ratio}: leaves {visible} of {patches} patches visible")
     return visible
 
@@ -192,9 +203,40 @@ def initialise_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def architecture_of(name: str) -> str:
+    """timm's name of `timm/NAME` or NAME."""
+    return name.removeprefix("timm/")
+
+
+def names_plain_vit(name: str) -> bool:
+    """Whether a name is that of a ViT that `build_encoder` can mask: a vit_* that timm builds as a plain one."""
+    architecture = architecture_of(name)
+    return architecture.startswith("vit_") and is_model_in_modules(architecture, ["vision_transformer", "eva"])
+
+
+def is_plain_vit(network: Encoder) -> bool:
+    """Whether a network is a plain ViT: one token for each patch, straight from the pixels."""
+    return type(network) in (VisionTransformer, Eva) and isinstance(network.patch_embed, PatchEmbed)
+
+
+def layer_numbers(layers: Sequence[int], depth: int) -> list[int]:
+    """The numbers from 0, in order and each once.
+
+    Raises:
+        InputError: the encoder has no such layer.
+    """
+    missing = next((layer for layer in layers if not -depth <= layer < depth), None)
+    if missing is not None:
+        raise InputError(
+            f"--relation-layers {missing}: the encoder has {depth} layers; give {-depth} to {depth - 1} "
+            "(negative numbers count from the end)"
+        )
+    return sorted({layer % depth for layer in layers})
+
+
 def _is_eva(name: str) -> bool:
     """Whether timm builds this ViT as an Eva, with rotary positions."""
-    return is_model_in_modules(name, ["eva"])
+    return is_model_in_modules(architecture_of(name), ["eva"])
 
 
 def _projection(kind: type[nn.Conv2d], projection: nn.Conv2d) -> nn.Conv2d:

@@ -1,10 +1,11 @@
-"""The student's loss: the decoder on masked patches, every encoder layer on visible ones (Sec. 4.2.1).
+"""The student's loss: the decoder on masked patches, encoder layers on visible ones (Sec. 4.2.1), and relations.
 
-Shapes: B views, N patches per view, V visible ones, M predicted by the decoder, C target channels.
+Shapes: B views, N patches per view, V visible ones, M predicted by the decoder, C target channels, D the
+encoder's width.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,60 +25,102 @@ LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
+def relation_loss(features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The squared difference of two cosine matrices: how the patches of a view relate to each other.
+
+    With f_i a view's features, less their mean over its patches, and t_i its targets, likewise centred:
+
+        mean over views and pairs (i, j) of (cos(f_i, f_j) - cos(t_i, t_j))^2
+
+    The two may differ in width, so no head is needed between them. Not in the paper. Relations as targets: relational
+    knowledge distillation (Park et al. 2019), of patches in TinyMIM (Ren et al. 2023), and as a Gram matrix of patch
+    features in DINOv3's Gram anchoring (Simeoni et al. 2025).
+
+    Args:
+        features: float32 [B, V, D].
+        target: float32 [B, V, C].
+    """
+    cosines = []
+    for patches in (features, target):
+        unit = F.normalize(patches - patches.mean(1, keepdim=True), dim=-1)
+        cosines.append(unit @ unit.transpose(1, 2))
+    return F.mse_loss(*cosines)
+
+
 @dataclass
 class Prediction:
     """What the student predicts.
 
     Attributes:
         decoded: [B, M, C], the decoder's prediction of the last M patches of `ids_shuffle`: the masked ones, or all.
-        layers: [B, V, C] for each encoder layer, its prediction of the visible patches `ids_shuffle[:, :V]`; empty
-            without `all_layers`.
+            None without a decoder.
+        layers: [B, V, C] for each encoder layer that has a head, its prediction of the visible patches
+            `ids_shuffle[:, :V]`.
+        features: [B, V, D] for each encoder layer whose relations are compared, its output at the visible patches.
     """
 
-    decoded: torch.Tensor
+    decoded: torch.Tensor | None
     layers: list[torch.Tensor]
+    features: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class StudentLoss:
-    """The decoder's loss plus the weighted mean of the layers' losses (Sec. 4.2.1).
+    """The decoder's loss, plus the weighted mean of the layers' losses (Sec. 4.2.1), plus the weighted relation loss.
 
     It is computed outside of the student's forward pass, so that mixed precision leaves it in fp32.
 
     Attributes:
-        kind: a key of `LOSSES`.
+        kinds: a key of `LOSSES` for each teacher's part of the target.
         layers_weight: weight of the layers' mean loss.
         dims: channels of each teacher's part of the target. Each part has a loss of its own.
         weights: weight of each part's loss.
+        relation_weight: weight of the relation loss, averaged over the layers that it compares.
     """
 
-    kind: str
+    kinds: tuple[str, ...]
     layers_weight: float
     dims: tuple[int, ...]
     weights: tuple[float, ...]
+    relation_weight: float = 0.0
 
     def __call__(
         self, prediction: Prediction, target: torch.Tensor, ids_shuffle: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Scalars `loss`, `decoder_loss` and `layers_loss`.
+        """The scalar `loss`, and its terms as far as the student has them: `decoder_loss`, `layers_loss` and
+        `relation_loss`.
 
         Args:
             prediction: the student's.
             target: float32 [B, N, C], the normalised guidance of all patches.
             ids_shuffle: int64 [B, N], as the student got it.
         """
-        # The decoder, on the last M patches in shuffled order.
-        first = ids_shuffle.shape[1] - prediction.decoded.shape[1]
-        decoder_loss = self._loss(prediction.decoded, gather_patches(target, ids_shuffle[:, first:]))
-        # Each encoder layer, on the V visible patches.
-        layers_loss = decoder_loss.new_zeros(())
+        terms: dict[str, torch.Tensor] = {}
+        weights = {"decoder_loss": 1.0, "layers_loss": self.layers_weight, "relation_loss": self.relation_weight}
+        if prediction.decoded is not None:  # the last M patches in shuffled order
+            first = ids_shuffle.shape[1] - prediction.decoded.shape[1]
+            terms["decoder_loss"] = self._loss(prediction.decoded, gather_patches(target, ids_shuffle[:, first:]))
+        at_visible = [*prediction.layers, *prediction.features]
+        if at_visible:
+            visible_target = gather_patches(target, ids_shuffle[:, : at_visible[0].shape[1]])
         if prediction.layers:
-            visible_target = gather_patches(target, ids_shuffle[:, : prediction.layers[0].shape[1]])
-            layers_loss = torch.stack([self._loss(layer, visible_target) for layer in prediction.layers]).mean()
-        loss = decoder_loss + self.layers_weight * layers_loss
-        return {"loss": loss, "decoder_loss": decoder_loss, "layers_loss": layers_loss}
+            terms["layers_loss"] = _mean([self._loss(layer, visible_target) for layer in prediction.layers])
+        if prediction.features:
+            terms["relation_loss"] = _mean([self._relation(layer, visible_target) for layer in prediction.features])
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return {"loss": loss, **terms}
 
     def _loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the teachers' losses."""
-        teachers = zip(self.weights, pred.float().split(self.dims, -1), target.split(self.dims, -1), strict=True)
-        return torch.stack([weight * LOSSES[self.kind](pred, target) for weight, pred, target in teachers]).sum()
+        preds, targets = pred.float().split(self.dims, -1), target.split(self.dims, -1)
+        teachers = zip(self.weights, self.kinds, preds, targets, strict=True)
+        return torch.stack([weight * LOSSES[kind](pred, target) for weight, kind, pred, target in teachers]).sum()
+
+    def _relation(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of the relation losses to each teacher."""
+        teachers = zip(self.weights, target.split(self.dims, -1), strict=True)
+        return torch.stack([weight * relation_loss(features.float(), part) for weight, part in teachers]).sum()
+
+
+def _mean(losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(losses)).mean()

@@ -1,12 +1,15 @@
 """The student, f of Eq. 1: mask the image, encode the visible patches, decode, and predict the target.
 
 The encoder is timm's ViT, so its weights can be used elsewhere as they are. The decoder and the heads around it are
-thrown away after pre-training. This module knows no files, stores or teachers.
+thrown away after pre-training. Without a decoder, the student learns from the visible patches alone, and the mask only
+saves time; without a mask either, this is plain distillation out of the store. This module knows no files, stores or
+teachers.
 
 Shapes: B views, N patches per view, V visible ones, M predicted ones, D the encoder's width, W the decoder's, C target
 channels, K image channels, R prefix tokens (class token and registers).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmae.config import PretrainConfig
+from fastmae.errors import InputError
 from fastmae.runtime.fast_linear import with_fast_linear
 from fastmae.student.decoder import DecoderBlock
 from fastmae.student.encoder import (
@@ -35,12 +39,14 @@ class Student(nn.Module):
         target_dim: C.
         mask_ratio: fraction of the patches that is masked. (Sec. 4.1.1)
         all_layers: every encoder layer has a head that predicts the target of the visible patches. (Sec. 4.2.1)
+            False: no layer has one; without a decoder, the last one has.
         fusion: the decoder reads the sum of all layers' projected outputs, as ConvMAE fuses its stages.
-        decoder_depth: number of blocks. (Sec. 4.3.3)
+        decoder_depth: number of blocks (Sec. 4.3.3); 0: no decoder.
         decoder_width: W.
         decoder_heads: attention heads of a block.
         decoder_class_token: the decoder also sees the prefix tokens, as in MAE.
         predict_visible: the decoder predicts the visible patches too.
+        relation_layers: numbers of the encoder layers whose relations are compared, from 0.
         checkpoint_activations: recompute the blocks' activations in the backward pass instead of keeping them.
     """
 
@@ -56,6 +62,7 @@ class Student(nn.Module):
         decoder_heads: int = 16,
         decoder_class_token: bool = False,
         predict_visible: bool = False,
+        relation_layers: Sequence[int] = (),
         checkpoint_activations: bool = False,
     ):
         super().__init__()
@@ -69,37 +76,52 @@ class Student(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         encoder.set_grad_checkpointing(checkpoint_activations)
 
+        self.layers_with_head = range(depth) if all_layers else range(depth - 1, depth) if not decoder_depth else ()
         self.layer_heads = nn.ModuleList(
-            nn.Sequential(LayerNorm(width), nn.Linear(width, target_dim)) for _ in range(depth if all_layers else 0)
+            nn.Sequential(LayerNorm(width), nn.Linear(width, target_dim)) for _ in self.layers_with_head
         )
+        self.relation_layers = relation_layers
         self.fusion_projections = nn.ModuleList(nn.Linear(width, width) for _ in range(depth if fusion else 0))
         self.fusion_norm = LayerNorm(width) if fusion else nn.Identity()
 
-        self.decoder_embed = nn.Linear(width, decoder_width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
-        self.decoder_position = nn.Parameter(sincos_positions(grid, decoder_width), requires_grad=False)
-        blocks = [
-            DecoderBlock(decoder_width, decoder_heads, qkv_bias=True, norm_layer=LayerNorm)
-            for _ in range(decoder_depth)
-        ]
-        self.decoder_blocks = nn.Sequential(*blocks)
-        self.decoder_norm = LayerNorm(decoder_width)
-        self.decoder_head = nn.Linear(decoder_width, target_dim)
+        self.has_decoder = decoder_depth > 0
+        if self.has_decoder:
+            self.decoder_embed = nn.Linear(width, decoder_width)
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
+            self.decoder_position = nn.Parameter(sincos_positions(grid, decoder_width), requires_grad=False)
+            blocks = [
+                DecoderBlock(decoder_width, decoder_heads, qkv_bias=True, norm_layer=LayerNorm)
+                for _ in range(decoder_depth)
+            ]
+            self.decoder_blocks = nn.Sequential(*blocks)
+            self.decoder_norm = LayerNorm(decoder_width)
+            self.decoder_head = nn.Linear(decoder_width, target_dim)
         self._initialise()
 
     def forward(self, images: torch.Tensor, ids_shuffle: torch.Tensor) -> Prediction:
-        """Predict the target: the decoder, of the masked patches; every layer's head, of the visible ones.
+        """Predict the target: the decoder, of the masked patches; the layers' heads, of the visible ones.
 
         Args:
             images: float [B, K, H, W], normalised.
             ids_shuffle: int64 [B, N], a permutation of the patches: the first V are visible, the others masked.
         """
         prefix, layers = self.encode_with_prefix(images, ids_shuffle[:, : self.visible])
-        layer_preds: list[torch.Tensor] = []
-        if self.layer_heads:
-            layer_preds = [head(layer) for head, layer in zip(self.layer_heads, layers, strict=True)]
-        decoded = self.decode(layers, ids_shuffle, prefix if self.decoder_prefix else None)
-        return Prediction(decoded, layer_preds)
+        return self.predict(prefix, layers, ids_shuffle)
+
+    def predict(self, prefix: torch.Tensor, layers: list[torch.Tensor], ids_shuffle: torch.Tensor) -> Prediction:
+        """What `forward` returns, from the encoder's output.
+
+        Args:
+            prefix: [B, R, D], as `encode_with_prefix` returns it.
+            layers: [B, V, D] for each encoder layer.
+            ids_shuffle: int64 [B, N].
+        """
+        headed = [layers[number] for number in self.layers_with_head]
+        layer_preds = [head(layer) for head, layer in zip(self.layer_heads, headed, strict=True)]
+        decoded = None
+        if self.has_decoder:
+            decoded = self.decode(layers, ids_shuffle, prefix if self.decoder_prefix else None)
+        return Prediction(decoded, layer_preds, [layers[number] for number in self.relation_layers])
 
     def encode(self, images: torch.Tensor, ids_keep: torch.Tensor) -> list[torch.Tensor]:
         """The visible patches' tokens after each encoder block; after the last block, they have passed the final norm.
@@ -166,15 +188,33 @@ class Student(nn.Module):
 
     def _initialise(self) -> None:
         """MAE's: Xavier-uniform linear layers, zero biases, a mask token with std 0.02. The encoder has its weights."""
-        for module in (
-            self.layer_heads,
-            self.fusion_projections,
-            self.decoder_embed,
-            self.decoder_blocks,
-            self.decoder_head,
-        ):
-            module.apply(initialise_linear)
-        nn.init.normal_(self.mask_token, std=0.02)
+        self.layer_heads.apply(initialise_linear)
+        self.fusion_projections.apply(initialise_linear)
+        if self.has_decoder:
+            for module in (self.decoder_embed, self.decoder_blocks, self.decoder_head):
+                module.apply(initialise_linear)
+            nn.init.normal_(self.mask_token, std=0.02)
+
+
+def layer_numbers(layers: str, depth: int) -> list[int]:
+    """`--relation-layers` as numbers from 0, in order and each once.
+
+    Args:
+        layers: 'last', 'all', or numbers separated by commas.
+        depth: number of the encoder's layers.
+
+    Raises:
+        InputError: something else, or the encoder has no such layer.
+    """
+    named = {"last": range(depth - 1, depth), "all": range(depth)}
+    if layers in named:
+        return list(named[layers])
+    words = [word.strip() for word in layers.split(",")]
+    if not all(word.isdecimal() and int(word) < depth for word in words):
+        raise InputError(
+            f"--relation-layers {layers}: give last, all, or numbers from 0 to {depth - 1}, as 0,{depth - 1}"
+        )
+    return sorted({int(word) for word in words})
 
 
 def build_student(config: PretrainConfig, patch_size: int, target_dim: int, channels: int, on: str = "cpu") -> Student:
@@ -188,7 +228,7 @@ def build_student(config: PretrainConfig, patch_size: int, target_dim: int, chan
         on: device; 'meta' checks the sizes without allocating.
 
     Raises:
-        InputError: as in `build_encoder`.
+        InputError: as in `build_encoder` and `layer_numbers`.
     """
     with torch.device(on):
         encoder = build_encoder(
@@ -211,6 +251,9 @@ def build_student(config: PretrainConfig, patch_size: int, target_dim: int, chan
             decoder_heads=config.decoder_heads,
             decoder_class_token=config.decoder_class_token,
             predict_visible=config.loss_on == "all",
+            relation_layers=layer_numbers(config.relation_layers, len(encoder.blocks))
+            if config.relation_weight
+            else (),
             checkpoint_activations=config.checkpoint_activations,
         )
     return with_fast_linear(student)

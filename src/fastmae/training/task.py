@@ -34,7 +34,7 @@ class Settings:
     """
 
     images: int
-    epochs: int
+    epochs: float
     batch_size: int
     lr: float
     warmup_epochs: float
@@ -57,8 +57,8 @@ class Settings:
 
     def epoch_of(self, step: int) -> float:
         """Epochs done after a step. The last step may reach beyond the last epoch, which does not count."""
-        whole_epochs = math.floor(self.steps / self.steps_per_epoch) if self.steps_per_epoch >= 1 else math.inf
-        return min(step / self.steps_per_epoch, whole_epochs)
+        end = self.epochs if self.steps_per_epoch >= 1 else math.inf
+        return min(step / self.steps_per_epoch, end)
 
 
 def no_initialisation(_: nn.Module) -> str:
