@@ -89,7 +89,7 @@ def test_a_timm_name_takes_its_weights_from_a_file(vit_weights):
     ("spec", "options", "named"),
     [
         ("nowhere", {}, "nowhere"),
-        ("timm/resnet18", {"pretrained": False}, "timm/resnet18"),
+        ("timm/pit_ti_224", {"pretrained": False}, "timm/pit_ti_224"),
         ("timm/vit_tiny_patch16_224", {"pretrained": False, "image_size": 100}, "--image-size 100"),
         ("timm/vit_tiny_patch15_224", {}, "did you mean"),
         ("file/nowhere.pth", {}, "nowhere.pth"),

@@ -235,6 +235,7 @@ class Steps:
         if (channels, pixels) not in self.students:
             options = self._options("pixels" if pixels else "tokens")
             student = build_student(options, self.config.patch_size, channels, CHANNELS)
+            assert isinstance(student, Student)  # a mask needs a plain ViT
             model = self.fabric.setup_module(student)
             groups = param_groups_weight_decay(student, options.weight_decay)
             optimizer = adamw(groups, options.lr, options.betas, self.fabric)

@@ -4,6 +4,7 @@ Images are decoded in worker processes, embedded here, and written as they come.
 """
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -141,7 +142,7 @@ def features(config: FeaturesConfig) -> dict[str, Any]:
         image_batches = pictures.batches(config.batch_size, config.workers, fabric.device)
         tally = _write_file(config, opened, listed, image_batches, embed)
     rate = round(tally.images / (time.monotonic() - start), 2)
-    dim, grid = int(opened.network.embed_dim), _grid(config, opened)
+    dim, grid = opened.dim, _grid(config, opened)
     file_bytes = config.out.stat().st_size
     _log_skipped(tally)
     dense = f" and {grid} x {grid} more" if grid else ""
@@ -169,21 +170,22 @@ def batch_embedder(opened: OpenedEncoder, pool: str, block: int | None, dense: b
     """
     network, device = opened.network.to(fabric.device), fabric.device
     check_pool(network, pool)
-    tokens, grid = tokens_of(network, block), opened.image_size // opened.patch_size
+    tokens = tokens_of(network, block)
 
     @torch.inference_mode()
     def embed(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         with fabric.autocast():
             patches, prefix = tokens(normalise(pixels.to(device, non_blocking=True), opened.mean, opened.std))
         patches, prefix = patches.float(), prefix.float()
-        return pooled(network, patches, prefix, pool), patches.unflatten(1, (grid, grid)) if dense else None
+        side = math.isqrt(patches.shape[1])
+        return pooled(network, patches, prefix, pool), patches.unflatten(1, (side, side)) if dense else None
 
     return embed
 
 
 def _grid(config: FeaturesConfig, opened: OpenedEncoder) -> int | None:
-    """Patches along a side of the grid that is kept, or None."""
-    return opened.image_size // opened.patch_size if config.dense else None
+    """Patches (positions of the map) along a side of the grid that is kept, or None."""
+    return opened.grid if config.dense else None
 
 
 def _write_file(
@@ -194,7 +196,7 @@ def _write_file(
     embed: EmbedBatch,
 ) -> Tally:
     """Write the file, whole or not at all."""
-    tally, dim, count = Tally(), int(opened.network.embed_dim), listed.info.images
+    tally, dim, count = Tally(), opened.dim, listed.info.images
 
     def write(temporary: Path) -> None:
         metadata = _metadata(config, opened, listed)
@@ -247,7 +249,7 @@ def _make_room(config: FeaturesConfig, opened: OpenedEncoder, images: int) -> No
         InputError: not enough space.
     """
     vectors = images * (1 + (_grid(config, opened) or 0) ** 2)
-    needed = vectors * int(opened.network.embed_dim) * np.dtype(DTYPES[config.dtype]).itemsize
+    needed = vectors * opened.dim * np.dtype(DTYPES[config.dtype]).itemsize
     free = shutil.disk_usage(nearest_folder(config.out.absolute().parent)).free
     if needed > free:
         smaller = "; --dtype fp16 takes half" if config.dtype == "fp32" else ""

@@ -29,6 +29,7 @@ from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.wording import weight_count
+from fastmae.student.feature_map import accepted_arguments
 from fastmae.training.driver import train
 from fastmae.training.evaluation import val_batches
 from fastmae.training.optimiser import layer_decayed_groups
@@ -43,15 +44,19 @@ HEAD_STD = 2e-5
 """Standard deviation of the classifier's initial weights, as in MAE."""
 
 
-def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
+def finetune(config: FinetuneConfig, data: LabelledFolder | None = None) -> dict[str, Any] | None:
     """Train on train/, measure on val/; the command's JSON (None in all processes but the first).
+
+    Args:
+        config: the options.
+        data: the labelled images; None: those of `config.data`.
 
     Raises:
         InputError: data or options that can't be used.
     """
     if config.out is None:
         raise InputError("give --out DIR, the folder for the trained model")
-    data = open_labelled(config.data)
+    data = data or open_labelled(config.data)
     settings = settle(config, IMAGENET, len(data.train))
     _check_mixing(config, settings)
     torch.manual_seed(config.seed)
@@ -89,27 +94,37 @@ def finetuning_task(config: FinetuneConfig, data: LabelledFolder, settings: Sett
 
 
 def build_classifier(opened: OpenedEncoder, classes: int, pool: str, drop_path: float) -> tuple[Any, dict[str, Any]]:
-    """The encoder as timm's own classifier: mean of the patch tokens, LayerNorm, linear layer; or the class token.
+    """The encoder as timm's own classifier.
+
+    A ViT's: mean of the patch tokens, LayerNorm, linear layer; or the class token. Of any other network, the head that
+    timm gives it; parts of that head which the encoder brings with it start as they are there.
 
     Returns:
         The network, float32 [B, K, S, S] -> [B, classes]; and the arguments with which timm builds it.
 
     Raises:
-        InputError: the encoder has no class token.
+        InputError: the encoder has no class token, or timm gives the network no classifier.
     """
     encoder: Any = opened.network
     check_pool(encoder, pool)
-    pooling: dict[str, Any] = {"global_pool": "avg" if pool == "mean" else "token"}
-    pooling["use_fc_norm" if isinstance(encoder, Eva) else "fc_norm"] = pool == "mean"
-    arguments = {**opened.arguments, "num_classes": classes, **pooling}
-    network: Any = timm.create_model(opened.architecture, **arguments, drop_path_rate=drop_path)
+    arguments = {**opened.arguments, "num_classes": classes}
+    if opened.is_vit:
+        arguments["global_pool"] = "avg" if pool == "mean" else "token"
+        arguments["use_fc_norm" if isinstance(encoder, Eva) else "fc_norm"] = pool == "mean"
+    regularised = accepted_arguments(opened.architecture, {"drop_path_rate": drop_path})
+    if drop_path and not regularised:
+        log.info(f"{opened.architecture} has no stochastic depth in timm: --drop-path {drop_path} has no effect")
+    network: Any = timm.create_model(opened.architecture, **arguments, **regularised)
     loaded = network.load_state_dict(encoder.state_dict(), strict=False)
-    new_names = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
-    assert set(loaded.missing_keys) <= new_names, loaded.missing_keys
+    if opened.is_vit:
+        new_names = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+        assert set(loaded.missing_keys) <= new_names, loaded.missing_keys
     for parameter in network.parameters():
         parameter.requires_grad_(True)  # the position embeddings too, which are fixed in pre-training
-    nn.init.trunc_normal_(network.head.weight, std=HEAD_STD)
-    nn.init.zeros_(network.head.bias)
+    classifier = network.get_classifier()
+    if isinstance(classifier, nn.Linear):
+        nn.init.trunc_normal_(classifier.weight, std=HEAD_STD)
+        nn.init.zeros_(classifier.bias)
     return network, arguments
 
 

@@ -10,9 +10,9 @@ import torch
 from fastmae.config import KnnConfig
 from fastmae.errors import InputError
 from fastmae.probes.embed import Embed, WholeImages, embed_images, embed_with_encoder, embed_with_teacher
-from fastmae.probes.labelled import open_labelled
+from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.probes.neighbours import knn_accuracy
-from fastmae.runs.encoder import NotAViTError, open_encoder
+from fastmae.runs.encoder import open_encoder
 from fastmae.runs.load import load_run
 from fastmae.runtime.device import resolve_device
 from fastmae.teachers import Teacher
@@ -96,14 +96,18 @@ def knn(config: KnnConfig) -> dict[str, Any]:
     }
 
 
-def labelled_features(config: KnnConfig) -> LabelledFeatures:
+def labelled_features(config: KnnConfig, data: LabelledFolder | None = None) -> LabelledFeatures:
     """Embed train/ and val/.
+
+    Args:
+        config: the options.
+        data: the labelled images; None: those of `config.data`.
 
     Raises:
         InputError: options or data that can't be used.
     """
     device = resolve_device(config.device)
-    data = open_labelled(config.data)
+    data = data or open_labelled(config.data)
     extractor = feature_extractor(config, device)
     train, val = (
         embed_images(
@@ -131,10 +135,7 @@ def feature_extractor(config: KnnConfig, device: torch.device) -> FeatureExtract
     if config.run in LITES or config.run.startswith("hf/"):
         return _of_a_teacher(config, load_network(config.run, config.weights)[0], device)
     pretrained = config.pretrained and config.features == "encoder"
-    try:
-        opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=pretrained)
-    except NotAViTError as other:
-        return _of_a_teacher(config, other.network, device)
+    opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=pretrained)
     embed = embed_with_encoder(opened.network.to(device), config.pool, config.block, opened.mean, opened.std)
     return FeatureExtractor(embed, opened.image_size, opened.resize, opened.channels)
 
@@ -155,7 +156,7 @@ def _of_the_runs_teacher(config: KnnConfig, device: torch.device) -> FeatureExtr
 
 
 def _of_a_teacher(config: KnnConfig, network: Any, device: torch.device) -> FeatureExtractor:
-    """A network that is not a plain ViT of timm's, used as a teacher."""
+    """A network that is not timm's, used as a teacher."""
     if config.features != "encoder":
         raise InputError(f"--features {config.features}: {config.run} is a teacher; give a run, or timm/NAME")
     if config.pool == "class":

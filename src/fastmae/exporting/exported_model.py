@@ -1,6 +1,6 @@
 """The exported model, an encoder or a fine-tuned classifier, and the outputs that every format must reproduce."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from fastmae.evaluate.transforms import CROP_RATIO
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runs.folder import RUN_FILE
 from fastmae.runs.load import load_run
-from fastmae.student.encoder import Encoder
+from fastmae.student.encoder import Encoder, is_plain_vit
+from fastmae.student.feature_map import last_map, resized_network
 
-EMBEDDING, PATCHES, CLASS, LOGITS = "embedding", "patch_tokens", "class_token", "logits"
+EMBEDDING, PATCHES, CLASS, MAP, LOGITS = "embedding", "patch_tokens", "class_token", "feature_map", "logits"
 """Names of the outputs."""
 
 
@@ -33,20 +34,22 @@ class ExportedModel(OpenedEncoder):
     crop_share: float = 1.0
 
     @property
-    def dim(self) -> int:
-        """Width of the features."""
-        return int(self.network.embed_dim)
-
-    @property
     def image_shape(self) -> str:
         """Channels, height and width of an image, as text for shape comments."""
         return f"{self.channels}, {self.image_size}, {self.image_size}"
+
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each output without the batch."""
+        with torch.inference_mode():
+            outputs = model_outputs(self.network, torch.zeros(1, self.channels, self.image_size, self.image_size))
+        return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
 
 
 def encoder_to_export(opened: OpenedEncoder) -> ExportedModel:
     """The encoder without a classifier. Its pictures are resized as in pre-training."""
     opened.network.reset_classifier(0)
-    fields = {**vars(opened), "arguments": {**opened.arguments, "num_classes": 0, "img_size": opened.image_size}}
+    sized = opened.at_size(opened.image_size)
+    fields = {**vars(sized), "arguments": {**sized.arguments, "num_classes": 0}}
     return ExportedModel(**fields, crop="whole" if opened.resize == "whole" else "center")
 
 
@@ -67,26 +70,40 @@ def classifier_to_export(opened: OpenedEncoder) -> ExportedModel:
     network: Encoder = timm.create_model(opened.architecture, **arguments)
     network.load_state_dict(weights)
     size = opened.image_size
-    if network.patch_embed.img_size != (size, size):
-        network.set_input_size(img_size=(size, size))
-    fields = {**vars(opened), "network": network.eval(), "arguments": {**arguments, "img_size": size}}
+    if size != description["encoder"]["image_size"]:
+        if opened.is_vit:
+            network.set_input_size(img_size=(size, size))
+        else:
+            network = resized_network(opened.source, network, opened.architecture, arguments, size)
+    sized = replace(opened, network=network.eval(), arguments=arguments).at_size(size)
+    fields = vars(sized)
     classes = tuple(description["data"]["classes"])
     return ExportedModel(**fields, classes=classes, crop="center", crop_share=CROP_RATIO)
 
 
 def model_outputs(network: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The outputs of a timm ViT.
+    """The outputs of timm's network.
 
     Args:
         network: in evaluation mode.
         images: float32 [B, K, S, S], normalised.
 
     Returns:
+        Of a plain ViT:
         `EMBEDDING` [B, D]: the network's own pooling, which for encoders trained here is the mean of the patch tokens.
         `PATCHES` [B, N, D]: the patch tokens after the last norm before pooling.
         `CLASS` [B, D]: the class token, if the network has one.
+
+        Of any other network:
+        `EMBEDDING` [B, D]: the mean of the last map.
+        `MAP` [B, D, h, w]: the last map, after the network's final norm.
+
         `LOGITS` [B, classes]: only for a classifier.
     """
+    if not is_plain_vit(network):
+        feature_map = last_map(network, images)
+        outputs = {EMBEDDING: feature_map.mean((2, 3)), MAP: feature_map}
+        return {**outputs, LOGITS: network(images)} if network.num_classes > 0 else outputs
     tokens = network.forward_features(images)
     outputs = {
         EMBEDDING: network.forward_head(tokens, pre_logits=True),

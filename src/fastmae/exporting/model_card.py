@@ -36,21 +36,13 @@ def write_model_card(
         provenance: how the weights were made.
         difference: largest difference between the model's outputs and those computed from the exported files.
     """
-    network = model.network
-    parameters = sum(parameter.numel() for parameter in network.parameters())
     text = _template().render(
         library=export_format.library,
         tags=_tags(model, export_format, provenance),
         title=f"{model.architecture}, {TITLES[provenance.kind]}",
         format=format_name,
         version=__version__,
-        architecture=model.architecture,
-        depth=len(network.blocks),
-        width=network.embed_dim,
-        heads=network.blocks[0].attn.num_heads,
-        millions=f"{parameters / 1e6:.1f}",
-        image_size=model.image_size,
-        patch_size=model.patch_size,
+        network=_network(model),
         channels=model.channels,
         preparation=_preparation(model),
         mean=_rounded(model.mean),
@@ -71,10 +63,31 @@ def _template() -> jinja2.Template:
     return environment.from_string(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
 
 
+def _network(model: ExportedModel) -> str:
+    """The network in a sentence or two."""
+    network, size = model.network, f"{model.image_size} x {model.image_size} px"
+    millions = f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters"
+    if model.is_vit:
+        return (
+            f"A vision transformer ({model.architecture}: {len(network.blocks)} blocks of width {model.dim}, "
+            f"{network.blocks[0].attn.num_heads} heads, {millions}).\n"
+            f"It takes images of {size} in patches of {model.patch_size} px."
+        )
+    return (
+        f"A network of timm ({model.architecture}, {millions}).\n"
+        f"Of images of {size} it gives a map of {model.grid} x {model.grid} positions with {model.dim} features. "
+        "The mean of the map is the image's embedding."
+    )
+
+
 def _tags(model: ExportedModel, export_format: ExportFormat, provenance: Provenance) -> list[str]:
     task = "image-classification" if model.classes else "image-feature-extraction"
-    method = ["masked-image-modeling", "self-supervised-learning"] if provenance.kind == "pretraining" else []
-    return ["fastmae", export_format.library, "vision-transformer", task, *method]
+    method = []
+    if provenance.kind == "pretraining":
+        is_masked = provenance.facts["Pre-training settings"]["mask ratio"] != "0"
+        method = ["masked-image-modeling" if is_masked else "knowledge-distillation", "self-supervised-learning"]
+    kind = ["vision-transformer"] if model.is_vit else []
+    return ["fastmae", export_format.library, *kind, task, *method]
 
 
 def _preparation(model: ExportedModel) -> str:

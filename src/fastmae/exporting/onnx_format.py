@@ -1,4 +1,4 @@
-"""One ONNX graph: normalised images in, embedding, patch tokens and class token out, for any batch size."""
+"""One ONNX graph: normalised images in, embedding and patch tokens (or feature map) out, for any batch size."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from fastmae import __version__
 from fastmae.config import ExportConfig
 from fastmae.errors import InputError, first_line
 from fastmae.exporting.export_format import ExportFormat, import_extra
-from fastmae.exporting.exported_model import CLASS, EMBEDDING, LOGITS, PATCHES, ExportedModel, model_outputs
+from fastmae.exporting.exported_model import ExportedModel, model_outputs
 
 GRAPH_FILE = "model.onnx"
 INPUT = "images"
@@ -56,8 +56,7 @@ def write(model: ExportedModel, folder: Path, config: ExportConfig) -> None:
         InputError: torch can't export the network.
     """
     example = torch.zeros(2, model.channels, model.image_size, model.image_size)
-    with torch.inference_mode():
-        output_names = list(model_outputs(model.network, example))
+    output_names = list(model.output_shapes())
     try:
         with _quiet_exporter(), torch.no_grad():
             program: Any = torch.onnx.export(
@@ -110,14 +109,9 @@ def read(folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def usage(model: ExportedModel, folder: str) -> str:
     """Python code that loads the graph with onnxruntime."""
-    shapes = {EMBEDDING: f"[B, {model.dim}]", PATCHES: f"[B, {model.network.patch_embed.num_patches}, {model.dim}]"}
-    if model.network.cls_token is not None:
-        shapes[CLASS] = f"[B, {model.dim}]"
-    if model.classes:
-        shapes[LOGITS] = f"[B, {len(model.classes)}]"
     outputs = "\n".join(
-        f'{name} = session.run(["{name}"], {{"{INPUT}": images}})[0]  # float32 {shape}'
-        for name, shape in shapes.items()
+        f'{name} = session.run(["{name}"], {{"{INPUT}": images}})[0]  # float32 [B, {", ".join(map(str, shape))}]'
+        for name, shape in model.output_shapes().items()
     )
     return f"""\
 import onnxruntime

@@ -8,6 +8,7 @@ from fastmae.exporting.output_folder import read_export
 from fastmae.runs.checkpoint import is_checkpoint, load_checkpoint
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runs.folder import CHECKPOINT_FILE, RUN_FILE, read_evaluations, read_metrics, read_run
+from fastmae.student.encoder import names_plain_vit
 
 Facts = dict[str, dict[str, str]]
 """The card's tables: heading -> name -> value."""
@@ -18,6 +19,12 @@ TARGETS = {
     "hog": "the histograms of oriented gradients of the other patches (MaskFeat)",
 }
 """`--target` -> what the encoder learnt to predict from the visible patches."""
+TARGETS_WITHOUT_DECODER = {
+    "tokens": "their features, which a frozen teacher computed once, before training (FastMAE without a decoder)",
+    "teacher": "their features, which a frozen teacher computed at every step (FastMAE without a decoder)",
+    "hog": "their histograms of oriented gradients",
+}
+"""The same without a decoder, where only what the encoder saw is predicted."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,11 @@ def provenance_of(opened: OpenedEncoder) -> Provenance:
 def _pretraining(description: dict[str, Any]) -> Provenance:
     store, options = description["store"], description["options"]
     visible = round(100 * (1 - options["mask_ratio"]))
-    story = (
-        f"It was pre-trained without labels. From {visible} % of an image's patches it learnt to predict "
-        f"{TARGETS[options['target']]}. The patch tokens were trained. No loss reached the class token, "
-        "so it describes an image less well."
-    )
+    seen = f"{visible} % of an image's patches" if options["mask_ratio"] else "all patches of an image"
+    targets = TARGETS if options["decoder_depth"] else TARGETS_WITHOUT_DECODER
+    story = f"It was pre-trained without labels. From {seen} it learnt to predict {targets[options['target']]}."
+    if names_plain_vit(options["encoder"]):
+        story += " The patch tokens were trained. No loss reached the class token, so it describes an image less well."
     facts = {
         "Images": {
             "images": f"{store['images']:,}",
@@ -127,7 +134,7 @@ def _teachers(teachers: list[dict[str, Any]]) -> dict[str, str]:
 def _settings(options: dict[str, Any]) -> dict[str, str]:
     """The options that have a value."""
     return {
-        name.replace("_", " "): _without_path(str(value))
+        name.replace("_", " "): f"{value:g}" if isinstance(value, float) else _without_path(str(value))
         for name, value in options.items()
         if value is not None and value != ""
     }

@@ -31,12 +31,13 @@ def config(model: ExportedModel) -> dict[str, Any]:
 
     The source, tag and licence of timm's own weights for this architecture are left out: they don't apply here.
     """
-    classes = len(model.classes)
+    classes, own = len(model.classes), model.network.pretrained_cfg
+    pool = model.network.global_pool
     return {
         "architecture": model.architecture,
         "num_classes": classes,
         "num_features": model.dim,
-        "global_pool": str(model.network.global_pool),
+        **({"global_pool": pool} if isinstance(pool, str) else {}),  # a module in a ResNet, which builds its own
         **({"label_names": list(model.classes)} if classes else {}),
         "model_args": model.arguments,
         "pretrained_cfg": {
@@ -50,8 +51,8 @@ def config(model: ExportedModel) -> dict[str, Any]:
             "mean": list(model.mean),
             "std": list(model.std),
             "num_classes": classes,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "first_conv": own["first_conv"],
+            "classifier": own["classifier"],
         },
         "fastmae": {"version": __version__, "resize": model.resize},
     }
@@ -66,8 +67,6 @@ def read(folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def usage(model: ExportedModel, folder: str) -> str:
     """Python code that loads the folder with timm."""
-    prefix, patches = model.network.num_prefix_tokens, model.network.patch_embed.num_patches
-    result, width = ("logits", len(model.classes)) if model.classes else ("features", model.dim)
     return f"""\
 import timm
 from timm.data import create_transform, resolve_model_data_config
@@ -78,9 +77,30 @@ model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 model = timm.create_model({_arguments_by_name(model, folder)}).eval()
 
 transform = create_transform(**resolve_model_data_config(model))  # PIL image -> tensor [{model.image_shape}]
-{result} = model(images)  # images [B, {model.image_shape}] -> [B, {width}]
-tokens = model.forward_features(images)  # [B, {prefix} + {patches}, {model.dim}]: prefix tokens, patch tokens
-"""
+{_outputs(model)}"""
+
+
+def _outputs(model: ExportedModel) -> str:
+    """Python code for the outputs of `images`."""
+    logits = f"logits = model(images)  # images [B, {model.image_shape}] -> [B, {len(model.classes)}]\n"
+    if model.is_vit:
+        prefix, patches = model.network.num_prefix_tokens, model.network.patch_embed.num_patches
+        features = f"features = model(images)  # images [B, {model.image_shape}] -> [B, {model.dim}]\n"
+        tokens = f"[B, {prefix} + {patches}, {model.dim}]: prefix tokens, patch tokens"
+        return (logits if model.classes else features) + f"tokens = model.forward_features(images)  # {tokens}\n"
+    with torch.inference_mode():
+        final = model.network.forward_features(torch.zeros(1, model.channels, model.image_size, model.image_size))
+    shape = ", ".join(map(str, final.shape[1:]))
+    if final.dim() == 3:  # tokens; the last ones are those of the map
+        prefix = final.shape[1] - model.grid**2
+        mean = f"final[:, {prefix}:].mean(1)" if prefix else "final.mean(1)"
+    else:
+        mean = "final.mean((2, 3))" if final.shape[1] == model.dim else "final.mean((1, 2))"
+    return (
+        (logits if model.classes else "")
+        + f"final = model.forward_features(images)  # images [B, {model.image_shape}] -> [B, {shape}]\n"
+        + f"features = {mean}  # [B, {model.dim}]\n"
+    )
 
 
 def _arguments_by_name(model: ExportedModel, folder: str) -> str:

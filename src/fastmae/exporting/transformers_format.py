@@ -53,6 +53,10 @@ def check(model: ExportedModel) -> None:
     import_extra("transformers")
     if model.classes:
         raise InputError("--classifier: transformers' classifiers read the class token; use --format timm or onnx")
+    if not model.is_vit:
+        raise InputError(
+            f"--format transformers: {model.source} ({model.architecture}) is no plain ViT; use --format timm or onnx"
+        )
     misfit = _misfit(model.network)
     if misfit:
         raise InputError(

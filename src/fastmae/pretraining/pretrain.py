@@ -22,7 +22,7 @@ from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.seeding import seed_everything
 from fastmae.runtime.wording import counted
 from fastmae.runtime.workers import as_is
-from fastmae.student.student import Student, build_student
+from fastmae.student.student import AnyStudent, build_student
 from fastmae.tokens.files import is_url
 from fastmae.training.driver import train
 from fastmae.training.sampler import ShuffleOrder
@@ -31,7 +31,7 @@ from fastmae.training.task import Task, no_initialisation
 log = logging.getLogger(__name__)
 SHARDED_BLOCKS = (Block, EvaBlock)
 """Modules that FSDP shards one by one."""
-Measure = Callable[[Student], Mapping[str, float]]
+Measure = Callable[[AnyStudent], Mapping[str, float]]
 
 
 def pretrain(config: PretrainConfig, measure: Measure | None = None) -> dict[str, Any] | None:
@@ -125,7 +125,7 @@ def _absolute(location: str) -> str:
     return location if is_url(location) else str(Path(location).resolve())
 
 
-def _headline(config: PretrainConfig, plan: Plan, student: Student) -> str:
+def _headline(config: PretrainConfig, plan: Plan, student: AnyStudent) -> str:
     millions = sum(parameter.numel() for parameter in student.encoder.parameters()) / 1e6
     norm = "" if config.target == "pixels" else f", norm {', '.join(plan.norms)}"
     relations = f", relations {config.relation_weight:g}" if config.relation_weight else ""

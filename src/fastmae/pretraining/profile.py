@@ -16,7 +16,7 @@ from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import bare
 from fastmae.runtime.workers import worker_count
 from fastmae.student.loss import Prediction
-from fastmae.student.student import Student
+from fastmae.student.student import AnyStudent
 from fastmae.tokens.loader import ViewBatch
 from fastmae.training.run import launch_processes, loader, sampler, set_up
 from fastmae.training.task import Task
@@ -103,7 +103,7 @@ def profile(config: PretrainConfig, plan: Plan, task: Task, timed_steps: int = T
 
 
 def forward_and_backward(
-    student: Student, step: PretrainStep, batch: ViewBatch, fabric: Fabric, clock: StageClock
+    student: AnyStudent, step: PretrainStep, batch: ViewBatch, fabric: Fabric, clock: StageClock
 ) -> None:
     """The gradients of a batch, computed in stages that are timed one by one.
 

@@ -1,6 +1,7 @@
 """Frozen features: one vector per image. Images are decoded in worker processes; the forward passes run here."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from fastmae.images.middle import resized_pixels
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, normalise
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.workers import batches
-from fastmae.student.encoder import Encoder
+from fastmae.student.encoder import Encoder, is_plain_vit
+from fastmae.student.feature_map import last_map, stage_maps
 from fastmae.teachers import Teacher
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
@@ -54,12 +56,12 @@ def embed_with_encoder(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Embed:
-    """A function that embeds images with a timm ViT.
+    """A function that embeds images with a network of timm.
 
     Args:
         encoder: in evaluation mode.
-        pool: 'mean' of the patch tokens, or 'class' for the class token.
-        block: block whose output is used; None: the last. The final norm is always applied.
+        pool: 'mean' of the patch tokens (of the positions of a map), or 'class' for the class token.
+        block: block (stage) whose output is used; None: the last. A ViT's final norm is always applied.
         mean: mean of the encoder's input, one value per channel (of values in [0, 1]).
         std: its standard deviation.
 
@@ -81,16 +83,17 @@ def check_pool(encoder: Encoder, pool: str) -> None:
     """Check that the encoder has the token that `--pool` asks for.
 
     Raises:
-        InputError: it has no class token.
+        InputError: it has no class token, or is no plain ViT, of which only the map is used.
     """
-    if pool == "class" and getattr(encoder, "cls_token", None) is None:
+    if pool == "class" and (not is_plain_vit(encoder) or getattr(encoder, "cls_token", None) is None):
         raise InputError("--pool class: this encoder has no class token; use --pool mean")
 
 
 def pooled(encoder: Encoder, patches: torch.Tensor, prefix: torch.Tensor, pool: str) -> torch.Tensor:
     """One vector per image, [B, D].
 
-    In a fine-tuned encoder, the norm comes after the mean and is applied here.
+    In a fine-tuned ViT, the norm comes after the mean and is applied here. The embedding of any other network is the
+    mean of its last map alone: a norm or a layer that its classifier puts after the mean is not trained with the map.
 
     Args:
         encoder: the encoder of the tokens.
@@ -98,7 +101,10 @@ def pooled(encoder: Encoder, patches: torch.Tensor, prefix: torch.Tensor, pool: 
         prefix: class and register tokens [B, P, D].
         pool: 'mean' of the patch tokens, or 'class' for the first prefix token.
     """
-    return encoder.fc_norm(patches.mean(1)) if pool == "mean" else prefix[:, 0]
+    if pool == "class":
+        return prefix[:, 0]
+    mean = patches.mean(1)
+    return encoder.fc_norm(mean) if is_plain_vit(encoder) else mean
 
 
 def tokens_of(
@@ -107,29 +113,39 @@ def tokens_of(
     """A function from normalised images [B, K, S, S] to patch tokens [B, N, D] and prefix tokens [B, P, D].
 
     Args:
-        encoder: a timm ViT.
-        block: block whose output is used; None: the last. The final norm is always applied.
+        encoder: a network of timm; one that is no plain ViT has a token for each position of its map, and no prefix.
+        block: block (stage) whose output is used; None: the last. A ViT's final norm is always applied.
 
     Raises:
         InputError: no such block.
     """
-    depth = len(encoder.blocks)
+    is_vit = is_plain_vit(encoder)
+    depth, parts = (len(encoder.blocks), "blocks") if is_vit else (len(encoder.feature_info), "stages")
     if block is not None and not -depth <= block < depth:
-        raise InputError(f"--block {block}: this encoder has blocks 0 to {depth - 1}")
+        raise InputError(f"--block {block}: this encoder has {parts} 0 to {depth - 1}")
     index = depth - 1 if block is None else block % depth
+    return partial(_block_tokens if is_vit else _stage_tokens, encoder, index)
 
-    def tokens(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return encoder.forward_intermediates(
-            images,
-            indices=[index],
-            norm=True,
-            output_fmt="NLC",
-            return_prefix_tokens=True,
-            intermediates_only=True,
-            stop_early=True,
-        )[0]
 
-    return tokens
+def _block_tokens(encoder: Encoder, index: int, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A plain ViT's tokens after a block and the final norm."""
+    return encoder.forward_intermediates(
+        images,
+        indices=[index],
+        norm=True,
+        output_fmt="NLC",
+        return_prefix_tokens=True,
+        intermediates_only=True,
+        stop_early=True,
+    )[0]
+
+
+def _stage_tokens(encoder: Encoder, index: int, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions of the map of a stage, as tokens."""
+    is_last = index == len(encoder.feature_info) - 1
+    stage = last_map(encoder, images) if is_last else stage_maps(encoder, images)[index]
+    tokens = stage.flatten(2).transpose(1, 2)
+    return tokens, tokens[:, :0]
 
 
 def embed_with_teacher(teacher: Teacher) -> Embed:

@@ -11,6 +11,7 @@ from fastmae.errors import InputError
 from fastmae.images.views import normalise
 from fastmae.pretraining.knn_every import CentreViews
 from fastmae.reporting.image_grid import displayable, image_grid_png
+from fastmae.student.encoder import is_plain_vit
 from fastmae.tokens import TokenStore
 
 HEADS_SHOWN = 3
@@ -21,13 +22,15 @@ def attention_maps_png(encoder: Any, store: TokenStore, images: int) -> bytes:
     """One row for each image: the central view, the mean attention of all heads, and the heads with the sharpest one.
 
     Args:
-        encoder: a timm VisionTransformer with a class token, in evaluation mode.
+        encoder: a timm VisionTransformer with a class token, in evaluation mode; any other network is refused.
         store: token store; the images are taken at equal distances in it.
         images: number of rows.
 
     Raises:
-        InputError: the encoder has no class token, or rotates its queries and keys (RoPE).
+        InputError: the encoder is no plain ViT, has no class token, or rotates its queries and keys (RoPE).
     """
+    if not is_plain_vit(encoder):
+        raise InputError("this encoder is no plain ViT")
     attention = encoder.blocks[-1].attn
     if getattr(encoder, "cls_token", None) is None:
         raise InputError("this encoder has no class token")

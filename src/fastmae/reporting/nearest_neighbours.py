@@ -16,17 +16,18 @@ NEIGHBOURS = 6
 
 
 @torch.no_grad()
-def nearest_neighbours_png(encoder: Any, store: TokenStore, queries: int, gallery: int) -> bytes:
+def nearest_neighbours_png(encoder: Any, image_size: int, store: TokenStore, queries: int, gallery: int) -> bytes:
     """One row for each query: the central view, then the images nearest to it by the cosine of their mean patch tokens.
 
     Args:
         encoder: in evaluation mode, on the CPU.
+        image_size: side of its images, in pixels.
         store: token store of the images.
         queries: number of rows.
         gallery: number of images to search, taken at equal distances in the store.
     """
     indices = np.unique(np.linspace(0, len(store) - 1, min(gallery, len(store))).round().astype(np.int64))
-    views = CentreViews(store, indices, encoder.patch_embed.img_size[0])
+    views = CentreViews(store, indices, image_size)
     embed = embed_with_encoder(encoder, "mean", None, *store.normalisation)
     features = embed_images(views, embed, torch.device("cpu"), 64, 0, "neighbours", quiet=True)
     features = F.normalize(features, dim=1)

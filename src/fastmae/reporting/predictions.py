@@ -12,7 +12,7 @@ from fastmae.pretraining.plan import make_target, resolve_norm
 from fastmae.reporting.image_grid import displayable, image_grid_png
 from fastmae.runs.load import load_student, options_of_run
 from fastmae.student.encoder import visible_patches
-from fastmae.student.student import Student
+from fastmae.student.student import AnyStudent
 from fastmae.tokens import TokenStore
 from fastmae.tokens.loader import StoreViews, ViewBatch
 
@@ -66,7 +66,7 @@ def _views_of_spread_images(store: TokenStore, config: PretrainConfig, images: i
 
 
 def _predict_all_patches(
-    student: Student, pixels: torch.Tensor, ids_shuffle: torch.Tensor, target: torch.Tensor
+    student: AnyStudent, pixels: torch.Tensor, ids_shuffle: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
     """Predictions [B, N, C] in the order of the patches.
 

@@ -13,7 +13,7 @@ from fastmae.reporting.charts import Curves
 from fastmae.reporting.html_page import Section, write_page
 from fastmae.reporting.nearest_neighbours import nearest_neighbours_png
 from fastmae.reporting.predictions import predictions_png
-from fastmae.runs.encoder import load_encoder
+from fastmae.runs.encoder import open_encoder
 from fastmae.runs.folder import CHECKPOINT_FILE, read_evaluations, read_inputs, read_metrics, read_run
 from fastmae.runtime.wording import counted
 from fastmae.tokens import TokenStore
@@ -121,7 +121,7 @@ def _training_curves(entries: list[Entry], evaluations: list[Entry]) -> Section:
 
 def _pictures(config: ReportConfig, store: TokenStore, target: str) -> list[Section]:
     images = min(config.images, len(store))
-    encoder = load_encoder(config.run)
+    opened = open_encoder(str(config.run))
     return [
         Section(
             "Predictions",
@@ -133,12 +133,12 @@ def _pictures(config: ReportConfig, store: TokenStore, target: str) -> list[Sect
             ),
             picture=predictions_png(config.run, store, images, config.seed),
         ),
-        _attention(encoder, store, images),
+        _attention(opened.network, store, images),
         Section(
             "Nearest neighbours",
             f"By the cosine of mean patch tokens, among {min(config.gallery, len(store)):,} images of the store. "
             "No labels were used.",
-            picture=nearest_neighbours_png(encoder, store, images, config.gallery),
+            picture=nearest_neighbours_png(opened.network, opened.image_size, store, images, config.gallery),
         ),
     ]
 

@@ -1,7 +1,8 @@
 """What RUN names in the commands after pre-training: an encoder, with what is needed to use it and to build it again.
 
 RUN is a run (its folder or a checkpoint), a model that `fastmae export` wrote for timm, a checkpoint of MAE, DINO or
-iBOT as its authors publish it (`file/PATH`, or the path alone), or `timm/NAME`.
+iBOT as its authors publish it (`file/PATH`, or the path alone), or `timm/NAME`. The encoder is a plain ViT, or any
+other network of timm that gives a feature map.
 """
 
 import hashlib
@@ -12,15 +13,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 
 from fastmae.errors import InputError, first_line
 from fastmae.runs.checkpoint import is_checkpoint
 from fastmae.runs.folder import RUN_FILE
-from fastmae.runs.load import encoder_of, encoder_sizes, load_run
-from fastmae.student.encoder import Encoder, timm_arguments
-from fastmae.student.student import Student
+from fastmae.runs.load import encoder_arguments, encoder_of, load_run
+from fastmae.student.encoder import Encoder, architecture_of, is_plain_vit
+from fastmae.student.feature_map import accepted_arguments, check_maps, network_arguments, resized_network
+from fastmae.student.student import AnyStudent
 from fastmae.teachers.factory import load_network
 from fastmae.teachers.weights import load_strictly, read_weights
 
@@ -28,25 +28,12 @@ EXPORT_CONFIG, EXPORT_WEIGHTS = "config.json", "model.safetensors"
 """Files of a folder in timm's hub layout."""
 
 
-class NotAViTError(InputError):
-    """RUN names a network of timm's that is not a plain ViT, so it can't be an encoder here.
-
-    Args:
-        message: one line.
-        network: that network.
-    """
-
-    def __init__(self, message: str, network: torch.nn.Module):
-        super().__init__(message)
-        self.network = network
-
-
 @dataclass(frozen=True)
 class OpenedEncoder:
     """An encoder, and how to use it.
 
     Attributes:
-        network: a timm VisionTransformer or Eva without a classifier, in evaluation mode.
+        network: timm's network without a classifier, in evaluation mode.
         architecture: timm's name of the network.
         arguments: `timm.create_model(architecture, **arguments)` builds the network again.
         image_size: side of its images in pixels.
@@ -68,9 +55,32 @@ class OpenedEncoder:
     source: str
 
     @property
+    def is_vit(self) -> bool:
+        """Whether the network is a plain ViT."""
+        return is_plain_vit(self.network)
+
+    @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return int(self.network.patch_embed.patch_size[0])
+        """Side of a plain ViT's patch in pixels; the stride of another network's last map."""
+        if self.is_vit:
+            return int(self.network.patch_embed.patch_size[0])
+        return int(self.network.feature_info[-1]["reduction"])
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return int(self.network.embed_dim if self.is_vit else self.network.num_features)
+
+    @property
+    def grid(self) -> int:
+        """Positions along a side of the last map."""
+        if self.is_vit:
+            return self.image_size // self.patch_size
+        return check_maps(self.source, self.network, self.image_size, self.channels)[-1]
+
+    def at_size(self, image_size: int) -> "OpenedEncoder":
+        """The same encoder, described as one for images of another size."""
+        return replace(self, image_size=image_size, arguments=_sized(self.network, self.arguments, image_size))
 
     def describe(self, prefix: str = "encoder.") -> dict[str, Any]:
         """For a run's description: what is needed to build the encoder again, and a digest of its initial weights.
@@ -80,7 +90,7 @@ class OpenedEncoder:
         """
         return {
             "architecture": self.architecture,
-            "arguments": {**self.arguments, "img_size": self.image_size},
+            "arguments": _sized(self.network, self.arguments, self.image_size),
             "prefix": prefix,
             "image_size": self.image_size,
             "patch_size": self.patch_size,
@@ -101,7 +111,9 @@ def load_encoder(
     pretrained: bool = True,
     **arguments: Any,
 ) -> Encoder:
-    """The encoder that RUN names, as a timm VisionTransformer (or Eva) without a classifier, in evaluation mode.
+    """The encoder that RUN names, as timm's network without a classifier, in evaluation mode.
+
+    It is a VisionTransformer or Eva, unless the run's `--encoder` is another network of timm's.
 
     Args:
         run: a run's folder or checkpoint, an exported model, a checkpoint of MAE, DINO or iBOT, or timm/NAME.
@@ -111,7 +123,7 @@ def load_encoder(
         arguments: more arguments of timm's (`dynamic_img_size`, `drop_path_rate`).
 
     Raises:
-        InputError: nothing that can be opened, not a ViT, or a size that is not a multiple of the patch size.
+        InputError: nothing that can be opened, a network without a feature map, or a size that it can't take.
     """
     weights_file = None if weights is None else Path(weights)
     return open_encoder(str(run), image_size, weights=weights_file, pretrained=pretrained, **arguments).network
@@ -139,15 +151,10 @@ def open_encoder(
         opened = _of_name(f"file/{spec}", weights, pretrained, arguments)
     else:
         opened = _of_run(spec, pretrained, arguments)
-    kind = type(opened.network)
-    if kind not in (VisionTransformer, Eva):
-        raise NotAViTError(
-            f"{spec}: a {kind.__name__}, not a plain ViT; use one of timm's vit_* or eva* names", opened.network
-        )
     return _at_size(opened, image_size)
 
 
-def initialise_student(student: Student, spec: str) -> str:
+def initialise_student(student: AnyStudent, spec: str) -> str:
     """Give a student the weights that `--init` names: an encoder's; from a run with the same decoder and heads, all.
 
     Position embeddings are copied and resampled to the student's grid. They can't be rebuilt: MAE orders their columns
@@ -160,7 +167,7 @@ def initialise_student(student: Student, spec: str) -> str:
         InputError: an encoder of another shape.
     """
     encoder = student.encoder
-    opened = open_encoder(spec, encoder.patch_embed.img_size[0])
+    opened = open_encoder(spec, student.image_size)
     given = {name.replace("fc_norm.", "norm."): tensor for name, tensor in opened.network.state_dict().items()}
     own = encoder.state_dict()
     differing = [name for name in {**own, **given} if _shape(own, name) != _shape(given, name)]
@@ -182,7 +189,7 @@ def _shape(weights: dict[str, torch.Tensor], name: str) -> list[int] | str:
     return list(weights[name].shape) if name in weights else "none"
 
 
-def _decoder_and_heads(student: Student, spec: str) -> dict[str, torch.Tensor]:
+def _decoder_and_heads(student: AnyStudent, spec: str) -> dict[str, torch.Tensor]:
     """The weights of a run's decoder and heads, if they have the student's names and shapes."""
     path = Path(spec)
     if not ((path / RUN_FILE).is_file() or (path.is_file() and is_checkpoint(path))):
@@ -221,8 +228,8 @@ def _of_run(spec: str, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder
     mean, std = (tuple(values) for values in store["normalisation"])
     return OpenedEncoder(
         network=network,
-        architecture=options["encoder"],
-        arguments=timm_arguments(*encoder_sizes(description)),
+        architecture=architecture_of(options["encoder"]),
+        arguments=encoder_arguments(description),
         image_size=options["image_size"],
         channels=store["channels"],
         mean=mean,
@@ -235,16 +242,22 @@ def _of_run(spec: str, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder
 def _of_name(spec: str, weights: Path | None, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder:
     if spec.startswith("file/") and not pretrained:
         raise InputError(f"{spec}: with --no-pretrained nothing would be read from the file; give timm/NAME")
+    if spec.startswith("timm/"):
+        extra = _fitting(architecture_of(spec), extra)
     loaded, _ = load_network(spec, weights, pretrained, **extra)
     network: Any = loaded
     own = network.pretrained_cfg
-    image_size = int(own["input_size"][-1])
+    channels, _, image_size = own["input_size"]
+    if is_plain_vit(network):
+        arguments = own.get("arguments", {"num_classes": 0, "img_size": image_size})
+    else:
+        arguments = network_arguments(own["architecture"], image_size, channels)
     return OpenedEncoder(
         network=network.eval(),
         architecture=own["architecture"],
-        arguments=own.get("arguments", {"num_classes": 0, "img_size": image_size}),
+        arguments=arguments,
         image_size=image_size,
-        channels=int(own["input_size"][0]),
+        channels=channels,
         mean=tuple(own["mean"]),
         std=tuple(own["std"]),
         resize="whole",
@@ -257,7 +270,8 @@ def _of_export(folder: Path, pretrained: bool, extra: dict[str, Any]) -> OpenedE
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         own, arguments = config["pretrained_cfg"], config.get("model_args", {})
-        network: Any = timm.create_model(config["architecture"], **{"num_classes": 0, **arguments}, **extra)
+        more = _fitting(config["architecture"], extra)
+        network: Any = timm.create_model(config["architecture"], **{"num_classes": 0, **arguments}, **more)
         image_size, channels = int(own["input_size"][-1]), int(own["input_size"][0])
         mean, std, resize = tuple(own["mean"]), tuple(own["std"]), config.get("fastmae", {}).get("resize", "whole")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -270,7 +284,7 @@ def _of_export(folder: Path, pretrained: bool, extra: dict[str, Any]) -> OpenedE
     return OpenedEncoder(
         network=network.eval(),
         architecture=config["architecture"],
-        arguments={**arguments, "num_classes": 0, "img_size": image_size},
+        arguments={**_sized(network, arguments, image_size), "num_classes": 0},
         image_size=image_size,
         channels=channels,
         mean=mean,
@@ -281,6 +295,8 @@ def _of_export(folder: Path, pretrained: bool, extra: dict[str, Any]) -> OpenedE
 
 
 def _at_size(opened: OpenedEncoder, image_size: int | None) -> OpenedEncoder:
+    if not opened.is_vit:
+        return _map_at_size(opened, image_size or opened.image_size)
     patch = opened.patch_size
     if image_size is None or image_size == opened.image_size:
         return opened
@@ -290,7 +306,30 @@ def _at_size(opened: OpenedEncoder, image_size: int | None) -> OpenedEncoder:
             f"--image-size {image_size}: not a multiple of the patch size, {patch} px; {fitting} would fit"
         )
     opened.network.set_input_size(img_size=(image_size, image_size))
-    return replace(opened, image_size=image_size, arguments={**opened.arguments, "img_size": image_size})
+    return opened.at_size(image_size)
+
+
+def _map_at_size(opened: OpenedEncoder, image_size: int) -> OpenedEncoder:
+    """A network that is no plain ViT, for images of this size. It is run once on an empty image."""
+    network = opened.network
+    if image_size != opened.image_size:
+        network = resized_network(opened.source, network, opened.architecture, opened.arguments, image_size)
+    check_maps(opened.source, network, image_size, opened.channels)
+    return replace(opened, network=network).at_size(image_size)
+
+
+def _sized(network: Encoder, arguments: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """timm's arguments for images of this size. Networks that take images of any size have no such argument."""
+    if is_plain_vit(network) or "img_size" in arguments:
+        return {**arguments, "img_size": image_size}
+    return arguments
+
+
+def _fitting(architecture: str, extra: dict[str, Any]) -> dict[str, Any]:
+    """Of some more arguments of timm's, those that the network takes; all, if timm has no network of this name."""
+    if architecture.partition(".")[0] not in timm.list_models():
+        return extra
+    return accepted_arguments(architecture, extra)
 
 
 def _digest(network: torch.nn.Module) -> str:

@@ -10,8 +10,9 @@ from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
 from fastmae.runs.checkpoint import load_checkpoint
 from fastmae.runs.folder import CHECKPOINT_FILE, read_run
-from fastmae.student.encoder import Encoder, build_encoder, without_masking
-from fastmae.student.student import Student, build_student
+from fastmae.student.encoder import Encoder, build_encoder, names_plain_vit, timm_arguments, without_masking
+from fastmae.student.feature_map import accepted_arguments, build_network, network_arguments
+from fastmae.student.student import AnyStudent, build_student
 
 Description = dict[str, Any]
 Weights = dict[str, torch.Tensor]
@@ -35,7 +36,7 @@ def options_of_run(run: Path, description: Description) -> PretrainConfig:
     return PretrainConfig(stores=(), run=run, **description["options"])
 
 
-def load_student(run: Path) -> tuple[Description, Student]:
+def load_student(run: Path) -> tuple[Description, AnyStudent]:
     """A pre-training run's description and its student in evaluation mode, with decoder and heads."""
     description, weights = load_run(run)
     store, target_dim = description["store"], sum(description["target_dims"])
@@ -68,13 +69,26 @@ def encoder_of(description: Description, weights: Weights, trained: bool, extra:
 def _encoder_of_pretraining_run(
     description: Description, weights: Weights, trained: bool, extra: dict[str, Any]
 ) -> Encoder:
-    encoder = build_encoder(*encoder_sizes(description), **extra)
+    name, image_size, *_, channels = _encoder_sizes(description)
+    is_vit = names_plain_vit(name)
+    if is_vit:
+        encoder = build_encoder(*_encoder_sizes(description), **extra)
+    else:
+        encoder = build_network(name, image_size, channels, **extra)
     if trained:
         encoder.load_state_dict(weights_below("encoder.", weights))
-    return without_masking(encoder)
+    return without_masking(encoder) if is_vit else encoder
 
 
-def encoder_sizes(description: Description) -> tuple[str, int, int, int | None, int | None, int | None, int]:
+def encoder_arguments(description: Description) -> dict[str, Any]:
+    """The arguments with which `timm.create_model` builds a pre-training run's encoder."""
+    name, image_size, *_, channels = _encoder_sizes(description)
+    if names_plain_vit(name):
+        return timm_arguments(*_encoder_sizes(description))
+    return network_arguments(name, image_size, channels)
+
+
+def _encoder_sizes(description: Description) -> tuple[str, int, int, int | None, int | None, int | None, int]:
     """Name and sizes of a pre-training run's encoder, as `build_encoder` and `timm_arguments` take them."""
     options, store = description["options"], description["store"]
     width, depth, heads = (options[f"encoder_{size}"] for size in ("width", "depth", "heads"))
@@ -85,7 +99,8 @@ def _encoder_of_supervised_run(
     description: Description, weights: Weights, trained: bool, extra: dict[str, Any]
 ) -> Encoder:
     recorded = description["encoder"]
-    encoder: Encoder = timm.create_model(recorded["architecture"], **recorded["arguments"], **extra)
+    more = accepted_arguments(recorded["architecture"], extra)
+    encoder: Encoder = timm.create_model(recorded["architecture"], **recorded["arguments"], **more)
     if trained:
         encoder.load_state_dict(weights_below(recorded["prefix"], weights))
     encoder.reset_classifier(0)

@@ -3,7 +3,6 @@
 Shapes: B views, N patches per view, V visible ones, D the width, K the image channels, P the side of a patch.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -219,19 +218,25 @@ def is_plain_vit(network: Encoder) -> bool:
     return type(network) in (VisionTransformer, Eva) and isinstance(network.patch_embed, PatchEmbed)
 
 
-def layer_numbers(layers: Sequence[int], depth: int) -> list[int]:
-    """The numbers from 0, in order and each once.
+def layer_numbers(layers: str, depth: int) -> list[int]:
+    """`--relation-layers` as numbers from 0, in order and each once.
+
+    Args:
+        layers: 'last', 'all', or numbers separated by commas.
+        depth: number of the encoder's layers.
 
     Raises:
-        InputError: the encoder has no such layer.
+        InputError: something else, or the encoder has no such layer.
     """
-    missing = next((layer for layer in layers if not -depth <= layer < depth), None)
-    if missing is not None:
+    named = {"last": range(depth - 1, depth), "all": range(depth)}
+    if layers in named:
+        return list(named[layers])
+    words = [word.strip() for word in layers.split(",")]
+    if not all(word.isdecimal() and int(word) < depth for word in words):
         raise InputError(
-            f"--relation-layers {missing}: the encoder has {depth} layers; give {-depth} to {depth - 1} "
-            "(negative numbers count from the end)"
+            f"--relation-layers {layers}: give last, all, or numbers from 0 to {depth - 1}, as 0,{depth - 1}"
         )
-    return sorted({layer % depth for layer in layers})
+    return sorted({int(word) for word in words})
 
 
 def _is_eva(name: str) -> bool:

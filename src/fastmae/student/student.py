@@ -24,11 +24,16 @@ from fastmae.student.encoder import (
     Encoder,
     LayerNorm,
     build_encoder,
+    check_grid,
     initialise_linear,
+    layer_numbers,
+    names_plain_vit,
     sincos_positions,
     visible_patches,
 )
+from fastmae.student.feature_map import build_network
 from fastmae.student.loss import Prediction
+from fastmae.student.map_student import MapStudent
 
 
 class Student(nn.Module):
@@ -68,6 +73,7 @@ class Student(nn.Module):
         super().__init__()
         self.encoder: Encoder = encoder
         grid = encoder.patch_embed.grid_size
+        self.image_size = int(encoder.patch_embed.img_size[0])
         width, depth = int(encoder.embed_dim), len(encoder.blocks)
         self.patches = int(grid[0] * grid[1])
         self.visible = visible_patches(self.patches, mask_ratio)
@@ -196,28 +202,12 @@ class Student(nn.Module):
             nn.init.normal_(self.mask_token, std=0.02)
 
 
-def layer_numbers(layers: str, depth: int) -> list[int]:
-    """`--relation-layers` as numbers from 0, in order and each once.
-
-    Args:
-        layers: 'last', 'all', or numbers separated by commas.
-        depth: number of the encoder's layers.
-
-    Raises:
-        InputError: something else, or the encoder has no such layer.
-    """
-    named = {"last": range(depth - 1, depth), "all": range(depth)}
-    if layers in named:
-        return list(named[layers])
-    words = [word.strip() for word in layers.split(",")]
-    if not all(word.isdecimal() and int(word) < depth for word in words):
-        raise InputError(
-            f"--relation-layers {layers}: give last, all, or numbers from 0 to {depth - 1}, as 0,{depth - 1}"
-        )
-    return sorted({int(word) for word in words})
+AnyStudent = Student | MapStudent
 
 
-def build_student(config: PretrainConfig, patch_size: int, target_dim: int, channels: int, on: str = "cpu") -> Student:
+def build_student(
+    config: PretrainConfig, patch_size: int, target_dim: int, channels: int, on: str = "cpu"
+) -> AnyStudent:
     """The student that the options describe, with random weights.
 
     Args:
@@ -228,32 +218,60 @@ def build_student(config: PretrainConfig, patch_size: int, target_dim: int, chan
         on: device; 'meta' checks the sizes without allocating.
 
     Raises:
-        InputError: as in `build_encoder` and `layer_numbers`.
+        InputError: as in `build_encoder` and `layer_numbers`, or in `build_network` and `MapStudent`; or a mask for a
+            network that is no plain ViT.
     """
+    build = _vit_student if names_plain_vit(config.encoder) else _map_student
     with torch.device(on):
-        encoder = build_encoder(
-            config.encoder,
-            config.image_size,
-            patch_size,
-            config.encoder_width,
-            config.encoder_depth,
-            config.encoder_heads,
-            channels,
-        )
-        student = Student(
-            encoder,
-            target_dim,
-            mask_ratio=config.mask_ratio,
-            all_layers=config.all_layers,
-            fusion=config.fusion,
-            decoder_depth=config.decoder_depth,
-            decoder_width=config.decoder_width,
-            decoder_heads=config.decoder_heads,
-            decoder_class_token=config.decoder_class_token,
-            predict_visible=config.loss_on == "all",
-            relation_layers=layer_numbers(config.relation_layers, len(encoder.blocks))
-            if config.relation_weight
-            else (),
-            checkpoint_activations=config.checkpoint_activations,
-        )
+        student: AnyStudent = build(config, patch_size, target_dim, channels)
     return with_fast_linear(student)
+
+
+def _vit_student(config: PretrainConfig, patch_size: int, target_dim: int, channels: int) -> Student:
+    encoder = build_encoder(
+        config.encoder,
+        config.image_size,
+        patch_size,
+        config.encoder_width,
+        config.encoder_depth,
+        config.encoder_heads,
+        channels,
+    )
+    relation_layers = layer_numbers(config.relation_layers, len(encoder.blocks)) if config.relation_weight else ()
+    return Student(
+        encoder,
+        target_dim,
+        mask_ratio=config.mask_ratio,
+        all_layers=config.all_layers,
+        fusion=config.fusion,
+        decoder_depth=config.decoder_depth,
+        decoder_width=config.decoder_width,
+        decoder_heads=config.decoder_heads,
+        decoder_class_token=config.decoder_class_token,
+        predict_visible=config.loss_on == "all",
+        relation_layers=relation_layers,
+        checkpoint_activations=config.checkpoint_activations,
+    )
+
+
+def _map_student(config: PretrainConfig, patch_size: int, target_dim: int, channels: int) -> MapStudent:
+    if config.mask_ratio:
+        raise InputError(
+            f"--encoder {config.encoder}: only a plain ViT can be masked; give --mask-ratio 0, which distils into this "
+            "network without a mask, or one of timm's vit_* names"
+        )
+    for size in ("width", "depth", "heads"):
+        if getattr(config, f"encoder_{size}") is not None:
+            raise InputError(f"--encoder-{size}: only a plain ViT takes it; leave it out for {config.encoder}")
+    check_grid(config.image_size, patch_size)
+    return MapStudent(
+        config.encoder,
+        build_network(config.encoder, config.image_size, channels),
+        target_dim,
+        config.image_size,
+        channels,
+        config.image_size // patch_size,
+        all_layers=config.all_layers,
+        relation_layers=config.relation_layers if config.relation_weight else "",
+        checkpoint_activations=config.checkpoint_activations,
+    )

@@ -4,9 +4,12 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from torch import nn
 
+from fastmae.errors import InputError
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import scales_gradients
 
@@ -24,17 +27,20 @@ def layer_decayed_groups(
     Block i of L learns at decay^(L - i) of the full rate, the embeddings at decay^(L + 1), the final norm and
     everything that is not the encoder's at the full rate (the rule of BEiT and MAE; timm's own counts the norm to the
     last block). Biases, norms and, as in MAE, position embeddings and the class token get no weight decay.
+    In a network that is no ViT, the layers are timm's groups: a ResNet's blocks, for example.
 
     Args:
         model: the whole network; only parameters that require gradients are taken.
-        encoder: the part of it that is a timm ViT.
+        encoder: the part of it that is a network of timm.
         weight_decay: of AdamW.
         layer_decay: 1 for none.
+
+    Raises:
+        InputError: timm does not group the network's layers.
     """
-    top = len(encoder.blocks) + 1
-    layer_of_name = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
-    below_top = {name: i for name, i in layer_of_name.items() if i == 0 or name.startswith("blocks.")}
-    no_decay = encoder.no_weight_decay()
+    is_vit = type(encoder) in (VisionTransformer, Eva)
+    top, below_top = _vit_layers(encoder) if is_vit else _network_layers(encoder, layer_decay)
+    no_decay = encoder.no_weight_decay() if hasattr(encoder, "no_weight_decay") else set()
     of_encoder = {p: (below_top.get(name, top), name in no_decay) for name, p in encoder.named_parameters()}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for parameter in (p for p in model.parameters() if p.requires_grad):
@@ -47,6 +53,26 @@ def layer_decayed_groups(
         }
         groups.setdefault((layer, exempt), group)["params"].append(parameter)
     return list(groups.values())
+
+
+def _vit_layers(encoder: Any) -> tuple[int, dict[str, int]]:
+    """Number of the layer above a ViT's last block, and the layer of each parameter below it, by name."""
+    layer_of_name = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
+    below_top = {name: i for name, i in layer_of_name.items() if i == 0 or name.startswith("blocks.")}
+    return len(encoder.blocks) + 1, below_top
+
+
+def _network_layers(encoder: Any, layer_decay: float) -> tuple[int, dict[str, int]]:
+    """As `_vit_layers`, for any other network, by timm's groups."""
+    if layer_decay == 1:
+        return 0, {}
+    if not hasattr(encoder, "group_matcher"):
+        raise InputError(
+            f"--layer-decay {layer_decay}: timm does not say which layers a {type(encoder).__name__} has; "
+            "give --layer-decay 1"
+        )
+    layer_of_name = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
+    return max(layer_of_name.values()), layer_of_name
 
 
 def linear_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int, min_lr: float) -> PolyLRScheduler:

@@ -1,4 +1,4 @@
-"""`fastmae detect`: trains Mask R-CNN on a plain ViT to find objects and their masks (Sec. 4.1.5, Table 8).
+"""`fastmae detect`: trains Mask R-CNN on an encoder to find objects and their masks (Sec. 4.1.5, Table 8).
 
 This file turns the options and the data into a training task, and reports its result. Annotations are read in `coco`,
 photos in `datasets`; the network is in `mask_rcnn`, the measurement in `validation`.
@@ -21,8 +21,10 @@ from fastmae.evaluate.detection.average_precision import METRICS
 from fastmae.evaluate.detection.coco import Split, find_splits, read_split
 from fastmae.evaluate.detection.datasets import SizeLimits, Targets, TrainingPhotos, collate_photos
 from fastmae.evaluate.detection.mask_rcnn import build_detector
+from fastmae.evaluate.detection.pyramid import patch_of_pyramid
 from fastmae.evaluate.detection.validation import Validation
 from fastmae.evaluate.recipe import Recipe, settle
+from fastmae.evaluate.stages import STRIDES
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.processes import is_first_process
 from fastmae.runtime.wording import weight_count
@@ -68,7 +70,7 @@ def detect(config: DetectConfig) -> dict[str, Any] | None:
     )
     if opened.channels not in (1, 3):
         raise InputError(f"{config.run}: the encoder takes {opened.channels} channels; photos have 3, or 1 if grey")
-    limits = _choose_limits(config, train_split, opened.patch_size)
+    limits = _choose_limits(config, train_split, patch_of_pyramid(opened))
     task = _make_task(config, opened, train_split, val_split, limits)
     if is_first_process():
         log.info(_describe_setup(train_split, val_split, opened, limits))
@@ -175,7 +177,8 @@ def _describe_setup(train: Split, val: Split, opened: OpenedEncoder, limits: Siz
     sizes = f"images of {limits.short} px on the short side, at most {limits.long} px on the long side"
     crowds_only = len(train) - len(train.trainable_images())
     left_out = f"; {crowds_only} images with nothing but crowds are not trained on" if crowds_only else ""
-    lines.append(f"{opened.source}: patches of {opened.patch_size} px; {sizes}{left_out}")
+    read = f"patches of {opened.patch_size} px" if opened.is_vit else f"maps of strides {', '.join(map(str, STRIDES))}"
+    lines.append(f"{opened.source}: {read}; {sizes}{left_out}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Mask R-CNN (He et al. 2017) on a plain ViT: torchvision's, with the changes below.
+"""Mask R-CNN (He et al. 2017) on an encoder: torchvision's, with the changes below.
 
 - torchvision guesses the strides of the pyramid's maps from their sizes in the first batch, as powers of two. With
   patches of 14 pixels, or on small images, the guess is wrong; here anchors and RoIAlign get the true strides.
@@ -24,7 +24,15 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from fastmae.evaluate.detection.datasets import SizeLimits, Targets
-from fastmae.evaluate.detection.pyramid import ROI_LEVELS, STRIDES_IN_PATCHES, SimplePyramid
+from fastmae.evaluate.detection.pyramid import (
+    ROI_LEVELS,
+    STRIDES_IN_PATCHES,
+    Pyramid,
+    SimplePyramid,
+    StagePyramid,
+    patch_of_pyramid,
+)
+from fastmae.evaluate.stages import trainable_stages
 from fastmae.runs.encoder import OpenedEncoder
 
 ANCHOR_STRIDES = 8.0
@@ -54,10 +62,14 @@ def build_detector(opened: OpenedEncoder, num_classes: int, limits: SizeLimits, 
         limits: size of the photos for the network.
         channels: width of the maps and heads; 256 is the published one.
     """
-    patch = opened.patch_size
+    patch = patch_of_pyramid(opened)
+    if opened.is_vit:
+        pyramid: Pyramid = SimplePyramid(opened.network, channels)
+    else:
+        pyramid = StagePyramid(opened.network, channels, trainable_stages(opened))
     features = BOX_FEATURES_PER_CHANNEL * channels
     model = Detector(
-        SimplePyramid(opened.network, channels),
+        pyramid,
         rpn_anchor_generator=StridedAnchors(tuple(patch * stride for stride in STRIDES_IN_PATCHES)),
         rpn_head=RPNHead(channels, len(ASPECT_RATIOS), conv_depth=2),
         box_roi_pool=StridedRoIAlign(patch, BOX_GRID),

@@ -1,7 +1,7 @@
 """A pyramid of maps from a plain ViT's last map alone (the simple feature pyramid of Li et al. 2022, ViTDet).
 
 Its strides are 1/4, 1/2, 1 and 2 patches, and 4 patches for proposals of large objects. With patches of 16 pixels these
-are the usual FPN's.
+are the usual FPN's. Any other network gives the usual FPN (Lin et al. 2017) itself, from its stages.
 """
 
 from collections import OrderedDict, defaultdict
@@ -12,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FeaturePyramidNetwork
 
+from fastmae.evaluate.stages import Stages
+from fastmae.runs.encoder import OpenedEncoder
 from fastmae.student.encoder import Encoder
 
 ROI_LEVELS = ("0", "1", "2", "3")
@@ -20,32 +24,30 @@ ROI_LEVELS = ("0", "1", "2", "3")
 PROPOSAL_LEVEL = "pool"
 """Name of the coarsest map, for proposals only."""
 STRIDES_IN_PATCHES = (0.25, 0.5, 1.0, 2.0, 4.0)
+FPN_PATCH = 16
+"""Patch size with which these are the strides of an FPN, in pixels."""
 
 
-class SimplePyramid(nn.Module):
-    """The encoder, and maps of five strides from its last block.
+def patch_of_pyramid(opened: OpenedEncoder) -> int:
+    """The patch size that the strides count in, in pixels: a ViT's own, or `FPN_PATCH`."""
+    return opened.patch_size if opened.is_vit else FPN_PATCH
+
+
+class Pyramid(nn.Module):
+    """The encoder, and maps of five strides from it.
 
     Args:
-        encoder: a timm ViT that takes images of any size.
+        encoder: takes images of any size.
         out_channels: width of every map.
     """
 
+    levels: Any
+    """Everything but the encoder."""
+
     def __init__(self, encoder: Encoder, out_channels: int):
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Encoder = encoder
         self.out_channels = out_channels
-        width = encoder.embed_dim
-        half, quarter = max(1, width // 2), max(1, width // 4)
-        scales: list[tuple[nn.Module, int]] = [
-            (nn.Sequential(_upsample(width, half), LayerNorm2d(half), nn.GELU(), _upsample(half, quarter)), quarter),
-            (_upsample(width, half), half),
-            (nn.Identity(), width),
-            (nn.MaxPool2d(2), width),
-        ]
-        self.levels = nn.ModuleList(
-            nn.Sequential(scale, *_projection(channels, out_channels)) for scale, channels in scales
-        )
-        train_all_but_unread_parts(encoder)
 
     def forward(self, images: Sequence[torch.Tensor]) -> "OrderedDict[str, torch.Tensor]":
         """Images float32 [K, H, W], sides multiples of two patches -> five named maps float32 [B, C, rows, cols].
@@ -72,13 +74,66 @@ class SimplePyramid(nn.Module):
 
     def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         """[B, K, H, W] -> the five maps, [B, C, H / stride, W / stride], the coarsest rounded up."""
-        encoder: Any = self.encoder
-        last = len(encoder.blocks) - 1
-        (grid,) = encoder.forward_intermediates(
+        raise NotImplementedError
+
+
+class SimplePyramid(Pyramid):
+    """Maps from the last block of a plain ViT, as a `Pyramid`."""
+
+    def __init__(self, encoder: Encoder, out_channels: int):
+        super().__init__(encoder, out_channels)
+        width = encoder.embed_dim
+        half, quarter = max(1, width // 2), max(1, width // 4)
+        scales: list[tuple[nn.Module, int]] = [
+            (nn.Sequential(_upsample(width, half), LayerNorm2d(half), nn.GELU(), _upsample(half, quarter)), quarter),
+            (_upsample(width, half), half),
+            (nn.Identity(), width),
+            (nn.MaxPool2d(2), width),
+        ]
+        self.levels = nn.ModuleList(
+            nn.Sequential(scale, *_projection(channels, out_channels)) for scale, channels in scales
+        )
+        train_all_but_unread_parts(encoder)
+
+    def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        last = len(self.encoder.blocks) - 1
+        (grid,) = self.encoder.forward_intermediates(
             images, indices=[last], norm=False, output_fmt="NCHW", intermediates_only=True
         )
         maps = [level(grid).float() for level in self.levels]
         return [*maps, F.max_pool2d(maps[-1], kernel_size=1, stride=2)]
+
+
+class StagePyramid(Pyramid):
+    """An FPN on the stages of a network that is no plain ViT, as a `Pyramid`.
+
+    In training, the network's batch norms keep the statistics that they come with: photos pass in groups of one size,
+    often alone, and the statistics of one photo are no good.
+
+    Args:
+        encoder: the network.
+        out_channels: width of every map.
+        stages: from `trainable_stages`.
+    """
+
+    def __init__(self, encoder: Encoder, out_channels: int, stages: Stages):
+        super().__init__(encoder, out_channels)
+        self.stages = stages
+        self.levels = FeaturePyramidNetwork(list(stages.widths), out_channels, norm_layer=LayerNorm2d)
+
+    def train(self, mode: bool = True) -> "StagePyramid":
+        """As torch's, but the encoder's batch norms stay in evaluation mode."""
+        super().train(mode)
+        for module in self.encoder.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        maps = self.stages.maps(self.encoder, images)
+        levels = self.levels(OrderedDict(zip(ROI_LEVELS, maps, strict=True)))
+        floats = [levels[name].float() for name in ROI_LEVELS]
+        return [*floats, F.max_pool2d(floats[-1], kernel_size=1, stride=2)]
 
 
 def train_all_but_unread_parts(encoder: Encoder) -> None:

@@ -1,4 +1,4 @@
-"""`fastmae segment`: trains UperNet on a pre-trained ViT with labelled photos and measures mIoU (Table 7).
+"""`fastmae segment`: trains UperNet on a pre-trained encoder with labelled photos and measures mIoU (Table 7).
 
 This file turns the options and the data into a training task, and reports its result. The data are found in `layout`,
 checked in `data_check` and loaded in `datasets`; the network is in `upernet`, the measurement in `validation`.
@@ -25,6 +25,7 @@ from fastmae.evaluate.segmentation.layout import SegmentationData, find_data
 from fastmae.evaluate.segmentation.mean_iou import confusion_matrix, iou_table
 from fastmae.evaluate.segmentation.upernet import UperNet, segmentation_loss, sync_batch_norms, tapped_blocks
 from fastmae.evaluate.segmentation.validation import CLASS_PREFIX, Validation
+from fastmae.evaluate.stages import STRIDES, trainable_stages
 from fastmae.images.views import normalise
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.device import resolve_device
@@ -41,6 +42,8 @@ RECIPE = Recipe(images=20_210, epochs=127, batch_size=16, lr=1e-4, warmup_epochs
 """The UperNet recipe of MAE and BEiT on ADE20K: 160 k steps at batch size 16, the first 1500 of them warm-up."""
 MAX_DEFAULT_CROP = 512
 """Largest crop size that is chosen by default, in pixels."""
+MAX_DEFAULT_HEAD = 512
+"""Largest default width of the head on a network that is not a plain ViT, in channels: UperNet's published width."""
 PICTURES_FILE = "predictions.png"
 
 
@@ -103,14 +106,17 @@ def choose_sizes(config: SegmentConfig, opened: OpenedEncoder, summary: DataSumm
         nearest = max(smallest, crop // patch * patch)
         raise InputError(f"--crop-size {crop}: not a multiple of the patch size of {patch} px; take {nearest}")
     short_side = crop if config.short_side is None else config.short_side
-    return Sizes(crop, short_side, config.head_channels or int(opened.network.embed_dim))
+    own_width = opened.dim if opened.is_vit else min(opened.dim, MAX_DEFAULT_HEAD)
+    return Sizes(crop, short_side, config.head_channels or own_width)
 
 
 def set_crop_size(opened: OpenedEncoder, crop: int) -> OpenedEncoder:
     """Resample the position embeddings once to the crop's grid, where they are then trained.
 
-    Otherwise every forward pass in training would resample them.
+    Otherwise every forward pass in training would resample them. Networks that are not plain ViTs stay as they are.
     """
+    if not opened.is_vit:
+        return opened
     opened.network.set_input_size(img_size=(crop, crop))
     return replace(opened, image_size=crop)
 
@@ -153,7 +159,8 @@ def make_task(
     _check_batch(config, settings, processes)
     if config.checkpoint_activations:
         opened.network.set_grad_checkpointing()
-    uper_net = UperNet(opened.network, len(classes), sizes.head_channels)
+    stages = None if opened.is_vit else trainable_stages(opened)
+    uper_net = UperNet(opened.network, len(classes), sizes.head_channels, stages)
     network: Any = sync_batch_norms(uper_net, resolve_device(config.device), processes)
     read_pair = PairReader(data, len(classes), opened.channels)
     mean_colour = tuple(round(255 * value) for value in opened.mean)
@@ -209,12 +216,15 @@ def describe_setup(
         lines.append(f"{data.unused_masks} masks have no photo and are not used")
     if summary.untrained_classes:
         lines.append(f"classes without a pixel in the training masks read: {', '.join(summary.untrained_classes)}")
-    depth = len(opened.network.blocks)
-    blocks = ", ".join(map(str, tapped_blocks(depth)))
-    lines.append(f"UperNet of {sizes.head_channels} channels on {opened.source}, reading blocks {blocks} of {depth}")
+    if opened.is_vit:
+        depth = len(opened.network.blocks)
+        read, unit = f"blocks {', '.join(map(str, tapped_blocks(depth)))} of {depth}", "patches"
+    else:
+        read, unit = f"maps of strides {', '.join(map(str, STRIDES))}", "strides"
+    lines.append(f"UperNet of {sizes.head_channels} channels on {opened.source}, reading {read}")
     resize = f"shorter sides resized to {sizes.short_side} px" if sizes.short_side else "photos at their own size"
     windows = "sliding windows of that size" if inference == "slide" else "whole photos"
-    lines.append(f"patches of {opened.patch_size} px; {resize}; training crops of {sizes.crop} px, val by {windows}")
+    lines.append(f"{unit} of {opened.patch_size} px; {resize}; training crops of {sizes.crop} px, val by {windows}")
     return "\n".join(lines)
 
 

@@ -1,20 +1,25 @@
 """UperNet on a ViT (Xiao et al. 2018; on plain ViTs as in BEiT and MAE): maps of four blocks, a pyramid, two heads.
 
+On any other network, the maps are those of its own stages, and it needs no pyramid.
+
 The heads are transformers' own, which need no mmcv. transformers has no pyramid for plain ViTs; it is in this file.
 
 Shapes: B images of H x W pixels, P the patch size, D the encoder's width, C classes. The pyramid's maps have the
 strides P/4, P/2, P and 2P.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from fastmae.errors import InputError
 from fastmae.evaluate.segmentation.inference import resize_scores
 from fastmae.evaluate.segmentation.masks import IGNORED
+from fastmae.evaluate.stages import Stages
 from fastmae.student.encoder import Encoder
 
 TAPS = (1 / 3, 1 / 2, 2 / 3, 1)
@@ -62,22 +67,26 @@ class UperNet(nn.Module):
     """The encoder with the pyramid and both heads.
 
     Args:
-        encoder: a timm ViT that takes images of any multiple of its patch size.
+        encoder: a timm ViT that takes images of any multiple of its patch size, or another network with `stages`.
         num_classes: C.
         head_channels: width of the main head.
+        stages: of a network that is no plain ViT, from `trainable_stages`; they are read instead of a ViT's blocks.
 
     Raises:
         InputError: transformers is not installed.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int, head_channels: int):
+    def __init__(self, encoder: Encoder, num_classes: int, head_channels: int, stages: Stages | None = None):
         super().__init__()
         self.encoder: Encoder = encoder
-        self.patch_size = int(encoder.patch_embed.patch_size[0])
+        self.stages = stages
+        if stages is not None:
+            self.head, self.auxiliary = _heads(stages.widths, num_classes, head_channels)
+            return
         self.taps = [block - 1 for block in tapped_blocks(len(encoder.blocks))]
         width = int(encoder.embed_dim)
         self.pyramid = FeaturePyramid(width)
-        self.head, self.auxiliary = _heads(width, num_classes, head_channels)
+        self.head, self.auxiliary = _heads([width] * len(TAPS), num_classes, head_channels)
         for name, part in encoder.named_children():
             if name not in USED_PARTS:  # the final norm: kept in checkpoints for later use, but not trained (BEiT)
                 part.requires_grad_(False)
@@ -90,12 +99,15 @@ class UperNet(nn.Module):
         Args:
             images: float [B, K, H, W], normalised; H and W are multiples of P, and at least 2P.
         """
+        maps = self._block_maps(images) if self.stages is None else self.stages.maps(self.encoder, images)
+        return self.head(maps), self.auxiliary(maps)
+
+    def _block_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         blocks = sorted(set(self.taps))
         block_maps = self.encoder.forward_intermediates(
             images, indices=blocks, norm=False, output_fmt="NCHW", intermediates_only=True
         )
-        maps = self.pyramid([block_maps[blocks.index(block)] for block in self.taps])
-        return self.head(maps), self.auxiliary(maps)
+        return self.pyramid([block_maps[blocks.index(block)] for block in self.taps])
 
 
 def segmentation_loss(scores: tuple[torch.Tensor, torch.Tensor], masks: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -113,7 +125,7 @@ def sync_batch_norms(network: nn.Module, device: torch.device, processes: int) -
     """Compute the batch norms' statistics over all processes. SyncBatchNorm exists for GPUs only."""
     if device.type != "cuda" or processes == 1:
         return network
-    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return convert_sync_batchnorm(network)  # torch's own would drop the activations in timm's batch norms
 
 
 def _cross_entropy(scores: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -127,7 +139,7 @@ def _upsample(width: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
 
 
-def _heads(width: int, num_classes: int, channels: int) -> tuple[nn.Module, nn.Module]:
+def _heads(widths: Sequence[int], num_classes: int, channels: int) -> tuple[nn.Module, nn.Module]:
     try:
         from transformers import UperNetConfig  # noqa: PLC0415 - optional, and slow to import
         from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead  # noqa: PLC0415
@@ -135,7 +147,10 @@ def _heads(width: int, num_classes: int, channels: int) -> tuple[nn.Module, nn.M
         raise InputError("UperNet's heads come with transformers; pip install 'fastmae[segment]'") from error
     main_head: dict[str, Any] = {"hidden_size": channels, "num_labels": num_classes, "pool_scales": POOL_GRIDS}
     config = UperNetConfig(**main_head, auxiliary_channels=AUXILIARY_CHANNELS, auxiliary_num_convs=1)
-    heads: list[Any] = [UperNetHead(config, [width] * 4), UperNetFCNHead(config, [width] * 4, in_index=AUXILIARY_MAP)]
+    heads: list[Any] = [
+        UperNetHead(config, list(widths)),
+        UperNetFCNHead(config, list(widths), in_index=AUXILIARY_MAP),
+    ]
     for head in heads:
         nn.init.normal_(head.classifier.weight, std=CLASSIFIER_STD)
         nn.init.zeros_(head.classifier.bias)
