@@ -113,8 +113,8 @@ def report(run: Location, **options: Any) -> dict[str, Any]:
 
 
 @_documented("ablate")
-def ablate(table: str, images: Location, **options: Any) -> dict[str, Any]:
-    return _run("ablate", table=table, images=images, **options)
+def ablate(study: Location, data: Location | Sequence[Location], **options: Any) -> dict[str, Any]:
+    return _run("ablate", study=study, data=data, **options)
 
 
 @_documented("bench step")

@@ -1,24 +1,53 @@
 """Options of `fastmae ablate`."""
 
+from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
+from fastmae.config.common import BLOCK, Common
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_1
-from fastmae.config.study import StudyConfig
+from fastmae.config.ranges import AT_LEAST_1, POSITIVE, WORKERS, Range
 
 
 @options
-class AblateConfig(StudyConfig):
-    """Run the rows of one of the paper's ablations at your size, on your images, next to the paper's figures."""
+class AblateConfig(Common):
+    """Run a study: arms of pre-training options side by side, on several data sets, with several teachers and seeds."""
 
-    table: Literal["targets", "teachers", "tricks", "encoders", "decoder"]
-    """targets (Table 2: pixels, stored tokens, online teacher; and HOG), teachers (Table 3), tricks (Table 4:
-    normalisation and all layers matter), encoders (Table 5: sizes and epochs), or decoder (Sec. 4.3.3: 1 to 4
-    blocks)."""
-    images: Path
-    """Labelled images, train/<class>/* and val/<class>/*: train/ is tokenised and pre-trained on without its labels."""
-    out: Path = Path("fastmae-ablate")
-    """Folder for the stores, the runs and the page. The same call again continues with the missing rows."""
-    epochs: Annotated[int, AT_LEAST_1] = 10
-    """Epochs of every row (in the table encoders: of the longer rows)."""
+    study: Path
+    """A study file (.yaml), or the name of one of the paper's ablations, which come with the package: targets (Table 2:
+    pixels, stored tokens, online teacher; and HOG), teachers (Table 3: stored and online), tricks (Table 4:
+    normalisation and all layers matter), encoders (Table 5: sizes and epochs), decoder (Sec. 4.3.3: 1 to 4 blocks)."""
+    data: tuple[Path, ...] = field(metadata={"metavar": "DATA..."})
+    """Labelled images, train/<class>/* and val/<class>/*: train/ is tokenised and pre-trained on without its labels.
+    A data set's name is that of its folder."""
+    out: Path | None = None
+    """Folder for the runs, study.json and the page. The same call again continues. Default: fastmae-ablate/STUDY."""
+    stores_in: Path | None = None
+    """Folder for the token stores; several studies can share it. Default: OUT/stores."""
+    held_out: bool = False
+    """Measure on every fifth image of train/ instead of val/. For trying things out: val/ stays untouched."""
+    jobs: Annotated[int, Range(ge=1, le=1024)] = 1
+    """Runs that train at once, each in a process with its share of the CPU's threads. On a GPU, several small students
+    keep it busy."""
+    seeds: Annotated[int | None, AT_LEAST_1] = None
+    """Runs of every arm, from --seed on. Default: the file's, or 1."""
+    epochs: Annotated[float | None, POSITIVE] = None
+    """Passes over the images, instead of the file's."""
+    seconds: Annotated[float | None, POSITIVE] = None
+    """Every run trains for this time, instead of the file's epochs. They follow from the measured speed of its arm."""
+    recipe: str | None = None
+    """Recipe below the arms' options, instead of the file's."""
+    base: str = ""
+    """More pretrain options for every arm, over those of the file, as `flip=false,batch_size=64`."""
+    teacher: str | None = None
+    """As in tokenize, instead of the file's teachers. Several are separated by commas."""
+    teacher_weights: Path | None = None
+    """As in tokenize, for one teacher."""
+    teacher_block: Annotated[int | None, BLOCK] = None
+    """As in tokenize, for one teacher."""
+    middle_size: str | None = None
+    """As in tokenize, instead of the file's."""
+    patch_size: Annotated[int | None, Range(ge=1, le=1024)] = None
+    """As in tokenize, instead of the file's."""
+    workers: Annotated[int, WORKERS] = -1
+    """Loading processes of a run; -1: one less than its share of the cores, at least 1 and at most 8."""

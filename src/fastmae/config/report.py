@@ -10,12 +10,12 @@ from fastmae.config.ranges import AT_LEAST_1, POSITIVE, Range
 
 @options
 class ReportConfig(Common):
-    """Draw one HTML page of a run: its settings, its curves, what it learnt. The page needs no network."""
+    """Draw one HTML page of a run (its settings, its curves, what it learnt) or of a study. It needs no network."""
 
     run: Path
-    """A pre-training run's folder."""
+    """A pre-training run's folder, or a study's."""
     out: Path | None = None
-    """The page. Default: RUN/report.html."""
+    """The page. Default: RUN/report.html, or STUDY/study.html."""
     store: str = ""
     """Current place of the run's token store, a folder or a URL. Default: where it was when the run trained."""
     cache: Path = Path("~/.cache/fastmae")

@@ -77,7 +77,7 @@ def converted(hint: Any, value: Any, name: str) -> Any:
         raise InputError(f"{name}: needs a value")
     if origin is Literal:
         if value not in arguments:
-            raise InputError(f"{name} {value}: give one of {', '.join(map(repr, arguments))}{_near(value, arguments)}")
+            raise InputError(f"{name} {value}: give one of {', '.join(map(repr, arguments))}{near(value, arguments)}")
         return value
     if origin is tuple:
         return _converted_tuple(arguments, value, name)
@@ -168,10 +168,11 @@ def _by_name(kind: Any, source: str, layer: Mapping[str, Any]) -> dict[str, Any]
     for key in layer:
         if key.replace("-", "_") not in known:
             prefix = f"{source}: " if source else ""
-            raise InputError(f"{prefix}no option '{key}'{_near(key.replace('-', '_'), known)}")
+            raise InputError(f"{prefix}no option '{key}'{near(key.replace('-', '_'), known)}")
     return {key.replace("-", "_"): value for key, value in layer.items()}
 
 
-def _near(name: Any, known: Sequence[Any]) -> str:
+def near(name: Any, known: Sequence[Any]) -> str:
+    """`; did you mean 'batch_size'?` for a misspelt name, or nothing."""
     close = difflib.get_close_matches(str(name), [str(one) for one in known], 1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -12,20 +12,20 @@ from fastmae.config.tokenize import TokenizeConfig
 
 @options
 class StudyConfig(Common):
-    """What ablate and bench accuracy share."""
+    """What a command needs for tokenising images and comparing small students on them."""
 
     seeds: Annotated[int, AT_LEAST_1] = 1
-    """Runs of every row or method, from --seed on. With more than one, mean and standard deviation are given."""
+    """Runs of every method, from --seed on. With more than one, mean and standard deviation are given."""
     recipe: str = "vit_tiny_cpu"
     """Recipe of FastMAE."""
     mae_recipe: str = "mae_tiny_cpu"
     """Recipe of MAE: the same encoder, image size and batch size, with a learning rate of its own."""
     teacher: str = OFFLINE_TEACHER
-    """As in tokenize. The table teachers of ablate takes several, separated by commas."""
+    """As in tokenize."""
     teacher_weights: Path | None = None
-    """As in tokenize, for one teacher."""
+    """As in tokenize."""
     teacher_block: Annotated[int | None, BLOCK] = None
-    """As in tokenize, for one teacher."""
+    """As in tokenize."""
     middle_size: str = "96"
     """As in tokenize."""
     patch_size: Annotated[int, Range(ge=1, le=1024)] = 8

@@ -34,6 +34,7 @@ class Curves:
         y: key of the vertical values.
         x_label: label of the horizontal axis.
         y_label: label of the vertical axis.
+        log_from: the horizontal axis is logarithmic from this value on, and linear below; None: linear all along.
     """
 
     series: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -41,6 +42,7 @@ class Curves:
     y: str
     x_label: str
     y_label: str
+    log_from: float | None = None
 
     def svg(self) -> Svg:
         """The chart for an HTML page."""
@@ -62,6 +64,9 @@ class Curves:
                 markersize=3.5,
             )
         axes.set(xlabel=self.x_label, ylabel=self.y_label)
+        if self.log_from is not None:
+            axes.set_xscale("symlog", linthresh=self.log_from, linscale=0.5)
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.25, color=ink)
         if len(self.series) > 1:
             axes.legend(frameon=False, labelcolor=ink, fontsize=9)
@@ -85,6 +90,36 @@ def bars(values: Mapping[str, float], x_label: str) -> Svg:
     axes.bar_label(container, fmt="%.1f", padding=3, color=INK)
     axes.invert_yaxis()
     axes.set(xlabel=x_label, xlim=(0, max(100.0, *values.values()) * 1.08))
+    return _to_svg(figure)
+
+
+def bars_with_whiskers(values: Mapping[str, float], whiskers: Mapping[str, float], x_label: str) -> Svg:
+    """Horizontal bars with their values, the first one on top, as long as the largest one needs.
+
+    Args:
+        values: name -> length of its bar.
+        whiskers: name -> half the length of the whisker around the bar's end; a bar without one is left out.
+        x_label: label of the horizontal axis.
+    """
+    figure, axes = _transparent_figure(6.4, 0.45 * len(values) + 0.8)
+    names, lengths = list(values), list(values.values())
+    errors = [whiskers.get(name, 0.0) for name in names]
+    axes.barh(names, lengths, height=0.6, color=COLOURS[0])
+    with_whisker = [row for row, error in enumerate(errors) if error > 0]
+    axes.errorbar(
+        [lengths[row] for row in with_whisker],
+        with_whisker,
+        xerr=[errors[row] for row in with_whisker],
+        fmt="none",
+        ecolor=INK,
+        elinewidth=1.2,
+        capsize=3,
+    )
+    ends = [length + error for length, error in zip(lengths, errors, strict=True)]
+    for row, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        axes.annotate(f"{length:.1f}", (end, row), (4, 0), textcoords="offset points", va="center", color=INK)
+    axes.invert_yaxis()
+    axes.set(xlabel=x_label, xlim=(0, max([*ends, 1e-9]) * 1.12))
     return _to_svg(figure)
 
 

@@ -13,6 +13,7 @@ from fastmae.reporting.charts import Curves
 from fastmae.reporting.html_page import Section, write_page
 from fastmae.reporting.nearest_neighbours import nearest_neighbours_png
 from fastmae.reporting.predictions import predictions_png
+from fastmae.reporting.study_page import PAGE_FILE, STUDY_FILE, read_study, write_study_page
 from fastmae.runs.encoder import open_encoder
 from fastmae.runs.folder import CHECKPOINT_FILE, read_evaluations, read_inputs, read_metrics, read_run
 from fastmae.runtime.wording import counted
@@ -39,6 +40,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
     Raises:
         InputError: not a pre-training run, or its store or a path of `--also` can't be used.
     """
+    if (config.run / STUDY_FILE).is_file():
+        return _report_study(config)
     description = read_run(config.run)
     if "store" not in description:
         raise InputError(
@@ -61,6 +64,16 @@ def report(config: ReportConfig) -> dict[str, Any]:
     write_page(page, config.run.resolve().name, _lead(description, entries[-1], evaluations), sections)
     log.info(f"{page}: open it in a browser")
     return {"html": str(page), "sections": [section.heading for section in sections]}
+
+
+def _report_study(config: ReportConfig) -> dict[str, Any]:
+    """The page of a study, from its figures."""
+    if config.also:
+        raise InputError(f"--also: {config.run} is a study, whose page shows nothing else; leave it out")
+    page = config.out or config.run / PAGE_FILE
+    headings = write_study_page(read_study(config.run), page)
+    log.info(f"{page}: open it in a browser")
+    return {"html": str(page), "sections": headings}
 
 
 def _open_store(config: ReportConfig, description: dict[str, Any]) -> TokenStore:

@@ -1,0 +1,100 @@
+"""How fast each arm trains and is measured on this machine: what a study says about its duration, and its epochs when
+every run gets the same time. Measured once, before the first run, and recorded.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from fastmae.config import PretrainConfig
+from fastmae.pretraining.plan import make_plan
+from fastmae.pretraining.pretrain import pretraining_task
+from fastmae.pretraining.speed import images_per_second
+from fastmae.probes.embed import WholeImages, embed_images, embed_with_encoder
+from fastmae.probes.labelled import open_labelled
+from fastmae.runtime.device import own_device
+from fastmae.runtime.durable import write_json
+from fastmae.studies.flops import training_flops
+
+log = logging.getLogger(__name__)
+ROUNDS = 2
+"""The arms take turns, so that a change in the machine's load meets them all."""
+TIMED_STEPS = 10
+EMBEDDED_IMAGES = 128
+BATCH_SIZE = 64
+WITHOUT_EFFECT = (
+    *("run", "seed", "epochs", "warmup_epochs", "base_lr", "min_lr", "weight_decay", "betas", "recipe"),
+    *("save_every", "log_every", "resume", "knn_every", "cache", "cache_size"),
+)
+"""Options that don't change the speed: arms that differ only in these are timed once."""
+
+
+def signature(options: PretrainConfig) -> dict[str, Any]:
+    """The options that a run's speed depends on, as JSON holds them."""
+    return {name: value for name, value in as_json(options).items() if name not in WITHOUT_EFFECT}
+
+
+def as_json(options: Any) -> dict[str, Any]:
+    """Options as JSON holds them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(part) for part in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in vars(options).items()}
+
+
+def measure_speeds(job: dict[str, Any], folder: Path) -> None:
+    """Time some steps of every arm, in turns; and, once, the embedding of images and the FLOPs of a step.
+
+    Args:
+        job: `arms`, a list of `key`, `pretrain` (options) and `data` (labelled folder); `first`, the arm to begin with,
+            so that several processes that do this at once don't time the same arm; `file`, the result's name.
+        folder: where the result is written: key -> figures.
+    """
+    arms = job["arms"][job["first"] :] + job["arms"][: job["first"]]
+    figures: dict[str, dict[str, Any]] = {arm["key"]: {"images_per_second": []} for arm in arms}
+    for number in range(ROUNDS):
+        for arm in arms:
+            options = PretrainConfig(**arm["pretrain"])
+            speed = images_per_second(options, TIMED_STEPS)
+            figures[arm["key"]]["images_per_second"].append(speed)
+            log.info(f"{arm['key']}: {speed:.1f} images/s")
+            if number == 0:
+                figures[arm["key"]]["embed_images_per_second"] = _embedding_speed(options, Path(arm["data"]))
+                figures[arm["key"]]["flops_per_image"] = training_flops(options)
+    write_json(folder / job["file"], figures)
+
+
+def merged(measurements: list[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
+    """The medians over the rounds and over the processes that measured at once."""
+    return {
+        key: {
+            "images_per_second": round(median([s for one in measurements for s in one[key]["images_per_second"]]), 2),
+            "embed_images_per_second": round(median([one[key]["embed_images_per_second"] for one in measurements]), 2),
+            "flops_per_image": first["flops_per_image"],
+        }
+        for key, first in measurements[0].items()
+    }
+
+
+def _embedding_speed(options: PretrainConfig, data: Path) -> float:
+    """Images per second of decoding and embedding, with the arm's encoder before training."""
+    plan = make_plan(options)
+    student: Any = pretraining_task(options, plan).network
+    store = plan.stores[0][-1]
+    device = own_device(options.device)
+    embed = embed_with_encoder(student.encoder.to(device).eval(), "mean", None, *store.normalisation)
+    paths = open_labelled(data).train[:EMBEDDED_IMAGES]
+    images = WholeImages(paths, options.image_size, store.info.resize, store.info.channels)
+    start = time.monotonic()
+    embed_images(images, embed, device, BATCH_SIZE, options.workers, "features", quiet=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return len(paths) / (time.monotonic() - start)

@@ -1,0 +1,270 @@
+"""The runs of a study: for each data set, teacher, arm, candidate and seed, its options and its folder.
+
+OUT/runs/DATA/TEACHER/ARM/[CANDIDATE/]seed0/    see `measure`; with job.json, what the run is, and log.txt, what it said
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastmae.config import AblateConfig, PretrainConfig, TokenizeConfig
+from fastmae.errors import InputError
+from fastmae.pretraining.plan import make_plan
+from fastmae.runtime.durable import write_json
+from fastmae.student.student import build_student
+from fastmae.studies.jobs import loading_workers
+from fastmae.studies.measure import HELD_OUT, VAL
+from fastmae.studies.speeds import as_json
+from fastmae.studies.study_file import Study
+from fastmae.studies.study_syntax import as_file_name
+from fastmae.studies.worker import RUN
+from fastmae.tokens import TokenStore
+
+JOB_FILE = "job.json"
+SHARED_PIXELS = (
+    "images_sha256",
+    "middle_size",
+    "patch_size",
+    "channels",
+    "resize",
+    "pixels",
+    "jpeg_quality",
+    "skipped",
+)
+"""Facts of a store; where two agree in all of them, a run that reads no tokens is the same on both."""
+WITHOUT_TOKENS = ("pixels", "hog")
+SOME_CHANNELS = 8
+"""Channels of a teacher that is not known yet, for checking the sizes of a student."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained once per seed.
+
+    Attributes:
+        data: name of the data set.
+        teacher: name of the teacher.
+        arm: name of the arm.
+        candidate: index among the arm's candidates.
+    """
+
+    data: str
+    teacher: str
+    arm: str
+    candidate: int
+
+
+class Runs:
+    """Options and folders of a study's runs.
+
+    Args:
+        study: the study.
+        config: the command's options.
+        data: name of a data set -> its folder.
+        out: the study's folder.
+    """
+
+    def __init__(self, study: Study, config: AblateConfig, data: Mapping[str, Path], out: Path):
+        self.study, self.config, self.data, self.out = study, config, data, out
+        self.stores: dict[tuple[str, str], str] = {}
+        self.epochs: dict[Variant, float] = {}
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of every arm; the first one also tunes."""
+        return list(range(self.config.seed, self.config.seed + self.study.seeds))
+
+    @property
+    def split(self) -> str:
+        """Where the reported figures are measured."""
+        return HELD_OUT if self.config.held_out else VAL
+
+    def cells(self) -> list[tuple[str, str, str]]:
+        """Data set, teacher and arm of every row of the tables."""
+        arms = self.study.arms
+        teachers = [*self.study.teachers, *self.study.together]
+        return [
+            (data, teacher, arm)
+            for data in self.data
+            for teacher in teachers
+            for arm in arms
+            if teacher in self.study.teachers_of(arm)
+        ]
+
+    def variants(self) -> list[Variant]:
+        """Everything that may be trained, each once: a run that reads no tokens is shared by the teachers."""
+        found = {
+            self.trained(data, teacher, arm, candidate): None
+            for data, teacher, arm in self.cells()
+            for candidate in range(len(self.study.arms[arm].candidates))
+        }
+        return list(found)
+
+    def trained(self, data: str, teacher: str, arm: str, candidate: int) -> Variant:
+        """The variant whose runs stand for an arm with a teacher."""
+        own = Variant(data, teacher, arm, candidate)
+        if self.options(own, self.seeds[0]).target not in WITHOUT_TOKENS:
+            return own
+        facts = self._facts(data, teacher)
+        for first in self.study.teachers_of(arm):
+            if self._facts(data, first) == facts:
+                return Variant(data, first, arm, candidate)
+        return own
+
+    def tokenize_options(self, data: str, teacher: str, store: Path) -> TokenizeConfig:
+        """The options for tokenising a data set with one teacher.
+
+        Raises:
+            InputError: options that can't be used; the message names the file, the teacher and the option.
+        """
+        study = self.study
+        given = {**study.tokenize, **study.data.get(data, {}).get("tokenize", {}), **study.teachers[teacher]}
+        shared: dict[str, Any] = {"seed": self.config.seed, "device": self.config.device}
+        try:
+            return TokenizeConfig(
+                images=self.data[data] / "train", store=store, workers=self.config.workers, **{**shared, **given}
+            )
+        except InputError as error:
+            raise InputError(f"{study.source}: data {data}, teacher {teacher}: {error}") from error
+
+    def options(self, variant: Variant, seed: int) -> PretrainConfig:
+        """The options of a run.
+
+        Raises:
+            InputError: options that can't be used; the message names the file, the arm and the option.
+        """
+        study, arm = self.study, self.study.arms[variant.arm]
+        base = {**study.base, **study.data.get(variant.data, {}).get("base", {})}
+        given = {**base, **arm.options, **arm.candidates[variant.candidate]}
+        try:
+            options = self._options(variant, seed, given)
+        except InputError as error:
+            try:
+                self._options(variant, seed, base)
+            except InputError:
+                raise InputError(f"{study.source}: base: {error}") from error
+            raise InputError(f"{study.source}: arm {variant.arm}: {error}") from error
+        return options
+
+    def _options(self, variant: Variant, seed: int, given: Mapping[str, Any]) -> PretrainConfig:
+        study = self.study
+        stores = [self.stores.get((variant.data, name), name) for name in study.members(variant.teacher)]
+        fixed: dict[str, Any] = {
+            "stores": tuple(stores),
+            "run": self.folder(variant, seed) / "pretrain",
+            "seed": seed,
+            "device": self.config.device,
+            "workers": loading_workers(self.config.workers, self.config.jobs),
+        }
+        options = PretrainConfig(**{**given, **fixed})
+        epochs = self.epochs.get(variant)
+        if epochs is None and "epochs" not in given:
+            epochs = (study.epochs or options.epochs) * study.arms[variant.arm].share
+        return options.with_epochs(options.epochs if epochs is None else epochs)
+
+    def folder(self, variant: Variant, seed: int) -> Path:
+        """The folder of a run."""
+        arm = self.study.arms[variant.arm]
+        parts = [variant.data, variant.teacher, variant.arm]
+        if len(arm.candidates) > 1:
+            parts.append(candidate_label(arm.candidates[variant.candidate]))
+        return self.out.joinpath("runs", *map(as_file_name, parts), f"seed{seed}")
+
+    def job(self, variant: Variant, seed: int, split: str) -> dict[str, Any]:
+        """The job of a run, for `measure`."""
+        finetune = self.study.finetune
+        return {
+            "kind": RUN,
+            "pretrain": as_json(self.options(variant, seed)),
+            "data": str(self.data[variant.data]),
+            "split": split,
+            "finetune": None if finetune is None else dict(finetune),
+            "device": self.config.device,
+            "workers": loading_workers(self.config.workers, self.config.jobs),
+        }
+
+    def write_job(self, variant: Variant, seed: int, split: str) -> Path:
+        """Write the job of a run into its folder."""
+        folder = self.folder(variant, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / JOB_FILE, self.job(variant, seed, split))
+        return folder / JOB_FILE
+
+    def check_options(self) -> None:
+        """Check every arm as far as it can be done without stores: options, and sizes of the student.
+
+        Raises:
+            InputError: names the file, the arm and the option.
+        """
+        for data, teacher, arm in self.cells():
+            for candidate in range(len(self.study.arms[arm].candidates)):
+                options = self.options(Variant(data, teacher, arm, candidate), self.seeds[0])
+                tokenized = self.tokenize_options(data, self.study.members(teacher)[0], self.out)
+                if (data, self.study.members(teacher)[0]) not in self.stores:
+                    self._check(arm, lambda o=options, t=tokenized: _check_sizes(o, t))
+
+    def check_plans(self) -> None:
+        """Plan every variant, now that the stores are there.
+
+        Raises:
+            InputError: names the file, the arm and the option.
+        """
+        for variant in self.variants():
+            options = self.options(variant, self.seeds[0])
+            self._check(variant.arm, lambda o=options: make_plan(o))
+
+    def check_begun(self) -> None:
+        """Compare the runs with those that an earlier call began in their folders: their figures are read back.
+
+        Raises:
+            InputError: names the file, the arm and the option that differs.
+        """
+        for variant in self.variants():
+            for seed in self.seeds:
+                self._check_begun(variant, seed)
+
+    def _check(self, arm: str, action: Any) -> None:
+        try:
+            action()
+        except InputError as error:
+            raise InputError(f"{self.study.source}: arm {arm}: {error}") from error
+
+    def _check_begun(self, variant: Variant, seed: int) -> None:
+        file = self.folder(variant, seed) / JOB_FILE
+        if not file.exists():
+            return
+        begun, now = json.loads(file.read_text(encoding="utf-8")), self.job(variant, seed, self.split)
+        was, advice = f"{self.study.source}: arm {variant.arm}: {file.parent} was", "give another --out"
+        if begun["data"] != now["data"]:
+            raise InputError(f"{was} measured on {begun['data']}, not {now['data']}; {advice}, or rename a folder")
+        for key, may_change in (("pretrain", PretrainConfig.may_change), ("finetune", ())):
+            before, after = begun[key], now[key]
+            if key == "finetune" and (before is None or after is None):
+                continue  # it may be asked for later
+            for name in sorted({*before, *after} - set(may_change)):
+                if before.get(name) != after.get(name):
+                    flag = f"--{name.replace('_', '-')}"
+                    differs = f"with {flag} {before.get(name)}, not {after.get(name)}"
+                    raise InputError(f"{was} begun {differs}; {advice}, or the same settings")
+
+    def _facts(self, data: str, teacher: str) -> list[Any]:
+        """What the pixels of a teacher's store depend on."""
+        location = self.stores.get((data, self.study.members(teacher)[0]))
+        if location is None or not Path(location).is_dir():
+            return [teacher]
+        info = TokenStore(location).info
+        return [getattr(info, name, None) for name in SHARED_PIXELS]
+
+
+def candidate_label(candidate: Mapping[str, Any]) -> str:
+    """`base_lr=0.008, norm=patch`."""
+    return ", ".join(f"{name}={value}" for name, value in candidate.items())
+
+
+def _check_sizes(options: PretrainConfig, tokenized: TokenizeConfig) -> None:
+    largest = min(int(size) for size in tokenized.middle_size.split(",") if size.strip().isdigit())
+    if options.image_size > largest:
+        raise InputError(f"--image-size {options.image_size}: larger than the middle images, which have {largest} px")
+    build_student(replace(options, init=""), tokenized.patch_size, SOME_CHANNELS, tokenized.channels, on="meta")

@@ -1,0 +1,134 @@
+"""How a study file is read: plain values, options of commands, names and paths. Each error says where it is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastmae.config import FinetuneConfig, PretrainConfig, TokenizeConfig
+from fastmae.config.resolve import near
+from fastmae.errors import InputError
+from fastmae.tokens.files import is_url
+
+EVERYWHERE = ("seed", "device", "workers", "json", "config", "print_config")
+"""Options that the study sets for all its commands."""
+SET_BY_STUDY = {
+    PretrainConfig: (*EVERYWHERE, "stores", "run", "devices", "resume", "profile", "knn_every", "knn_data"),
+    TokenizeConfig: (*EVERYWHERE, "images", "store", "rank", "world_size", "add", "dry_run"),
+    FinetuneConfig: (*EVERYWHERE, "run", "data", "out", "devices", "resume", "pretrained", "weights"),
+}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice: YAML would take the last one, and an arm would be gone without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A mapping, unless two of its keys are the same."""
+        merge = "tag:yaml.org,2002:merge"
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_study(path: Path, source: str, known: str) -> dict[str, Any]:
+    """The file's values.
+
+    Raises:
+        InputError: it does not exist, is not YAML, or holds something else.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except FileNotFoundError:
+        raise InputError(f"{source}: does not exist; give a study file, or one of {known}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{source}: can't be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: not a study; it needs `arms:`, see docs/studies.md")
+    return values
+
+
+def options_of(entry: Any, kind: Any, where: str) -> dict[str, Any]:
+    """Options of a command, by their fields' names. Their values are checked when the command's options are built.
+
+    Raises:
+        InputError: no such option, or one that the study sets.
+    """
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: give options, as `{{name: value}}`, not {entry!r}")
+    named = {str(key).replace("-", "_"): value for key, value in entry.items()}
+    known = [name for name in kind.__dataclass_fields__ if name not in SET_BY_STUDY[kind]]
+    for name in named:
+        if name in SET_BY_STUDY[kind]:
+            raise InputError(f"{where}: {name}: is set by the study; leave it out")
+        if name not in known:
+            raise InputError(f"{where}: no option '{name}'{near(name, known)}")
+    return named
+
+
+def mapping_of(values: Mapping[str, Any], key: str, source: str) -> dict[Any, Any]:
+    """The entries below a key, by their names; none if the file lacks the key.
+
+    Raises:
+        InputError: something else than names and entries.
+    """
+    entry = values.get(key)
+    if entry is None:
+        return {}
+    if not isinstance(entry, dict):
+        raise InputError(f"{source}: {key}: give `name: ...` lines")
+    wrong = next((name for name in entry if isinstance(name, bool) or name is None), None)
+    if wrong is not None or None in entry:
+        raise InputError(f"{source}: {key}: YAML reads a name as {wrong}; put it in quotes")
+    return entry
+
+
+def check_keys(entry: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
+    """Refuse a key that has no meaning.
+
+    Raises:
+        InputError: names the key and the nearest one that is known.
+    """
+    for key in entry:
+        if key not in known:
+            raise InputError(f"{where}: no key '{key}'{near(key, known)}; keys: {', '.join(known)}")
+
+
+def as_file_name(text: str) -> str:
+    """A name as that of a folder."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
+
+
+def beside(path: Path, value: str) -> str:
+    """A path that a file names, relative to that file, as an absolute one; a URL as it is."""
+    return value if is_url(value) else str((path.parent / Path(value).expanduser()).absolute())
+
+
+def positive(value: Any, where: str) -> float | None:
+    """A number above 0, or None.
+
+    Raises:
+        InputError: something else.
+    """
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if isinstance(value, bool) or not 0 < number < float("inf"):
+        raise InputError(f"{where} {value}: give a number above 0")
+    return number
+
+
+def count(value: Any, where: str) -> int:
+    """A whole number, 1 or more.
+
+    Raises:
+        InputError: something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{where} {value}: give a whole number, 1 or more")
+    return value
