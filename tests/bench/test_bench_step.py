@@ -21,7 +21,10 @@ from fastmae.student.targets import NormPix, OnlineTokens, StoredTokens
 ENCODER = ["--encoder", "vit_tiny_patch16_224", "--encoder-width", "48", "--encoder-depth", "2", "--encoder-heads", "3"]
 SIZES = ["--image-size", "64", "--middle-size", "96", "--batch-size", "4", "--teachers", "vit_tiny_patch16_224"]
 SMALL = [*ENCODER, *SIZES, "--device", "cpu"]
-OFFLINE, ONLINE = "FastMAE, vit_tiny_patch16_224 offline", "FastMAE, vit_tiny_patch16_224 online"
+TEACHER = "vit_tiny_patch16_224"
+OFFLINE, ONLINE = f"FastMAE, {TEACHER} offline", f"FastMAE, {TEACHER} online"
+VISIBLE = f"visible patches alone, {TEACHER} offline"
+DISTIL, DISTIL_ONLINE = f"distillation, {TEACHER} offline", f"distillation, {TEACHER} online"
 
 
 @pytest.fixture
@@ -38,18 +41,29 @@ def test_times_ratios_shares_and_sizes_are_consistent_and_the_markdown_file_name
     result = json.loads(out.splitlines()[-1])
     rows = {row["method"]: row for row in result["rows"]}
     mae, published, offline, online = (rows[name] for name in (MAE, PUBLISHED, OFFLINE, ONLINE))
-    assert list(rows) == [PUBLISHED, MAE, OFFLINE, ONLINE]
+    visible, distil, distil_online = (rows[name] for name in (VISIBLE, DISTIL, DISTIL_ONLINE))
+    assert list(rows) == [PUBLISHED, MAE, OFFLINE, ONLINE, VISIBLE, DISTIL, DISTIL_ONLINE]
     for row in rows.values():
         seconds = row["seconds"]
         assert 0 < row["seconds_min"] <= seconds <= row["seconds_max"]
         assert row["images_per_second"] == pytest.approx(4 / seconds, rel=0.01)
-        gemm_seconds = row["gflops"] / result["gemm_gflops_per_second"]
-        assert row["gemm_share"] == pytest.approx(gemm_seconds / seconds, rel=0.1)
+        per_gflop = 1 / result["gemm_gflops_per_second"] / seconds
+        rounding = 0.05 * per_gflop + 0.001
+        assert row["gemm_share"] == pytest.approx(row["gflops"] * per_gflop, rel=0.1, abs=rounding)
         assert row["times_mae"] == pytest.approx(mae["seconds"] / seconds, abs=0.01)
         assert row["times_published_mae"] == pytest.approx(published["seconds"] / seconds, abs=0.01)
         # Weights, gradients and two moments of 4 bytes each.
         assert row["memory_mb"] > 4 * 4 * row["parameters_millions"] / 1.05
-    assert online["online_over_offline"] == pytest.approx(online["seconds"] / offline["seconds"], abs=0.01)
+    for with_teacher, without in ((online, offline), (distil_online, distil)):
+        expected = with_teacher["seconds"] / without["seconds"]
+        assert with_teacher["online_over_offline"] == pytest.approx(expected, abs=0.01)
+    assert visible["online_over_offline"] is None
+    assert visible["gflops"] < offline["gflops"]
+    assert visible["gflops"] < distil["gflops"] < distil_online["gflops"]
+    assert [row["loss_terms"] for row in (published, mae, offline)] == ["decoder", "decoder", "decoder, 2 layers"]
+    assert {row["loss_terms"] for row in (visible, distil, distil_online)} == {"last layer, relations"}
+    assert [row["mask_ratio"] for row in (published, mae, offline)] == 3 * [0.75]
+    assert [row["mask_ratio"] for row in (distil, distil_online)] == [0, 0]
     assert mae["parameters_millions"] == published["parameters_millions"]
     assert offline["parameters_millions"] == online["parameters_millions"]
     assert offline["token_bytes_per_image"] == 6 * 6 * 192 * 2
@@ -64,7 +78,15 @@ def test_times_ratios_shares_and_sizes_are_consistent_and_the_markdown_file_name
 
 def test_every_rows_step_trains_its_own_model_on_its_own_target(small):
     steps, rows = small
-    target_types = {PUBLISHED: type(None), MAE: NormPix, OFFLINE: StoredTokens, ONLINE: OnlineTokens}
+    target_types = {
+        PUBLISHED: type(None),
+        MAE: NormPix,
+        OFFLINE: StoredTokens,
+        ONLINE: OnlineTokens,
+        VISIBLE: StoredTokens,
+        DISTIL: StoredTokens,
+        DISTIL_ONLINE: OnlineTokens,
+    }
     assert set(target_types) == set(rows)
     for name, target_type in target_types.items():
         step = steps.step(rows[name])
@@ -76,6 +98,30 @@ def test_every_rows_step_trains_its_own_model_on_its_own_target(small):
         assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True) if old.ndim > 1), name
         assert all(p.grad is None for p in after)
     assert steps.step(rows[OFFLINE]).model is steps.step(rows[ONLINE]).model
+    assert steps.step(rows[DISTIL]).model is steps.step(rows[DISTIL_ONLINE]).model
+
+
+def test_the_student_of_visible_patches_has_no_decoder_and_that_of_distillation_no_mask(small):
+    steps, rows = small
+    paper, visible, distil = (steps.step(rows[name]).model for name in (OFFLINE, VISIBLE, DISTIL))
+    assert [student.has_decoder for student in (paper, visible, distil)] == [True, False, False]
+    assert visible.visible < distil.visible == 4 * 4
+
+
+@pytest.mark.slow
+def test_only_the_rows_that_are_asked_for_are_there_and_a_ratio_to_one_that_is_not_is_none(printed_json):
+    args = ["bench", "step", *SMALL, "--rows", "distil, mae", "--rounds", "1", "--warmup", "1", "--json"]
+    assert run(args) == 0
+    result = printed_json()
+    assert [row["method"] for row in result["rows"]] == [MAE, DISTIL, DISTIL_ONLINE]
+    assert {row["times_published_mae"] for row in result["rows"]} == {None}
+    assert "nothing masked" in result["settings"]["matrix products"]
+
+
+def test_rows_of_distillation_and_visible_patches_take_the_first_teacher():
+    config = parse("bench step", [*SMALL, "--rows", "online,visible", "--teachers", f"{TEACHER},vit_small_patch16_224"])
+    names = [method.name for method in methods(config)]
+    assert names == [ONLINE, "FastMAE, vit_small_patch16_224 online", VISIBLE]
 
 
 def test_an_online_teacher_sees_the_view_or_the_whole_middle_image():
@@ -133,6 +179,8 @@ def test_peak_memory_is_what_the_work_holds_and_not_what_ran_before_it():
         (["--teachers", "vit_tiny_patch16_224,vit_tiny_patch16_224"], ["--teachers vit_tiny_patch16_224,vit_tiny"]),
         (["--encoder", "resnet50"], ["--encoder resnet50"]),
         (["--encoder-width", "50"], ["--encoder"]),
+        (["--rows", "mae,visble"], ["--rows mae,visble", "'visible'"]),
+        (["--rows", ""], ["--rows"]),
         (["--device", "abacus"], ["--device abacus"]),
         (["--out", "no-such-folder/x.md"], ["--out no-such-folder/x.md"]),
     ],

@@ -1,5 +1,8 @@
 """Line and bar charts."""
 
+import pytest
+from matplotlib.figure import Figure
+
 from fastmae.reporting.charts import Curves, bars
 
 
@@ -25,3 +28,11 @@ def test_every_line_of_a_chart_is_drawn_when_there_are_more_lines_than_colours()
     series = {f"line {number}": [{"x": 1, "y": number}, {"x": 2, "y": number}] for number in range(8)}
     svg = Curves(series, "x", "y", "x", "y").svg()
     assert all(name in svg for name in series)
+
+
+def test_a_horizontal_axis_can_be_logarithmic_from_a_value_on():
+    entries = [{"x": x, "y": 1.0} for x in (0, 10, 1000)]
+    axes = Figure().subplots()
+    Curves({"a": entries}, "x", "y", "x", "y", log_from=10).draw(axes, "black")
+    left, middle, right = axes.transData.transform([(x, 1.0) for x in (0, 10, 1000)])[:, 0]
+    assert (right - middle) / (middle - left) == pytest.approx(2 / 0.5 * 0.9, rel=0.2)  # two decades; half of one

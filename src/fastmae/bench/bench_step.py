@@ -1,5 +1,7 @@
 """`fastmae bench step`: time and memory of a pre-training step: FastMAE, MAE and online teachers (Table 2, Fig. 2).
 
+Beyond the table, it times the step without a decoder, and plain distillation with and without a teacher in memory.
+
 A step is forward, loss, backward and optimizer, run by the code of `pretrain` on a batch that is already on the device.
 Loading is measured by `bench loader`. All rows take turns in one process, so a slow spell of the machine hits all of
 them alike. Memory is measured before that, for each row in a process of its own.
@@ -30,12 +32,12 @@ import torch
 
 from fastmae.bench.gemm import BlockProducts, flops_of
 from fastmae.bench.memory import FreshProcesses, peak_memory_of
-from fastmae.bench.methods import MAE, PUBLISHED, Method, Steps, methods
+from fastmae.bench.methods import BEYOND_PAPER, MAE, PUBLISHED, Method, Step, Steps, methods
 from fastmae.bench.options import check_out, check_sizes
 from fastmae.bench.sample import IMAGENET_IMAGES
 from fastmae.bench.table import Table, machine
 from fastmae.bench.timing import format_rate, interleave, same_every_round
-from fastmae.config import BenchStepConfig, PretrainConfig
+from fastmae.config import BenchStepConfig
 from fastmae.runtime.device import memory_hint
 
 FP16_BYTES = 2
@@ -49,8 +51,10 @@ NOTES = (
     "'MAE' is `pretrain --target pixels`. It computes the published function (tests compare output, loss and "
     "gradients) with the optimisations of FastMAE's rows: fused attention and AdamW, only visible patches embedded, "
     "the last block for masked patches alone. 'MAE, as published' computes as its authors' code does.",
-    "FastMAE's offline rows decode and normalise stored tokens. The online rows run the teacher instead, and crop and "
-    "normalise its output. Teachers have random weights.",
+    "Offline rows decode and normalise stored tokens. The online rows run the teacher instead, and crop and normalise "
+    "its output. Teachers have random weights. 'x offline' compares an online row with the same one offline.",
+    "'visible patches alone' has no decoder and is not in the paper: its loss is on the last layer, as in the recipe "
+    f"{BEYOND_PAPER}. 'distillation' is the same with nothing masked.",
     "GEMM share: the time that the row's floating-point operations would take at the fastest rate of matrix products, "
     "divided by the time that the step took. The rate is that of the linear layers of one block alone, forward and "
     "backward, at the step's own sizes and in the same rounds; the settings list all rates measured.",
@@ -66,13 +70,13 @@ class StepMeasurement:
     Attributes:
         seconds: seconds of its step, one per round.
         flops: floating-point operations of a step.
-        parameters: number of trained parameters.
+        step: the step.
         memory: peak memory in MB.
     """
 
     seconds: list[float]
     flops: int
-    parameters: int
+    step: Step
     memory: float
 
 
@@ -87,7 +91,7 @@ def bench_step(config: BenchStepConfig) -> dict[str, Any]:
     table_methods = methods(config)
     steps = Steps.launched(config)
     products = steps.products()
-    with memory_hint("give a smaller --batch-size"):
+    with memory_hint("give a smaller --batch-size or fewer --rows"):
         memory = _measure_memory(config, table_methods)
         measurements, gemm_rates = _measure(table_methods, steps, products, memory)
     gemm_rate = max(gemm_rates.values())
@@ -133,8 +137,7 @@ def _measure(
             product_flops[variant], works[variant] = block_products.flops, run
     seconds = _time_in_turn(works, steps)
     measurements = {
-        name: StepMeasurement(seconds[name], step_flops[name], step.parameters, memory[name])
-        for name, step in built_steps.items()
+        name: StepMeasurement(seconds[name], step_flops[name], step, memory[name]) for name, step in built_steps.items()
     }
     return measurements, {variant: flops / median(seconds[variant]) for variant, flops in product_flops.items()}
 
@@ -168,7 +171,9 @@ def _row(method: Method, measurement: StepMeasurement, gemm_rate: float, steps: 
         "memory_mb": round(measurement.memory),
         "gemm_share": round(flops / gemm_rate / seconds, 3),
         "gflops": round(flops / 1e9, 1),
-        "parameters_millions": round(measurement.parameters / 1e6, 1),
+        "parameters_millions": round(measurement.step.parameters / 1e6, 1),
+        "mask_ratio": measurement.step.mask_ratio,
+        "loss_terms": measurement.step.loss_terms,
         "token_bytes_per_image": token_bytes,
         "imagenet_tb": round(token_bytes * IMAGENET_IMAGES / 1e12, 2),
         "paper_seconds": method.paper[0] if method.paper else None,
@@ -177,14 +182,22 @@ def _row(method: Method, measurement: StepMeasurement, gemm_rate: float, steps: 
 
 
 def _add_ratios(rows: list[dict[str, Any]], table_methods: list[Method]) -> None:
-    """Add how many times as fast each row is as both of MAE's, and how many times as long online takes as offline."""
+    """Add how many times as fast each row is as both of MAE's, and how many times as long online takes as offline.
+
+    A ratio to a row that was not measured is None.
+    """
     seconds = {row["method"]: row["seconds"] for row in rows}
-    offline_seconds = {method.teacher: seconds[method.name] for method in table_methods if method.target == "tokens"}
+    offline = {
+        (method.teacher, method.objective): seconds[method.name]
+        for method in table_methods
+        if method.target == "tokens"
+    }
     for row, method in zip(rows, table_methods, strict=True):
-        online = method.target == "teacher"
-        row["times_mae"] = round(seconds[MAE] / row["seconds"], 2)
-        row["times_published_mae"] = round(seconds[PUBLISHED] / row["seconds"], 2)
-        row["online_over_offline"] = round(row["seconds"] / offline_seconds[method.teacher], 2) if online else None
+        own = row["seconds"]
+        stored = offline.get((method.teacher, method.objective)) if method.target == "teacher" else None
+        row["times_mae"] = round(seconds[MAE] / own, 2) if MAE in seconds else None
+        row["times_published_mae"] = round(seconds[PUBLISHED] / own, 2) if PUBLISHED in seconds else None
+        row["online_over_offline"] = round(own / stored, 2) if stored else None
 
 
 def _settings(config: BenchStepConfig, steps: Steps, gemm_rates: dict[str, float]) -> dict[str, str]:
@@ -195,13 +208,12 @@ def _settings(config: BenchStepConfig, steps: Steps, gemm_rates: dict[str, float
         "view": f"the view, {config.image_size} px",
         "middle": f"the middle image, {config.middle_size} px",
     }
-    patches = f"patches of {config.patch_size}, {PretrainConfig.mask_ratio:.0%} masked"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": f"{torch.get_num_threads()}{'; seconds are CPU time' if _on_one_thread(steps) else ''}",
         "precision": steps.precision,
         "encoder": f"{config.encoder}{changed_sizes}",
-        "sizes": f"views of {config.image_size} px, {patches}",
+        "sizes": f"views of {config.image_size} px, patches of {config.patch_size}",
         "batch": f"{steps.batch_size} views",
         "online teachers see": teacher_input[config.online],
         "matrix products": ", ".join(f"{rate / 1e9:.0f} GFLOP/s {variant}" for variant, rate in gemm_rates.items()),
@@ -215,11 +227,13 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
     return {
         "method": row["method"],
+        "loss terms": row["loss_terms"],
+        "masked": f"{row['mask_ratio']:.0%}",
         "s": f"{row['seconds']:.3f}",
         "min-max": f"{row['seconds_min']:.3f}-{row['seconds_max']:.3f}",
         "images/s": format_rate(row["images_per_second"]),
-        "x MAE": f"{row['times_mae']:.2f}",
-        "x published": f"{row['times_published_mae']:.2f}",
+        "x MAE": or_dash(row["times_mae"], ".2f"),
+        "x published": or_dash(row["times_published_mae"], ".2f"),
         "x offline": or_dash(row["online_over_offline"], ".2f"),
         "memory MB": str(row["memory_mb"]),
         "GFLOP": f"{row['gflops']:.0f}",

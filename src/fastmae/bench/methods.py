@@ -1,7 +1,8 @@
 """The rows of `bench step`: a whole training step each, on a batch that is ready on the device.
 
 FastMAE's rows and ours of MAE are assembled from the parts that `pretrain` uses: student, target, `PretrainStep`,
-AdamW.
+AdamW. A row's objective is what its student learns: MAE's pixels, the paper's (a decoder, and all layers), the visible
+patches alone as in the recipe `visible_tiny_cpu`, or the same with nothing masked, which is plain distillation.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import nn
 from fastmae.bench.gemm import BlockProducts
 from fastmae.bench.published_mae import PublishedMae
 from fastmae.config import BenchStepConfig, PretrainConfig
+from fastmae.config.recipes import load_recipe
 from fastmae.errors import InputError, first_line
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, normalise
 from fastmae.pretraining.plan import resolve_loss
@@ -37,6 +39,14 @@ CHANNELS = 3
 CODEC = "fp16"
 GPU_BATCH_SIZE, CPU_BATCH_SIZE = 256, 32
 PUBLISHED, MAE = "MAE, as published", "MAE"
+BEYOND_PAPER = "visible_tiny_cpu"
+OBJECTIVE = ("mask_ratio", "decoder_depth", "all_layers", "loss", "relation_weight", "relation_layers")
+"""Options of a recipe that say what is learnt, whatever the sizes of the student."""
+
+Objective = Literal["pixels", "paper", "visible", "distil"]
+TargetKind = Literal["published", "pixels", "tokens", "teacher"]
+PLACES: dict[str, TargetKind] = {"offline": "tokens", "online": "teacher"}
+"""Where a teacher's features come from -> the target."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +56,15 @@ class Method:
     Attributes:
         name: name in the table.
         target: what is predicted: pixels by the authors' code, pixels by ours, stored tokens, or an online teacher's.
+        objective: how.
         teacher: timm's name of the teacher; '' for pixels.
         channels: channels of the target.
         paper: the paper's seconds and megabytes in Table 2, or None.
     """
 
     name: str
-    target: Literal["published", "pixels", "tokens", "teacher"]
+    target: TargetKind
+    objective: Objective
     teacher: str
     channels: int
     paper: tuple[float, int] | None
@@ -69,18 +81,26 @@ PAPER = {
 
 
 def methods(config: BenchStepConfig) -> list[Method]:
-    """MAE twice, and each teacher offline and online.
+    """The rows that `--rows` asks for.
 
     Raises:
         InputError: a teacher that is not a ViT of timm's.
     """
     pixels = CHANNELS * config.patch_size**2
-    rows = [Method(PUBLISHED, "published", "", pixels, None), Method(MAE, "pixels", "", pixels, PAPER["pixels", 0])]
-    for name in teacher_names(config.teachers):
-        width = _width(name)
-        rows.append(Method(f"FastMAE, {name} offline", "tokens", name, width, PAPER.get(("tokens", width))))
-        rows.append(Method(f"FastMAE, {name} online", "teacher", name, width, PAPER.get(("teacher", width))))
-    return rows
+    rows = [
+        ("published", Method(PUBLISHED, "published", "pixels", "", pixels, None)),
+        ("mae", Method(MAE, "pixels", "pixels", "", pixels, PAPER["pixels", 0])),
+    ]
+    widths = {name: _width(name) for name in teacher_names(config.teachers)}
+    for name, width in widths.items():
+        for place, target in PLACES.items():
+            paper = PAPER.get((target, width))
+            rows.append((place, Method(f"FastMAE, {name} {place}", target, "paper", name, width, paper)))
+    first, width = next(iter(widths.items()))
+    rows.append(("visible", Method(f"visible patches alone, {first} offline", "tokens", "visible", first, width, None)))
+    for place, target in PLACES.items():
+        rows.append(("distil", Method(f"distillation, {first} {place}", target, "distil", first, width, None)))
+    return [row for kind, row in rows if kind in config.row_kinds]
 
 
 def teacher_names(teachers: str) -> list[str]:
@@ -110,11 +130,15 @@ class Step:
         model: the bare module that is trained.
         target: what is predicted; None for the authors' code, which makes its own targets.
         run: takes a step, from the ready batch to the updated weights.
+        mask_ratio: fraction of the patches that is masked.
+        loss_terms: the terms of its loss, in words.
     """
 
     model: nn.Module
     target: Target | None
     run: Callable[[], None]
+    mask_ratio: float
+    loss_terms: str
 
     @property
     def parameters(self) -> int:
@@ -146,12 +170,12 @@ class Steps:
     Attributes:
         config: the bench's options.
         fabric: launched.
-        students: (target channels, whether the target is pixels) -> student.
+        students: (target channels, objective) -> student.
     """
 
     config: BenchStepConfig
     fabric: Fabric
-    students: dict[tuple[int, bool], ReadyStudent] = field(default_factory=dict)
+    students: dict[tuple[int, Objective], ReadyStudent] = field(default_factory=dict)
 
     @classmethod
     def launched(cls, config: BenchStepConfig) -> "Steps":
@@ -180,18 +204,22 @@ class Steps:
         return self._published_step(method) if method.target == "published" else self._our_step(method)
 
     def products(self) -> dict[str, BlockProducts]:
-        """The matrix products of a block of the encoder and of the decoder, in the precision of the steps.
+        """The matrix products of a block of the encoder and of the decoder, in the precision of the steps; and, for
+        distillation, of an encoder block that sees the whole view.
 
         Raises:
             InputError: an encoder that can't be built.
         """
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision, torch.float32)
-        encoder, options = self._encoder(), self._options("tokens")
+        encoder, options = self._encoder(), self._options("paper")
         visible = visible_patches(self.grid**2, options.mask_ratio)
         tokens_and_width = {
             "encoder": (visible + encoder.num_prefix_tokens, encoder.embed_dim),
             "decoder": (self.grid**2, options.decoder_width),
         }
+        if "distil" in self.config.row_kinds:
+            unmasked = self.grid**2 + encoder.num_prefix_tokens
+            tokens_and_width["encoder, nothing masked"] = (unmasked, encoder.embed_dim)
         return {
             name: BlockProducts(self.batch_size, tokens, width, self.fabric.device, dtype)
             for name, (tokens, width) in tokens_and_width.items()
@@ -199,14 +227,15 @@ class Steps:
 
     def _our_step(self, method: Method) -> Step:
         """As `pretrain` trains."""
-        student = self._student(method.channels, pixels=method.target == "pixels")
+        student = self._student(method.channels, method.objective)
         step = PretrainStep(
             self._target(method), student.loss, IMAGENET_MEAN, IMAGENET_STD, autocast=self.fabric.autocast
         )  # the teacher gets the precision of the student, which is the faster one
         step.to(self.fabric)
         batch = self._batch(method)
         run = self._training_step(lambda: step(student.model, batch)["loss"], student.optimizer)
-        return Step(student.network, step.target, run)
+        options = self._options(method.objective)
+        return Step(student.network, step.target, run, options.mask_ratio, _loss_terms(student.network))
 
     def _published_step(self, method: Method) -> Step:
         """As the authors train: their code, and torch's AdamW with its defaults."""
@@ -221,7 +250,7 @@ class Steps:
         optimizer = self.fabric.setup_optimizers(torch.optim.AdamW(groups, lr=options.base_lr, betas=options.betas))
         batch = self._batch(method)
         run = self._training_step(lambda: model(normalise(batch.pixels), batch.ids_shuffle), optimizer)
-        return Step(mae, None, run)
+        return Step(mae, None, run, options.mask_ratio, "decoder")
 
     def _training_step(self, loss: Callable[[], torch.Tensor], optimizer: Any) -> Callable[[], None]:
         def run() -> None:
@@ -231,19 +260,20 @@ class Steps:
 
         return run
 
-    def _student(self, channels: int, pixels: bool) -> ReadyStudent:
-        if (channels, pixels) not in self.students:
-            options = self._options("pixels" if pixels else "tokens")
+    def _student(self, channels: int, objective: Objective) -> ReadyStudent:
+        if (channels, objective) not in self.students:
+            options = self._options(objective)
             student = build_student(options, self.config.patch_size, channels, CHANNELS)
             assert isinstance(student, Student)  # a mask needs a plain ViT
             model = self.fabric.setup_module(student)
             groups = param_groups_weight_decay(student, options.weight_decay)
             optimizer = adamw(groups, options.lr, options.betas, self.fabric)
-            loss = StudentLoss((resolve_loss(options, "vit"),), options.all_layers_weight, (channels,), (1.0,))
-            self.students[channels, pixels] = ReadyStudent(
+            kind = resolve_loss(options, "vit")
+            loss = StudentLoss((kind,), options.all_layers_weight, (channels,), (1.0,), options.relation_weight)
+            self.students[channels, objective] = ReadyStudent(
                 student, model.train(), self.fabric.setup_optimizers(optimizer), loss
             )
-        return self.students[channels, pixels]
+        return self.students[channels, objective]
 
     def _target(self, method: Method) -> Target:
         if method.target == "pixels":
@@ -285,8 +315,14 @@ class Steps:
         )
         return batch.to(self.fabric.device)
 
-    def _options(self, target: str) -> PretrainConfig:
+    def _options(self, objective: Objective) -> PretrainConfig:
         config = self.config
+        given: dict[str, Any] = {"target": "pixels"} if objective == "pixels" else {}
+        if objective in ("visible", "distil"):
+            recipe = load_recipe(BEYOND_PAPER)
+            given = {name: recipe[name] for name in OBJECTIVE if name in recipe}
+        if objective == "distil":
+            given["mask_ratio"] = 0.0
         return PretrainConfig(
             stores=(),
             run=Path(),
@@ -295,7 +331,7 @@ class Steps:
             encoder_depth=config.encoder_depth,
             encoder_heads=config.encoder_heads,
             image_size=config.image_size,
-            target=target,  # type: ignore[arg-type]
+            **given,
         )
 
     def _encoder(self) -> Any:
@@ -309,6 +345,18 @@ class Steps:
                 config.encoder_depth,
                 config.encoder_heads,
             )
+
+
+def _loss_terms(student: Student) -> str:
+    """The terms of a student's loss in words, as `decoder, 12 layers`."""
+    layers = len(student.layer_heads)
+    terms = {
+        "decoder": student.has_decoder,
+        "last layer": layers == 1,
+        f"{layers} layers": layers > 1,
+        "relations": bool(student.relation_layers),
+    }
+    return ", ".join(term for term, has in terms.items() if has)
 
 
 def _width(teacher: str) -> int:

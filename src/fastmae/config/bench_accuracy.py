@@ -1,24 +1,60 @@
 """Options of `fastmae bench accuracy`."""
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
 from fastmae.config.options import options
 from fastmae.config.ranges import AT_LEAST_1, POSITIVE
+from fastmae.config.recipes import check_baseline
 from fastmae.config.study import StudyConfig
+from fastmae.errors import InputError
 
 
 @options
 class BenchAccuracyConfig(StudyConfig):
-    """Train FastMAE and MAE for an equal time on the same images and draw accuracy over time: Fig. 5 at your size."""
+    """Train FastMAE's recipes and MAE on the same images and draw accuracy over training time: Fig. 5 at your size."""
 
     images: Path
     """Labelled images, train/<class>/* and val/<class>/*: train/ is pre-trained on without its labels; val/ is
     measured."""
     out: Path = Path("fastmae-accuracy")
     """Folder for the store, the runs, the figure and the table. The same call again continues."""
+    recipe: str = "visible_tiny_cpu,vit_tiny_cpu"
+    """Recipes of FastMAE, separated by commas. Each is compared with MAE."""
+    distillation: bool = True
+    """Also train the first recipe with nothing masked: plain distillation out of the store."""
     minutes: Annotated[float, POSITIVE] = 30.0
-    """Total training time, divided equally among the methods and seeds. Tokenising and measuring are reported
-    separately."""
+    """Training time of all runs together. Tokenising and measuring are reported separately."""
+    fractions: str = "1/80,1/40,1/20,1/10,1/5"
+    """Training times of FastMAE's runs as fractions of MAE's, separated by commas. Each is a run of its own: its
+    schedule ends with its time, and it is measured at its end."""
     points: Annotated[int, AT_LEAST_1] = 10
-    """Measurements along each run, evenly over its epochs, besides the one before training."""
+    """Measurements along MAE's one long run, evenly over its epochs, besides the one before training. Its best one
+    counts."""
+
+    @property
+    def recipes(self) -> list[str]:
+        """FastMAE's recipes, in the order given."""
+        return [name.strip() for name in self.recipe.split(",")]
+
+    @property
+    def time_fractions(self) -> tuple[Fraction, ...]:
+        """The training times of FastMAE's runs, divided by MAE's; the shortest first."""
+        return tuple(sorted(Fraction(word.strip()) for word in self.fractions.split(",")))
+
+    def check(self) -> None:
+        """Refuse recipes that can't be compared, and fractions that are none."""
+        for recipe in self.recipes:
+            check_baseline(self.mae_recipe, recipe)
+        if len(set(self.recipes)) < len(self.recipes):
+            raise InputError(f"--recipe {self.recipe}: a recipe is given twice")
+        try:
+            fractions = self.time_fractions
+        except (ValueError, ZeroDivisionError):
+            fractions = ()
+        if not fractions or len(set(fractions)) < len(fractions) or not all(0 < number <= 1 for number in fractions):
+            raise InputError(
+                f"--fractions {self.fractions}: give different numbers above 0, at most 1, separated by commas, as "
+                "1/20,1/5"
+            )
