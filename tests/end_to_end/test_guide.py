@@ -75,7 +75,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "sample": 16,
         "rounds": 1,
     },
-    "bench accuracy": {**ONE_PROCESS, "points": 1, "minutes": 0.02},
+    "bench accuracy": {**ONE_PROCESS, "points": 1, "minutes": 0.02, "fractions": "1/5", "distillation": False},
 }
 """Command -> options that make it small."""
 

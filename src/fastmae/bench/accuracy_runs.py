@@ -37,7 +37,7 @@ from fastmae.tokens import TokenStore
 
 log = logging.getLogger(__name__)
 MAE = "MAE"
-TIMED_STEPS = 30
+TIMED_STEPS = 60
 DECODE_BATCH_SIZE, EMBED_BATCH_SIZE = 64, 256
 Measurement = Mapping[str, float]
 """`seconds` of training, `epoch`, and the `knn` and `linear` accuracy in percent."""
