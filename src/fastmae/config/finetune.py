@@ -15,7 +15,7 @@ class FinetuneConfig(SupervisedConfig):
     image_size: Annotated[int | None, PIXELS] = None
     """Side of the images in pixels. Default: the encoder's own."""
     pool: Literal["mean", "class"] = "mean"
-    """The classifier reads the mean of the patch tokens, or the class token."""
+    """A ViT's classifier reads the mean of the patch tokens, or the class token."""
     min_lr: Annotated[float, AT_LEAST_0] = 1e-6
     """Learning rate at the end."""
     layer_decay: Annotated[float, Range(gt=0, le=1)] = 0.65

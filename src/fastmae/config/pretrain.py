@@ -33,7 +33,8 @@ class PretrainConfig(TrainingConfig):
     """Named set of values: see `fastmae recipes`."""
 
     encoder: str = "vit_base_patch16_224"
-    """Any vit_* name of timm; the store's patch size and --image-size replace its own. (Sec. 4.1.1)"""
+    """Any vit_* name of timm; the store's patch size and --image-size replace its own (Sec. 4.1.1). With --mask-ratio
+    0, any network of timm, as timm/resnet50."""
     encoder_width: Annotated[int | None, Range(ge=1, le=65536)] = None
     """Embedding width, instead of the encoder's own."""
     encoder_depth: Annotated[int | None, Range(ge=1, le=1024)] = None

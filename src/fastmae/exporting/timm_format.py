@@ -32,7 +32,7 @@ def config(model: ExportedModel) -> dict[str, Any]:
     The source, tag and licence of timm's own weights for this architecture are left out: they don't apply here.
     """
     classes, own = len(model.classes), model.network.pretrained_cfg
-    pool = model.network.global_pool
+    pool = getattr(model.network, "global_pool", None)
     return {
         "architecture": model.architecture,
         "num_classes": classes,
@@ -44,7 +44,7 @@ def config(model: ExportedModel) -> dict[str, Any]:
             "tag": "fastmae",
             "custom_load": False,
             "input_size": [model.channels, model.image_size, model.image_size],
-            "fixed_input_size": True,
+            "fixed_input_size": "img_size" in model.arguments,  # timm then builds the network with img_size
             "interpolation": "bicubic",
             "crop_pct": model.crop_share,
             "crop_mode": CROP_MODES[model.crop],

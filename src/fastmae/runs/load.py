@@ -40,7 +40,8 @@ def load_student(run: Path) -> tuple[Description, AnyStudent]:
     """A pre-training run's description and its student in evaluation mode, with decoder and heads."""
     description, weights = load_run(run)
     store, target_dim = description["store"], sum(description["target_dims"])
-    student = build_student(options_of_run(run, description), store["patch_size"], target_dim, store["channels"])
+    with torch.inference_mode(False):  # some students try out their network's gradients
+        student = build_student(options_of_run(run, description), store["patch_size"], target_dim, store["channels"])
     student.load_state_dict(weights)
     return description, student.eval()
 
