@@ -1,49 +1,139 @@
-"""`fastmae ablate`: a table of runs, continued after an interruption; tables that are refused before any training."""
+"""`fastmae ablate` by its real processes: a study that is continued, interrupted, fails in part, and is refused."""
 
 import json
+import signal
+import subprocess
+import time
 
 import pytest
 
 from fastmae.cli import run
 
+STUDY = """
+title: Two norms
+base: {epochs: 1, encoder_depth: 2, encoder_width: 64, encoder_heads: 2, decoder_width: 32, decoder_heads: 2,
+  batch_size: 8}
+teachers: {cnn: efficientnet-lite0}
+arms:
+  patch: {norm: patch}
+  channel: {options: {norm: channel}, note: "84.4"}
+  tuned: {options: {norm: none}, tune: {base_lr: [8.0e-3, 1.6e-2]}}
+  pixels: {recipe: mae_tiny_cpu, decoder_depth: 1}
+"""
+SMALL = "--workers 0 --device cpu --json".split()
 
-def test_a_table_is_trained_row_by_row_and_continued_where_it_stopped(photos, tmp_path, capsys, error_line):
-    out = tmp_path / "ablations"
-    args = ["ablate", "targets", str(photos), "--out", str(out), *"--epochs 1 --workers 0 --device cpu --json".split()]
-    assert run(args) == 0
+
+@pytest.fixture
+def study(tmp_path):
+    file = tmp_path / "norms.yaml"
+    file.write_text(STUDY)
+    return file
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """A folder for the store, so that it is made once for all tests."""
+    return tmp_path_factory.mktemp("stores")
+
+
+@pytest.mark.timeout(600)
+def test_a_study_is_tuned_measured_continued_and_drawn_again(study, stores, photos, tmp_path, printed_json, error_line):
+    out = tmp_path / "out"
+    args = ["ablate", str(study), str(photos), "--out", str(out), "--stores-in", str(stores), *SMALL]
+    assert run([*args, "--seeds", "2", "--jobs", "2"]) == 0
+    result = printed_json()
+    rows = {row["arm"]: row for row in result["rows"]}
+    assert list(rows) == ["patch", "channel", "tuned", "pixels"]
+    for row in rows.values():
+        assert 0 <= row["knn"] <= 100 and 0 <= row["linear"] <= 100
+        assert row["seconds"] > 0 and row["gflops_per_image"] > 0 and row["seeds"] == 2
+        assert row["knn_std"] >= 0
+    assert rows["patch"]["knn_difference"] is None
+    low, high = rows["channel"]["knn_interval"]
+    assert low <= rows["channel"]["knn_difference"] <= high
+    assert rows["channel"]["knn_difference"] == pytest.approx(rows["channel"]["knn"] - rows["patch"]["knn"], abs=0.01)
+    assert result["split"] == "val"
+
+    written = json.loads((out / "study.json").read_text())
+    assert len(written["runs"]) == 4 * 2
+    (tuning,) = written["tuning"]
+    best = max(tuning["candidates"], key=lambda candidate: candidate["knn"])
+    assert tuning["chosen"] == best["options"]
+    assert rows["tuned"]["tuned"] == f"base_lr={best['options']['base_lr']}"
+    name = photos.name
+    candidates = sorted((out / "runs" / name / "cnn" / "tuned").iterdir())
+    measured_on_val = [folder.name for folder in candidates if (folder / "seed0" / "val.json").exists()]
+    assert measured_on_val == [f"base_lr_{best['options']['base_lr']}"]
+    assert all((folder / "seed0" / "held-out.json").exists() for folder in candidates)
+
+    seed0 = out / "runs" / name / "cnn" / "patch" / "seed0"
+    checkpoint, figures = seed0 / "pretrain" / "checkpoint.pt", seed0 / "val.json"
+    trained_at, before = checkpoint.stat().st_mtime_ns, json.loads(figures.read_text())
+    figures.unlink()  # as after a kill between the end of a run and its measurement
+    (out / "study.html").unlink()
+    assert run([*args, "--seeds", "2"]) == 0
+    assert printed_json()["rows"] == result["rows"]
+    assert json.loads(figures.read_text()) == before
+    assert checkpoint.stat().st_mtime_ns == trained_at
+
+    (out / "study.html").unlink()
+    assert run(["report", str(out)]) == 0
+    page = (out / "study.html").read_text()
+    assert page.count("<svg") == 2
+    assert "84.4" in page
+
+    line = error_line([*args, "--epochs", "2"])
+    assert "--epochs" in line
+    assert "arm patch" in line
+
+
+@pytest.mark.timeout(600)
+def test_a_failing_run_leaves_the_others_and_is_named(study, stores, photos, tmp_path, capsys):
+    study.write_text(STUDY.partition("  tuned")[0] + "  wild: {base_lr: 1.0e+30}\n")
+    out = tmp_path / "out"
+    args = ["ablate", str(study), str(photos), "--out", str(out), "--stores-in", str(stores), "--held-out", *SMALL]
+    assert run(args) == 1
     stdout, err = capsys.readouterr()
-    rows = json.loads(stdout.splitlines()[-1])["rows"]
-    assert [row["row"] for row in rows] == ["MAE, pixels", "HOG", "FastMAE, stored tokens", "FastMAE, online teacher"]
-    assert all(0 <= row["knn"] <= 100 and 0 <= row["linear"] <= 100 and row["seconds"] > 0 for row in rows)
-    assert rows[2]["paper"].startswith("84.3")
-    assert "Table 2" in err
-    assert (out / "targets.html").read_text().count("<svg") == 2
-
-    measured = out / "targets" / "HOG-seed0.json"
-    measured.unlink()  # as after a kill between the end of a run and its measurement
-    checkpoint = out / "targets" / "MAE__pixels-seed0" / "checkpoint.pt"
-    written_at = checkpoint.stat().st_mtime_ns
-    assert run(args) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == rows
-    assert measured.exists()
-    assert checkpoint.stat().st_mtime_ns == written_at
-    assert "epochs" in error_line([*args, "--epochs", "2"])
+    assert "arm wild" in err.splitlines()[-1]
+    result = json.loads(stdout.splitlines()[-1])
+    rows = {row["arm"]: row for row in result["rows"]}
+    assert rows["patch"]["knn"] is not None and rows["channel"]["knn"] is not None
+    assert rows["wild"]["knn"] is None
+    assert result["split"] == "held-out"
+    assert not list(out.rglob("val.json"))
 
 
-@pytest.mark.parametrize(
-    ("table", "images", "options", "named"),
-    [
-        ("tricks", "", "--teacher efficientnet-lite0,efficientnet-lite2", "--teacher"),
-        ("encoders", "", "--recipe vit_base_60ep", "--recipe"),
-        ("encoder", "", "", "encoders"),
-        ("tricks", "train", "", "train"),
-    ],
-)
-def test_a_table_that_cannot_be_run_is_refused_before_anything_is_written(
-    table, images, options, named, photos, tmp_path, error_line
+@pytest.mark.timeout(600)
+def test_a_stopped_study_saves_its_runs_and_continues_them(
+    study, stores, photos, tmp_path, fastmae_command, printed_json
 ):
-    out = tmp_path / "a"
-    assert named in error_line(["ablate", table, str(photos / images), "--out", str(out), *options.split()])
+    study.write_text(STUDY.partition("  channel")[0])
+    out = tmp_path / "out"
+    args = ["ablate", str(study), str(photos), "--out", str(out), "--stores-in", str(stores), *SMALL]
+    args += ["--epochs", "200"]
+    process = subprocess.Popen([*fastmae_command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run_folder = out / "runs" / photos.name / "cnn" / "patch" / "seed0" / "pretrain"
+    while not (run_folder / "metrics.jsonl").exists() or not (run_folder / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert "0 of 1 runs" in err.splitlines()[-1]
+    assert (run_folder / "checkpoint.pt").exists()
+    assert run(args) == 0
+    assert printed_json()["rows"][0]["epochs"] == 200
+    assert "from step" in (run_folder.parent / "log.txt").read_text()
+
+
+def test_a_student_that_cannot_be_built_is_refused_before_anything_is_written(study, photos, tmp_path, error_line):
+    study.write_text("arms: {a: {}, b: {encoder_heads: 3}}")
+    out = tmp_path / "out"
+    line = error_line(["ablate", str(study), str(photos), "--out", str(out)])
+    assert f"{study}: arm b: " in line
+    study.write_text("arms: {a: {}, b: {loss: cosin}}")
+    assert "did you mean 'cosine'" in error_line(["ablate", str(study), str(photos), "--out", str(out)])
+    assert "train" in error_line(["ablate", str(study), str(photos / "train"), "--out", str(out)])
     assert not out.exists()
 
 

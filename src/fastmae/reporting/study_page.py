@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 COLUMNS = 120
 """Widest table in a terminal."""
 LONGEST_NAME, SHORTEST_NOTE = 30, 12
-LABELS = {"knn": "k-NN %", "linear": "linear %", "finetune": "tuned %"}
+LABELS = {"knn": "k-NN", "linear": "linear", "finetune": "fine-tuned"}
 LONG_LABELS = {
     "knn": "k-NN top-1 %",
     "linear": "top-1 % of a linear classifier on frozen features",
@@ -54,7 +54,8 @@ def study_text(study: Study) -> str:
 def write_study_page(study: Study, page: Path) -> list[str]:
     """Write the page; returns the headings of its sections."""
     sections = [
-        Section(heading, rows=_cells(study, rows), charts=_charts(study, rows)) for heading, rows in _groups(study)
+        Section(heading, rows=_unbroken(_cells(study, rows)), charts=_charts(study, rows))
+        for heading, rows in _groups(study)
     ]
     if study["tuning"]:
         sections.append(_tuning(study))
@@ -68,6 +69,11 @@ def write_study_page(study: Study, page: Path) -> list[str]:
     return [section.heading for section in sections]
 
 
+def _unbroken(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """The rows with figures that a browser does not break over two lines."""
+    return [{name: cell.replace(" ± ", "\u00a0±\u00a0") for name, cell in row.items()} for row in rows]
+
+
 def _groups(study: Study) -> Iterator[tuple[str, list[Row]]]:
     """The rows of each data set and teacher, with a heading."""
     keys = list(dict.fromkeys((row["data"], row["teacher"]) for row in study["rows"]))
@@ -79,8 +85,8 @@ def _groups(study: Study) -> Iterator[tuple[str, list[Row]]]:
 
 def _cells(study: Study, rows: Sequence[Row]) -> list[dict[str, str]]:
     """The table of one data set and teacher."""
-    several = any(len({row[key] for row in rows}) > 1 for key in ("seeds",)) or rows[0]["seeds"] != len(study["seeds"])
-    return [_row_cells(study, row, with_seeds=several, with_note=any(r["note"] for r in rows)) for row in rows]
+    some_are_missing = any(row["seeds"] != len(study["seeds"]) for row in rows)
+    return [_row_cells(study, row, with_seeds=some_are_missing, with_note=any(r["note"] for r in rows)) for row in rows]
 
 
 def _row_cells(study: Study, row: Row, with_seeds: bool, with_note: bool) -> dict[str, str]:
@@ -88,11 +94,10 @@ def _row_cells(study: Study, row: Row, with_seeds: bool, with_note: bool) -> dic
     if with_seeds:
         cells["seeds"] = str(row["seeds"])
     for metric in study["metrics"]:
-        label = LABELS[metric]
-        mean = row[metric]
-        cells[label] = MISSING if mean is None else with_std(mean, row[f"{metric}_std"])
+        label, mean = LABELS[metric], row[metric]
+        cells[f"{label} %"] = MISSING if mean is None else with_std(mean, row[f"{metric}_std"])
         if len(study["arms"]) > 1:
-            cells[f"diff. {label.split()[0]}"] = _difference(row[f"{metric}_difference"], row[f"{metric}_interval"])
+            cells[f"Δ {label}"] = _difference(row[f"{metric}_difference"], row[f"{metric}_interval"])
     flops, seconds = row["gflops_per_image"], row["seconds"]
     cells["GFLOP"] = MISSING if flops is None else f"{flops:.3g}"
     cells["train s"] = MISSING if seconds is None else f"{seconds:.0f}"
@@ -144,13 +149,17 @@ def _tuning(study: Study) -> Section:
             "teacher": entry["teacher"],
             "arm": entry["arm"],
             "candidate": _joined(candidate["options"]),
-            **{LABELS[metric]: candidate.get(metric, "diverged") for metric in study["metrics"]},
+            **{f"{LABELS[metric]} %": _figure(candidate.get(metric)) for metric in study["metrics"]},
             "chosen": candidate["options"] == entry["chosen"],
         }
         for entry in study["tuning"]
         for candidate in entry["candidates"]
     ]
     return Section("Tuning, on the held-out fifth of train/", rows=rows)
+
+
+def _figure(accuracy: float | None) -> str:
+    return "diverged" if accuracy is None else f"{accuracy:.1f}"
 
 
 def _arms(study: Study) -> list[dict[str, Any]]:
@@ -201,7 +210,7 @@ def _legend(study: Study) -> str:
     spread = f"Mean ± standard deviation of {counted(seeds, 'seed')}." if seeds > 1 else "One seed."
     compared = ""
     if len(study["arms"]) > 1:
-        compared = f" diff.: mean difference to '{study['baseline']}'" + (
+        compared = f" Δ: mean difference to '{study['baseline']}'" + (
             ", paired by seed, ± its 95 % interval (Student's t)." if seeds > 1 else "."
         )
     steps = " GFLOP: of a training step, per image, forward and backward."

@@ -20,7 +20,7 @@ from fastmae.studies.speeds import as_json
 from fastmae.studies.study_file import Study
 from fastmae.studies.study_syntax import as_file_name
 from fastmae.studies.worker import RUN
-from fastmae.tokens import TokenStore
+from fastmae.tokens.reader import open_scales
 
 JOB_FILE = "job.json"
 SHARED_PIXELS = (
@@ -70,6 +70,7 @@ class Runs:
         self.study, self.config, self.data, self.out = study, config, data, out
         self.stores: dict[tuple[str, str], str] = {}
         self.epochs: dict[Variant, float] = {}
+        self._trained: dict[Variant, Variant] = {}
 
     @property
     def seeds(self) -> list[int]:
@@ -103,15 +104,21 @@ class Runs:
         return list(found)
 
     def trained(self, data: str, teacher: str, arm: str, candidate: int) -> Variant:
-        """The variant whose runs stand for an arm with a teacher."""
+        """The variant whose runs stand for an arm with a teacher. The stores must be there."""
         own = Variant(data, teacher, arm, candidate)
-        if self.options(own, self.seeds[0]).target not in WITHOUT_TOKENS:
-            return own
-        facts = self._facts(data, teacher)
-        for first in self.study.teachers_of(arm):
-            if self._facts(data, first) == facts:
-                return Variant(data, first, arm, candidate)
-        return own
+        if own not in self._trained:
+            self._trained[own] = own if self._reads_tokens(own) else self._first_alike(own)
+        return self._trained[own]
+
+    def _reads_tokens(self, variant: Variant) -> bool:
+        return self.options(variant, self.seeds[0]).target not in WITHOUT_TOKENS
+
+    def _first_alike(self, variant: Variant) -> Variant:
+        """The variant of the first teacher whose store holds the same pixels."""
+        facts = self._facts(variant.data, variant.teacher)
+        teachers = self.study.teachers_of(variant.arm)
+        first = next(teacher for teacher in teachers if self._facts(variant.data, teacher) == facts)
+        return replace(variant, teacher=first)
 
     def tokenize_options(self, data: str, teacher: str, store: Path) -> TokenizeConfig:
         """The options for tokenising a data set with one teacher.
@@ -254,8 +261,8 @@ class Runs:
         location = self.stores.get((data, self.study.members(teacher)[0]))
         if location is None or not Path(location).is_dir():
             return [teacher]
-        info = TokenStore(location).info
-        return [getattr(info, name, None) for name in SHARED_PIXELS]
+        info = open_scales(location, Path(), 0)[-1].info
+        return [getattr(info, name) for name in SHARED_PIXELS]
 
 
 def candidate_label(candidate: Mapping[str, Any]) -> str:
