@@ -122,6 +122,11 @@ def test_mask_ratio_0_brings_no_decoder_and_refuses_one():
         parse("pretrain", ["a", "b", "--mask-ratio", "0", "--decoder-depth", "2"])
 
 
+def test_muon_refuses_sharded_matrices():
+    with pytest.raises(InputError, match="--optimizer muon"):
+        parse("pretrain", ["a", "b", "--optimizer", "muon", "--strategy", "fsdp"])
+
+
 @pytest.mark.parametrize("options", ["--fusion", "--loss-on all", "--target pixels"])
 def test_without_a_decoder_what_needs_one_is_refused(options):
     with pytest.raises(InputError, match=options):

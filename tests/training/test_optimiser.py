@@ -2,11 +2,14 @@
 
 import math
 
+import pytest
 import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from fastmae.training.optimiser import cosine_schedule, layer_decayed_groups, linear_schedule
+from fastmae.errors import InputError
+from fastmae.training.optimiser import cosine_schedule, layer_decayed_groups, linear_schedule, muon, muon_groups
 
 
 def test_the_learning_rate_rises_linearly_and_falls_by_half_a_cosine():
@@ -49,3 +52,52 @@ def test_the_linear_schedule_scales_each_layers_learning_rate():
         schedule.step_update(step)
         expected = 2.0 * step / 10 if step < 10 else 2.0 * (1 - (step - 10) / 100)
         assert math.isclose(optimizer.param_groups[0]["lr"], 0.25 * expected, abs_tol=1e-9), step
+
+
+def test_the_layers_of_a_network_that_is_no_vit_are_timms_groups():
+    network = timm.create_model("resnet10t", num_classes=5)
+    groups = layer_decayed_groups(network, network, weight_decay=0.05, layer_decay=0.5)
+    expected = param_groups_layer_decay(network, weight_decay=0.05, layer_decay=0.5)
+
+    def of_parameters(groups):
+        return {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+    assert of_parameters(groups) == of_parameters(expected)
+    assert min(group["lr_scale"] for group in groups) < 0.1
+
+
+def test_layer_decay_needs_timms_groups_and_1_needs_none():
+    network = timm.create_model("poolformerv2_s12", num_classes=5)
+    groups = layer_decayed_groups(network, network, weight_decay=0.05, layer_decay=1)
+    assert {group["lr_scale"] for group in groups} == {1}
+    with pytest.raises(InputError, match=r"--layer-decay 0\.5"):
+        layer_decayed_groups(network, network, weight_decay=0.05, layer_decay=0.5)
+
+
+def test_muon_gets_the_weight_matrices_of_blocks_and_adamw_everything_else():
+    encoder = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
+    groups = muon_groups(encoder, weight_decay=0.05)
+    names = {id(parameter): name for name, parameter in encoder.named_parameters()}
+    by_group = [{names[id(parameter)] for parameter in group["params"]} for group in groups]
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert by_group[0] == {f"blocks.{block}.{layer}.weight" for block in range(2) for layer in layers}
+    assert by_group[1] == {"cls_token", "pos_embed", "patch_embed.proj.weight", "head.weight"}
+    assert set.union(*by_group) == set(names.values())
+    assert [(group.get("use_fallback", False), group["weight_decay"]) for group in groups] == [
+        (False, 0.05),
+        (True, 0.05),
+        (True, 0.0),
+    ]
+
+
+def test_muons_first_step_is_the_orthogonalised_gradient_at_adamws_rms():
+    """Orthogonal to the accuracy of five Newton-Schulz steps: singular values of 0.7 to 1.2, times 0.2 sqrt(rows)."""
+    weight = nn.Parameter(torch.zeros(64, 16))
+    optimizer = muon([{"params": [weight], "weight_decay": 0.0}], lr=0.1, betas=(0.9, 0.95))
+    weight.grad = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    update = -weight.detach() / (0.1 * 0.2 * math.sqrt(64))
+    singular_values = torch.linalg.svdvals(update)
+    assert 0.6 < singular_values.min() and singular_values.max() < 1.3
+    left, _, right = torch.linalg.svd(weight.grad, full_matrices=False)
+    torch.testing.assert_close(update / singular_values.mean(), left @ right, atol=0.12, rtol=0.0)

@@ -94,6 +94,9 @@ class PretrainConfig(TrainingConfig):
     """Views per step, over all devices. (Sec. 4.1.1)"""
     base_lr: Annotated[float, POSITIVE] = 1.5e-4
     """Learning rate for 256 views; the learning rate of a step is this times batch size / 256. (Sec. 4.1.1)"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: the paper's. muon: orthogonalised momentum for the weight matrices of the transformer blocks, AdamW for
+    everything else; a student learns more from a step, which takes a little longer."""
     betas: Annotated[tuple[float, float], FRACTION] = (0.9, 0.95)
     """Betas of AdamW. (MAE's)"""
 
@@ -153,6 +156,8 @@ class PretrainConfig(TrainingConfig):
             raise InputError(f"--store-weights: --target {self.target} reads no stored tokens; leave it out")
         if self.strategy == "fsdp" and self.ema:
             raise InputError("--ema: no process holds a whole sharded student; use --strategy ddp")
+        if self.strategy == "fsdp" and self.optimizer == "muon":
+            raise InputError("--optimizer muon: needs whole weight matrices, not sharded ones; use --strategy ddp")
         if self.decoder_width % self.decoder_heads:
             raise InputError(
                 f"--decoder-width {self.decoder_width}: not a multiple of --decoder-heads {self.decoder_heads}"

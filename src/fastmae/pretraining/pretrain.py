@@ -25,6 +25,7 @@ from fastmae.runtime.workers import as_is
 from fastmae.student.student import AnyStudent, build_student
 from fastmae.tokens.files import is_url
 from fastmae.training.driver import train
+from fastmae.training.optimiser import muon, muon_groups
 from fastmae.training.sampler import ShuffleOrder
 from fastmae.training.task import Task, no_initialisation
 
@@ -72,7 +73,8 @@ def pretraining_task(config: PretrainConfig, plan: Plan, measure: Measure | None
         network=student,
         dataset=views_of(config, plan),
         step=step,
-        parameter_groups=lambda: param_groups_weight_decay(student, config.weight_decay),
+        parameter_groups=lambda: _parameter_groups(config, student),
+        optimizer=partial(muon, betas=config.betas) if config.optimizer == "muon" else None,
         description=describe(config, plan),
         inputs={"stores": [_absolute(store) for store in config.stores]},
         evaluate=_evaluation(config, plan, measure) if config.knn_every else None,
@@ -86,6 +88,11 @@ def pretraining_task(config: PretrainConfig, plan: Plan, measure: Measure | None
         sharded_blocks=SHARDED_BLOCKS,
         lr_flag="--base-lr",
     )
+
+
+def _parameter_groups(config: PretrainConfig, student: nn.Module) -> list[dict[str, Any]]:
+    groups = muon_groups if config.optimizer == "muon" else param_groups_weight_decay
+    return groups(student, config.weight_decay)
 
 
 def _evaluation(

@@ -1,4 +1,4 @@
-"""AdamW with MAE's parameter groups, and the schedules of the learning rate."""
+"""AdamW with MAE's parameter groups, Muon, and the schedules of the learning rate."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from timm.models import group_parameters
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.optim import Muon
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from torch import nn
 
@@ -17,6 +18,44 @@ from fastmae.runtime.launch import scales_gradients
 def adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], fabric: Fabric) -> torch.optim.AdamW:
     """AdamW; fused, unless the gradients are scaled: a fused step would unscale them too late for clipping."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=not scales_gradients(fabric))
+
+
+def muon(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> Muon:
+    """timm's Muon (Jordan et al. 2024): momentum with Nesterov's look-ahead, orthogonalised by Newton-Schulz steps.
+
+    Updates are scaled to AdamW's RMS (Liu et al. 2025), so learning rate and weight decay keep their meaning.
+
+    Args:
+        groups: from `muon_groups`.
+        lr: peak learning rate.
+        betas: of AdamW, for the parameters that Muon leaves to it.
+    """
+    return Muon(groups, lr=lr, momentum=0.95, nesterov=True, betas=betas)
+
+
+def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: the weight matrices of transformer blocks for Muon, the others for AdamW.
+
+    Biases and norms get no weight decay, as under AdamW.
+
+    Args:
+        model: only its parameters that require gradients are taken.
+        weight_decay: of both.
+    """
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_block = any(part.endswith("blocks") for part in name.split("."))
+            group = plain if parameter.ndim <= 1 else matrices if is_block and parameter.ndim == 2 else others
+            group.append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": weight_decay, "use_fallback": True},
+        {"params": plain, "weight_decay": 0.0, "use_fallback": True},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def layer_decayed_groups(
