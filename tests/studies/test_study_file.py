@@ -22,7 +22,7 @@ def study_of(tmp_path):
 @pytest.mark.parametrize("name", study_names())
 def test_every_study_of_the_package_can_be_read(name, tmp_path):
     study = load_study(AblateConfig(study=name, data=(tmp_path,)))
-    assert study.title.startswith(("Table", "Sec."))
+    assert study.title != study.name
     assert study.baseline in study.arms
 
 
@@ -114,7 +114,7 @@ def test_paths_are_relative_to_the_file(study_of, tmp_path):
         ("{teachers: {v: timm/x, w: [v, u]}, arms: {a: {}}}", ["teacher w", "'u'"]),
         ("{data: {d: {bas: {}}}, arms: {a: {}}}", ["data d", "'base'"]),
         ("{finetune: {epoch: 1}, arms: {a: {}}}", ["finetune", "'epochs'"]),
-        ("{baseline: aa, arms: {ab: {}}}", ["baseline", "'ab'"]),
+        ("{baseline: papr, arms: {paper: {}}}", ["baseline", "'paper'"]),
         ("{tune_by: finetune, arms: {a: {}}}", ["tune_by", "knn"]),
         ("{seeds: 0, arms: {a: {}}}", ["seeds"]),
         ("arms: {a: {}", ["YAML"]),

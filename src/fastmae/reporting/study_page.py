@@ -16,7 +16,8 @@ Study = Mapping[str, Any]
 Row = Mapping[str, Any]
 COLUMNS = 120
 """Widest table in a terminal."""
-LONGEST_NAME, SHORTEST_NOTE = 30, 12
+SHORTEST_NAME = 12
+"""Of an arm, in a table that would be too wide otherwise."""
 LABELS = {"knn": "k-NN", "linear": "linear", "finetune": "fine-tuned"}
 LONG_LABELS = {
     "knn": "k-NN top-1 %",
@@ -115,20 +116,27 @@ def _difference(mean: float | None, interval: Sequence[float] | None) -> str:
 
 def _fitted(rows: list[dict[str, str]]) -> tuple[str, list[str]]:
     """The table at most 120 columns wide: long names are cut, and notes that don't fit go below it."""
-    rows = [{**row, "arm": _cut(row["arm"], LONGEST_NAME)} for row in rows]
     bare = [{name: cell for name, cell in row.items() if name != "note"} for row in rows]
+    excess = _width(text_table(bare)) - COLUMNS
+    longest = max(SHORTEST_NAME, max(len(row["arm"]) for row in rows) - max(0, excess))
+    bare = [{**row, "arm": _cut(row["arm"], longest)} for row in bare]
     table = text_table(bare)
     if "note" not in rows[0]:
         return table, []
-    room = COLUMNS - max(map(len, table.splitlines())) - 2
-    if room < max(SHORTEST_NOTE, *(len(row["note"]) for row in rows)):
+    if _width(text_table(rows)) > COLUMNS:
         notes = [f"{row['arm']}: {row['note']}" for row in rows if row["note"] != MISSING]
         return table, [_cut(note, COLUMNS) for note in notes]
     return text_table(rows), []
 
 
+def _width(table: str) -> int:
+    return max(map(len, table.splitlines()))
+
+
 def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 3]}..."
+    """The text without its middle, if it is too long: names of arms often differ at the end."""
+    start = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:start]}...{text[start + 3 - length :]}"
 
 
 def _charts(study: Study, rows: Sequence[Row]) -> list[Svg]:
