@@ -40,11 +40,13 @@ def relation_loss(features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         features: float32 [B, V, D].
         target: float32 [B, V, C].
     """
-    cosines = []
-    for patches in (features, target):
-        unit = F.normalize(patches - patches.mean(1, keepdim=True), dim=-1)
-        cosines.append(unit @ unit.transpose(1, 2))
-    return F.mse_loss(*cosines)
+    return F.mse_loss(_centred_cosines(features), _centred_cosines(target))
+
+
+def _centred_cosines(patches: torch.Tensor) -> torch.Tensor:
+    """[B, V, C] -> [B, V, V]."""
+    unit = F.normalize(patches - patches.mean(1, keepdim=True), dim=-1)
+    return unit @ unit.transpose(1, 2)
 
 
 @dataclass
