@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from fastmae.config import PretrainConfig
 from fastmae.images.views import ViewDraws, normalise
-from fastmae.pretraining.plan import make_target, resolve_norm
+from fastmae.pretraining.plan import make_target, resolve_loss, resolve_norm
 from fastmae.reporting.image_grid import displayable, image_grid_png
 from fastmae.runs.load import load_student, options_of_run
 from fastmae.student.encoder import visible_patches
@@ -25,7 +26,8 @@ def predictions_png(run: Path, store: TokenStore, images: int, seed: int) -> byt
     """One row for each image: the view, its visible patches, the prediction and the target.
 
     Features are shown by the first three principal components of the target features. Predicted pixels (MAE) are shown
-    as pixels, each patch with the mean and std of the original patch.
+    as pixels, each patch with the mean and std of the original patch. Under the cosine loss, predictions get the length
+    of their targets.
 
     Args:
         run: folder of a run that was trained on `store`. Of several stores, the first one's features are shown.
@@ -41,6 +43,8 @@ def predictions_png(run: Path, store: TokenStore, images: int, seed: int) -> byt
     target = make_target(config, [[store]], [resolve_norm(config, [store])])(batch, pixels)
     visible = batch.ids_shuffle[:, : student.visible]
     predicted = _predict_all_patches(student, pixels, batch.ids_shuffle, target)
+    if resolve_loss(config, store.info.teacher["kind"]) == "cosine":  # only directions are predicted
+        predicted = F.normalize(predicted, dim=-1) * target.norm(dim=-1, keepdim=True)
 
     views = displayable(batch.pixels)
     columns = {"view": views, "visible": _with_masked_patches(views, visible, patch_size)}
