@@ -40,9 +40,10 @@ def test_replacing_an_option_keeps_the_resolved_values():
 
 
 BAD_VALUES = [
-    ("epochs", 0, "1 to 1000000"),
-    ("epochs", 1.5, "whole number"),
-    ("epochs", "many", "whole number"),
+    ("epochs", 0, "more than 0 to 1000000"),
+    ("epochs", "many", "number"),
+    ("batch_size", 1.5, "whole number"),
+    ("batch_size", "many", "whole number"),
     ("base_lr", "nan", "more than 0"),
     ("base_lr", "inf", "more than 0"),
     ("ema", 1.0, "0 to less than 1"),

@@ -86,7 +86,7 @@ class PretrainConfig(TrainingConfig):
     flip: bool = True
     """Flip half of the views, pixels and token grid together."""
 
-    epochs: Annotated[float, Range(gt=0, le=1_000_000)] = 60
+    epochs: Annotated[float, Range(gt=0, le=1_000_000)] = 60.0
     """Passes over the store (Sec. 4.1.1: 60 or 300). Fractions count: 0.5 visits half of the images."""
     warmup_epochs: Annotated[float, AT_LEAST_0] = 10.0
     """Epochs of linear warm-up, at most half of the run; then a cosine down to --min-lr."""
