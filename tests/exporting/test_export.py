@@ -180,7 +180,7 @@ def test_weights_that_change_on_the_way_fail_the_check_and_leave_nothing(tiny_ru
     ("args", "named"),
     [
         (["no-such-run"], "no-such-run"),
-        (["timm/resnet18", "--no-pretrained"], "timm/resnet18"),
+        (["timm/pit_ti_224", "--no-pretrained"], "timm/pit_ti_224"),
         (["timm/test_vit", "--no-pretrained", "--image-size", "50"], "--image-size 50"),
         (["timm/test_vit", "--no-pretrained", "--format", "tflite"], "tflite"),
     ],

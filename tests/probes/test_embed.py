@@ -59,3 +59,21 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"<html>")
     with pytest.raises(InputError, match=r"broken\.jpg"):
         WholeImages([tmp_path / "broken.jpg"], 32, "whole", 3)[0]
+
+
+@torch.inference_mode()
+def test_a_network_that_is_no_plain_vit_is_embedded_by_the_mean_of_its_last_map_or_of_a_stage():
+    network = timm.create_model("mobilenetv3_small_050", num_classes=0).eval()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    images = (PIXELS / 255 - mean) / std
+    last = network.forward_features(images).mean((2, 3))
+    torch.testing.assert_close(embed_with_encoder(network, "mean")(PIXELS), last)
+    torch.testing.assert_close(embed_with_encoder(network, "mean", -1)(PIXELS), last)
+    second = network.forward_intermediates(images, indices=[1], intermediates_only=True)[0].mean((2, 3))
+    torch.testing.assert_close(embed_with_encoder(network, "mean", 1)(PIXELS), second)
+
+
+@pytest.mark.parametrize(("pool", "block", "named"), [("class", None, "--pool class"), ("mean", 5, "stages 0 to 4")])
+def test_what_a_network_without_a_class_token_or_stage_is_asked_for_is_refused(pool, block, named):
+    with pytest.raises(InputError, match=named):
+        embed_with_encoder(timm.create_model("resnet10t", num_classes=0), pool, block)

@@ -154,3 +154,21 @@ def test_pretrain_starts_from_another_run_and_keeps_to_it(
     assert run([*args, "--init", str(tiny_run)]) == 0
     assert f"the whole student of {tiny_run}" in capsys.readouterr().out
     assert "init" in error_line(args)  # without --init it would be another run
+
+
+def test_a_network_that_is_no_plain_vit_is_opened_with_what_builds_it_again():
+    torch.manual_seed(0)
+    opened = open_encoder("timm/resnet10t", 64, pretrained=False, drop_path_rate=0.1, dynamic_img_size=True)
+    assert (opened.is_vit, opened.image_size, opened.patch_size, opened.dim, opened.grid) == (False, 64, 32, 512, 2)
+    assert opened.arguments == {"num_classes": 0, "in_chans": 3}
+    again = timm.create_model(opened.architecture, **opened.arguments).eval()
+    again.load_state_dict(opened.network.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(images), opened.network(images))
+
+
+def test_a_network_of_a_fixed_size_is_opened_at_another_where_its_weights_fit():
+    opened = open_encoder("timm/swin_tiny_patch4_window7_224", 448, pretrained=False)
+    assert (opened.arguments["img_size"], opened.grid) == (448, 14)
+    with pytest.raises(InputError, match="64 px"):
+        open_encoder("timm/swin_tiny_patch4_window7_224", 64, pretrained=False)

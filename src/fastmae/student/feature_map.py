@@ -58,7 +58,9 @@ def network_arguments(name: str, image_size: int, channels: int) -> dict[str, An
     if skeleton.pretrained_cfg.get("fixed_input_size"):
         sized = accepted_arguments(architecture, {"img_size": image_size})
         if not sized and image_size != own_size:
-            raise InputError(f"--encoder {name}: takes images of {own_size} px alone, not {image_size} px")
+            raise InputError(
+                f"--encoder {name}: timm can't build it for {image_size} px; it was made for {own_size} px"
+            )
         arguments |= sized
     if type(skeleton) is VisionTransformer:
         arguments |= {"global_pool": "avg", "fc_norm": False}

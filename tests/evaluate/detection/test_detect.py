@@ -4,6 +4,8 @@ import json
 import statistics
 
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from fastmae.cli import run
@@ -93,3 +95,19 @@ def test_bad_data_end_the_command_before_anything_is_written(rectangles, tmp_pat
 def test_without_out_the_command_is_refused_before_the_data_are_read(tmp_path, capsys):
     assert run(["detect", ENCODER, str(tmp_path), *TINY]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_a_network_with_maps_of_four_strides_gets_an_fpn(rectangles, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = [*TINY, *SMALL_IMAGES, "--epochs", "1"]
+    assert run(["detect", "timm/resnet10t", str(rectangles()), "--out", str(out), *options]) == 0
+    assert "maps of strides 4, 8, 16, 32" in capsys.readouterr().out
+    before = timm.create_model("resnet10t").state_dict()["layer1.0.bn1.running_var"]
+    encoder = open_encoder(str(out)).network
+    assert torch.equal(encoder.layer1[0].bn1.running_var, before)  # batch norms keep their statistics
+    assert not encoder.training
+
+
+def test_a_network_without_such_maps_is_refused(rectangles, tmp_path, error_line):
+    line = error_line(["detect", "timm/levit_128", str(rectangles()), "--out", str(tmp_path / "out"), *TINY])
+    assert "timm/levit_128" in line

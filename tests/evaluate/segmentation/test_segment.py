@@ -158,3 +158,19 @@ def test_a_photo_found_damaged_during_training_is_named_without_a_traceback(tiny
     err = capsys.readouterr().err
     assert "03.jpg: damaged" in err
     assert "Traceback" not in err
+
+
+def test_a_network_with_maps_of_four_strides_is_trained_on_them(shapes, tmp_path, capsys):
+    options = ["--no-pretrained", "--epochs", 1, "--batch-size", 4, "--inference", "whole"]
+    out = tmp_path / "segmented"
+    result, messages = segment(capsys, "timm/resnet10t", shapes, "--out", out, *options)
+    assert 0 <= result["miou"] <= 100
+    assert "maps of strides 4, 8, 16, 32" in messages
+    opened = open_encoder(str(out))
+    assert (opened.architecture, opened.is_vit) == ("resnet10t", False)
+
+
+@pytest.mark.parametrize("name", ["timm/vit_tiny_r_s16_p8_224", "timm/hiera_tiny_224"])
+def test_a_network_without_such_maps_or_of_one_size_is_refused(name, shapes, tmp_path, error_line):
+    line = error_line(["segment", *SMALL, name, str(shapes), "--out", str(tmp_path / "out"), "--no-pretrained"])
+    assert name in line
