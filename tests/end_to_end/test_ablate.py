@@ -110,7 +110,7 @@ def test_a_stopped_study_saves_its_runs_and_continues_them(
     study.write_text(STUDY.partition("  channel")[0])
     out = tmp_path / "out"
     args = ["ablate", str(study), str(photos), "--out", str(out), "--stores-in", str(stores), *SMALL]
-    args += ["--epochs", "200"]
+    args += ["--epochs", "60"]
     process = subprocess.Popen([*fastmae_command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run_folder = out / "runs" / photos.name / "cnn" / "patch" / "seed0" / "pretrain"
     while not (run_folder / "metrics.jsonl").exists() or not (run_folder / "metrics.jsonl").read_text():
@@ -122,7 +122,7 @@ def test_a_stopped_study_saves_its_runs_and_continues_them(
     assert "0 of 1 runs" in err.splitlines()[-1]
     assert (run_folder / "checkpoint.pt").exists()
     assert run(args) == 0
-    assert printed_json()["rows"][0]["epochs"] == 200
+    assert printed_json()["rows"][0]["epochs"] == 60
     assert "from step" in (run_folder.parent / "log.txt").read_text()
 
 

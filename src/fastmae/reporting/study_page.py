@@ -1,6 +1,7 @@
 """A study, drawn from its study.json: tables for the terminal, and one HTML page with bars, tables and settings."""
 
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def study_text(study: Study) -> str:
     for heading, rows in _groups(study):
         table, notes = _fitted(_cells(study, rows))
         parts += [f"\n{heading}", table, *notes]
-    return "\n".join([*parts, "", _legend(study)])
+    return "\n".join([*parts, "", *textwrap.wrap(_legend(study), COLUMNS)])
 
 
 def write_study_page(study: Study, page: Path) -> list[str]:
