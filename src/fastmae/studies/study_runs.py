@@ -31,7 +31,6 @@ SHARED_PIXELS = (
     "resize",
     "pixels",
     "jpeg_quality",
-    "skipped",
 )
 """Facts of a store; where two agree in all of them, a run that reads no tokens is the same on both."""
 WITHOUT_TOKENS = ("pixels", "hog")
