@@ -171,9 +171,8 @@ def _path_of(study: Path) -> Path:
     if study.suffix in SUFFIXES:
         return study
     if str(study) not in study_names():
-        raise InputError(
-            f"no study '{study}'{near(study, study_names())}; give one of {', '.join(study_names())}, or a .yaml file"
-        )
+        names = ", ".join(study_names())
+        raise InputError(f"no study '{study}'{near(study, study_names()) or '.'} Give a .yaml file, or one of {names}")
     return FOLDER / f"{study}.yaml"
 
 

@@ -93,7 +93,8 @@ def check_keys(entry: Mapping[Any, Any], known: tuple[str, ...], where: str) -> 
     """
     for key in entry:
         if key not in known:
-            raise InputError(f"{where}: no key '{key}'{near(key, known)}; keys: {', '.join(known)}")
+            all_keys = f"; keys: {', '.join(known)}"
+            raise InputError(f"{where}: no key '{key}'{near(key, known) or all_keys}")
 
 
 def as_file_name(text: str) -> str:

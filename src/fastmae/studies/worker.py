@@ -4,6 +4,7 @@ It writes what it has to say into the log in the job's folder. If the study is g
 saves its run and stops.
 """
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -43,8 +44,9 @@ def main() -> None:
     code = DONE
     while code in (DONE, FAILED_CHECK, BAD_INPUT) and (path := jobs.get()) is not None:
         code, message = _do(Path(path))
-        answers.write(json.dumps({"code": code, "message": " ".join(message.split())}) + "\n")
-        answers.flush()
+        with contextlib.suppress(BrokenPipeError):  # the study is gone
+            answers.write(json.dumps({"code": code, "message": " ".join(message.split())}) + "\n")
+            answers.flush()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # for the other workers on the same GPU
