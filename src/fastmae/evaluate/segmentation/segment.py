@@ -86,9 +86,9 @@ def segment(config: SegmentConfig) -> dict[str, Any] | None:
     summary = check_data(data, opened.channels, quiet=not is_first_process())
     sizes = choose_sizes(config, opened, summary)
     opened = set_crop_size(opened, sizes.crop)
+    task = make_task(config, settings, data, summary, opened, sizes)
     if is_first_process():
         log.info(describe_setup(data, summary, opened, sizes, config.inference))
-    task = make_task(config, settings, data, summary, opened, sizes)
     result = train(config, task, settings)
     return None if result is None else report(result, data, summary)
 
