@@ -44,7 +44,7 @@ def _documented(command: str) -> Callable[[Function], Function]:
             Parameter(o.name, Parameter.KEYWORD_ONLY, default=o.default, annotation=hints[o.name]) for o in flags
         ]
         whole = Signature([*own, *keywords], return_annotation=dict[str, Any])
-        function.__signature__ = whole  # type: ignore[attr-defined]
+        function.__signature__ = whole  # type: ignore[attr-defined]  # known to inspect, not to mypy
         lines = [f"    {name}: {texts[name]}" for name in whole.parameters]
         function.__doc__ = "\n".join([cleandoc(kind.__doc__ or ""), "", "Args:", *lines])
         return function

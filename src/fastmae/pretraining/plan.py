@@ -128,7 +128,7 @@ def resolve_norm(config: PretrainConfig, scales: Sequence[TokenStore]) -> str:
 
 
 def resolve_loss(config: PretrainConfig, teacher_kind: str) -> str:
-    """`--loss auto`: the paper's smooth L1, except for a CNN's map, of which it learns the few loud channels."""
+    """`--loss auto`: smooth L1, except for a CNN's map, from which a small student learns more by the cosine."""
     if config.loss != "auto":
         return config.loss
     if config.target in ("pixels", "hog"):

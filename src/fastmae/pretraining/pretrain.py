@@ -58,7 +58,7 @@ def pretrain(config: PretrainConfig, measure: Measure | None = None) -> dict[str
 def as_planned(config: PretrainConfig, plan: Plan) -> PretrainConfig:
     """The options with what the plan has made of `--norm auto`, `--loss auto` and the default `--shuffle-window`."""
     norm, loss = (kinds[0] if len(set(kinds)) == 1 else "auto" for kinds in (plan.norms, plan.losses))
-    return replace(config, norm=norm, loss=loss, shuffle_window=plan.shuffle_window)  # type: ignore[arg-type]
+    return replace(config, norm=norm, loss=loss, shuffle_window=plan.shuffle_window)  # type: ignore[arg-type]  # str, of Literals
 
 
 def pretraining_task(config: PretrainConfig, plan: Plan, measure: Measure | None = None) -> Task:

@@ -4,6 +4,7 @@ Its strides are 1/4, 1/2, 1 and 2 patches, and 4 patches for proposals of large 
 are the usual FPN's. Any other network gives the usual FPN (Lin et al. 2017) itself, from its stages.
 """
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +34,7 @@ def patch_of_pyramid(opened: OpenedEncoder) -> int:
     return opened.patch_size if opened.is_vit else FPN_PATCH
 
 
-class Pyramid(nn.Module):
+class Pyramid(nn.Module, ABC):
     """The encoder, and maps of five strides from it.
 
     Args:
@@ -72,9 +73,9 @@ class Pyramid(nn.Module):
             for level, name in enumerate(names)
         )
 
+    @abstractmethod
     def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         """[B, K, H, W] -> the five maps, [B, C, H / stride, W / stride], the coarsest rounded up."""
-        raise NotImplementedError
 
 
 class SimplePyramid(Pyramid):
