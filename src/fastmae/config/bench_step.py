@@ -20,8 +20,8 @@ class BenchStepConfig(Common):
     rows: str = ",".join(ROWS)
     """What is measured, separated by commas. published, mae: MAE, by its authors' code and by ours. offline, online:
     FastMAE as in the paper, with stored tokens and with the teacher at every step. visible: the visible patches alone,
-    without a decoder, as in the recipe visible_tiny_cpu. distil: the same with nothing masked, which is plain
-    distillation, offline and online. The last two take the first teacher."""
+    without a decoder, with the losses of the recipe visible_tiny_cpu. distil: the same with nothing masked, which is
+    plain distillation, offline and online. The last two take the first teacher. All rows train with AdamW."""
     encoder: str = "vit_base_patch16_224"
     """As in pretrain. (Table 2: ViT-B)"""
     encoder_width: Annotated[int | None, Range(ge=1, le=65536)] = None
