@@ -32,7 +32,8 @@ PROGRAMS = ("fastmae", "python", "torchrun", "srun", "sbatch")
 CPU = {"device": "cpu"}
 ONE_PROCESS = {**CPU, "workers": 0}
 ENCODER = {"encoder_depth": 2, "encoder_width": 64, "encoder_heads": 2}
-STUDENT = {**ENCODER, "decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
+DECODER = {"decoder_width": 32, "decoder_heads": 2}
+STUDENT = {**ENCODER, "decoder_depth": 1, **DECODER}
 TEACHER = {"teacher": "timm/vit_tiny_patch16_224"}
 SHORT = {**ONE_PROCESS, "epochs": 1, "batch_size": 4}
 SMALL: dict[str, dict[str, Any]] = {
@@ -45,7 +46,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "detect": {**SHORT, "image_size": 64, "head_channels": 16},
     "features": ONE_PROCESS,
     "report": CPU,
-    "ablate": {**ONE_PROCESS, "epochs": 1},
+    "ablate": {**ONE_PROCESS, "epochs": 1, "base": ",".join(f"{k}={v}" for k, v in {**ENCODER, **DECODER}.items())},
     "bench store": {
         **ONE_PROCESS,
         **TEACHER,
