@@ -59,7 +59,7 @@ def test_times_ratios_shares_and_sizes_are_consistent_and_the_markdown_file_name
         assert with_teacher["online_over_offline"] == pytest.approx(expected, abs=0.01)
     assert visible["online_over_offline"] is None
     assert visible["gflops"] < offline["gflops"]
-    assert visible["gflops"] <= distil["gflops"] <= distil_online["gflops"]  # rounded, so tiny ones may be equal
+    assert visible["gflops"] < distil["gflops"] < distil_online["gflops"]
     assert [row["loss_terms"] for row in (published, mae, offline)] == ["decoder", "decoder", "decoder, 2 layers"]
     assert {row["loss_terms"] for row in (visible, distil, distil_online)} == {"last layer, relations"}
     assert [row["mask_ratio"] for row in (published, mae, offline)] == 3 * [0.75]

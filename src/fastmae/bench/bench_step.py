@@ -170,7 +170,7 @@ def _row(method: Method, measurement: StepMeasurement, gemm_rate: float, steps: 
         "images_per_second": round(steps.batch_size / seconds, 2),
         "memory_mb": round(measurement.memory),
         "gemm_share": round(flops / gemm_rate / seconds, 3),
-        "gflops": round(flops / 1e9, 1),
+        "gflops": round(flops / 1e9, 4),
         "parameters_millions": round(measurement.step.parameters / 1e6, 1),
         "mask_ratio": measurement.step.mask_ratio,
         "loss_terms": measurement.step.loss_terms,

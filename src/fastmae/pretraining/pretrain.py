@@ -57,8 +57,10 @@ def pretrain(config: PretrainConfig, measure: Measure | None = None) -> dict[str
 
 def as_planned(config: PretrainConfig, plan: Plan) -> PretrainConfig:
     """The options with what the plan has made of `--norm auto`, `--loss auto` and the default `--shuffle-window`."""
-    norm, loss = (kinds[0] if len(set(kinds)) == 1 else "auto" for kinds in (plan.norms, plan.losses))
-    return replace(config, norm=norm, loss=loss, shuffle_window=plan.shuffle_window)  # type: ignore[arg-type]  # str, of Literals
+    planned: dict[str, Any] = {"shuffle_window": plan.shuffle_window}
+    for option, kinds in (("norm", plan.norms), ("loss", plan.losses)):
+        planned[option] = kinds[0] if len(set(kinds)) == 1 else "auto"
+    return replace(config, **planned)
 
 
 def pretraining_task(config: PretrainConfig, plan: Plan, measure: Measure | None = None) -> Task:
@@ -99,7 +101,7 @@ def _evaluation(
     config: PretrainConfig, plan: Plan, measure: Measure | None
 ) -> Callable[[nn.Module, Fabric], Mapping[str, float]]:
     if measure is not None:
-        return lambda student, _: measure(student)  # type: ignore[arg-type]
+        return lambda student, _: measure(student)  # type: ignore[arg-type]  # the task's network is a student
     return StudentKnn(config, plan)
 
 

@@ -141,7 +141,8 @@ def _upsample(width: int) -> nn.ConvTranspose2d:
 
 def _heads(widths: Sequence[int], num_classes: int, channels: int) -> tuple[nn.Module, nn.Module]:
     try:
-        from transformers import UperNetConfig  # noqa: PLC0415 - optional, and slow to import
+        # Here, as transformers is optional and slow to import.
+        from transformers import UperNetConfig  # noqa: PLC0415
         from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead  # noqa: PLC0415
     except ImportError as error:
         raise InputError("UperNet's heads come with transformers; pip install 'fastmae[segment]'") from error
