@@ -13,6 +13,7 @@ RUN/replaced-1/ ...         what --no-resume set aside
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,7 @@ class MetricsLog:
         for name in (METRICS_FILE, EVALUATIONS_FILE):
             lines = [line for line in _complete_lines(run / name) if json.loads(line)["step"] <= step]
             if lines or (run / name).exists() or name == METRICS_FILE:
-                text = "".join(lines)
-                write_whole(run / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+                write_whole(run / name, partial(Path.write_text, data="".join(lines), encoding="utf-8"))
         self.board = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -109,13 +109,14 @@ def _pretrain(config: DemoConfig, store: Path, run: Path, recipe: str, flip: boo
 
 def _accuracies(config: DemoConfig, data: Path, runs: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """k-NN of all methods, between the lower and the upper bound."""
-    features = {
+    features: dict[str, tuple[Path, Any]] = {
         RANDOM: (runs[BEYOND], "random"),
         **{method: (run, "encoder") for method, run in runs.items()},
         TEACHER: (runs[BEYOND], "teacher"),
     }
     options: dict[str, Any] = {"data": data, "seed": config.seed, "device": config.device}
-    return {name: knn(KnnConfig(run=str(run), features=kind, **options)) for name, (run, kind) in features.items()}  # type: ignore[arg-type]
+    configs = {name: KnnConfig(**options, run=str(run), features=kind) for name, (run, kind) in features.items()}
+    return {name: knn(config) for name, config in configs.items()}
 
 
 def _row(name: str, accuracy: dict[str, Any], entries: list[dict[str, Any]] | None) -> dict[str, str]:
