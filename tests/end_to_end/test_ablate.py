@@ -1,6 +1,7 @@
 """`fastmae ablate` by its real processes: a study that is continued, interrupted, fails in part, and is refused."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -134,6 +135,24 @@ def test_a_student_that_cannot_be_built_is_refused_before_anything_is_written(st
     study.write_text("arms: {a: {}, b: {loss: cosin}}")
     assert "did you mean 'cosine'" in error_line(["ablate", str(study), str(photos), "--out", str(out)])
     assert "train" in error_line(["ablate", str(study), str(photos / "train"), "--out", str(out)])
+    study.write_text("{tokenize: {patch_size: 4}, arms: {a: {}, b: {target: hog}}}")
+    assert "arm b: --target hog: patches of 4 px" in error_line(["ablate", str(study), str(photos), "--out", str(out)])
+    study.write_text("{finetune: {batch_size: 7}, arms: {a: {}}}")
+    assert "finetune: --batch-size 7" in error_line(["ablate", str(study), str(photos), "--out", str(out)])
+    assert not out.exists()
+
+
+def test_damaged_images_and_like_names_are_refused_before_anything_is_written(study, photos, tmp_path, error_line):
+    images, out = tmp_path / "my photos", tmp_path / "out"
+    shutil.copytree(photos, images)
+    damaged = images / "val" / "china" / "99.jpg"
+    damaged.write_bytes(b"no picture")
+    line = error_line(["ablate", str(study), str(images), "--out", str(out), *SMALL])
+    assert str(damaged) in line and "remove it" in line
+    (tmp_path / "my_photos").symlink_to(photos)
+    assert "'my photos'" in error_line(
+        ["ablate", str(study), str(images), str(tmp_path / "my_photos"), "--out", str(out)]
+    )
     assert not out.exists()
 
 

@@ -64,6 +64,25 @@ def test_flags_go_over_the_file(study_of):
     assert (timed.epochs, timed.seconds) == (None, 7)
 
 
+def test_flags_go_over_the_sections_of_data_sets_too(study_of):
+    own = {"tokenize": {"middle_size": 48, "patch_size": 4}, "base": {"image-size": 32, "epochs": 2, "flip": False}}
+    text = {"base": {"recipe": "mae_tiny_cpu"}, "data": {2024: own}, "arms": {"a": {}}}
+    study = study_of(text, epochs=5, recipe="vit_tiny_cpu", base="image_size=48", middle_size="64")
+    assert study.data == {"2024": {"base": {"flip": False}, "tokenize": {"patch_size": 4}}}
+    assert (study.epochs, dict(study.base)) == (5, {"recipe": "vit_tiny_cpu", "image_size": 48})
+    assert study.tokenize["middle_size"] == "64"
+
+
+def test_a_comma_in_brackets_or_quotes_belongs_to_the_value(study_of):
+    study = study_of("arms: {a: {}}", base="betas=[0.9, 0.95],relation-layers='2,3',flip=false")
+    assert dict(study.base) == {
+        "recipe": "vit_tiny_cpu",
+        "betas": [0.9, 0.95],
+        "relation_layers": "2,3",
+        "flip": False,
+    }
+
+
 def test_teachers_can_be_replaced_on_the_command_line(study_of, tmp_path):
     text = {"teachers": {"vit": "timm/x"}, "stores": {"d/vit": "s"}, "arms": {"a": {}}}
     assert list(study_of(text, teacher="efficientnet-lite0,efficientnet-lite2").teachers) == [
@@ -76,14 +95,19 @@ def test_teachers_can_be_replaced_on_the_command_line(study_of, tmp_path):
 
 
 def test_paths_are_relative_to_the_file(study_of, tmp_path):
+    (tmp_path / "start").mkdir()
     study = study_of(
         {
             "teachers": {"vit": {"teacher": "timm/x", "teacher_weights": "w/x.safetensors"}},
+            "tokenize": {"teacher_weights": "w/y.safetensors"},
             "stores": {"d/vit": "s.tokens", "e/vit": "s3://bucket/s.tokens"},
-            "arms": {"a": {}},
+            "arms": {"a": {"init": "start"}, "b": {"tune": {"init": ["start", ""]}}, "c": {"init": "timm/x"}},
         }
     )
     assert study.teachers["vit"]["teacher_weights"] == str(tmp_path / "w" / "x.safetensors")
+    assert study.tokenize["teacher_weights"] == str(tmp_path / "w" / "y.safetensors")
+    assert [arm.options.get("init") for arm in study.arms.values()] == [str(tmp_path / "start"), None, "timm/x"]
+    assert [one["init"] for one in study.arms["b"].candidates] == [str(tmp_path / "start"), ""]
     assert dict(study.stores) == {"d/vit": str(tmp_path / "s.tokens"), "e/vit": "s3://bucket/s.tokens"}
 
 
@@ -98,6 +122,13 @@ def test_paths_are_relative_to_the_file(study_of, tmp_path):
         ("arms: {a: 3}", ["arm a"]),
         ("arms: {a: {}, a: {loss: mse}}", ["'a'", "twice"]),
         ("arms: {no: {}}", ["arms", "False"]),
+        ("arms: {1: {}, '1': {}}", ["'1'", "twice"]),
+        ("arms: {'..': {}}", ["arms", "'..'"]),
+        ("arms: {a: {teachers: []}}", ["arm a", "teachers"]),
+        ("arms: {a: {tune: {target: [tokens, pixels]}}}", ["arm a", "tune", "target"]),
+        ("{teachers: {both: []}, arms: {a: {}}}", ["teacher both"]),
+        ("{seconds: 3, arms: {a: {epochs: 2}}}", ["seconds", "arm a", "epochs"]),
+        ("{seconds: 3, data: {d: {base: {epochs: 2}}}, arms: {a: {}}}", ["seconds", "data d", "epochs"]),
         ("arms: {a b: {}, a_b: {}}", ["a b"]),
         ("arms: {a: {seed: 3}}", ["arm a", "seed"]),
         ("arms: {a: {tune: {base_lr: 3}}}", ["arm a", "tune", "base_lr"]),
@@ -130,7 +161,15 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(text, named, study_of):
     assert all(name in message for name in named), message
 
 
-@pytest.mark.parametrize(("flag", "named"), [("flp=false", ["--base", "'flip'"]), ("flip", ["--base", "flip"])])
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("flp=false", ["--base", "'flip'"]),
+        ("flip", ["--base flip"]),
+        ("init=[", ["--base init"]),
+        ("flip=@x", ["--base"]),
+    ],
+)
 def test_a_mistake_in_the_flag_base_names_the_flag(flag, named, study_of):
     with pytest.raises(InputError) as refused:
         study_of("arms: {a: {}}", base=flag)

@@ -90,6 +90,14 @@ def test_muon_gets_the_weight_matrices_of_blocks_and_adamw_everything_else():
     ]
 
 
+def test_muon_does_not_get_a_table_of_relative_positions():
+    network = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0)
+    matrices = {id(parameter) for parameter in muon_groups(network, weight_decay=0.05)[0]["params"]}
+    of_muon = [name for name, parameter in network.named_parameters() if id(parameter) in matrices]
+    assert len(of_muon) == 4 * 12
+    assert all(name.endswith(".weight") for name in of_muon)
+
+
 def test_muons_first_step_is_the_orthogonalised_gradient_at_adamws_rms():
     """Orthogonal to the accuracy of five Newton-Schulz steps: singular values of 0.7 to 1.2, times 0.2 sqrt(rows)."""
     weight = nn.Parameter(torch.zeros(64, 16))

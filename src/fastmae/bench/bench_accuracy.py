@@ -7,9 +7,7 @@ without it and with it.
 
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastmae.bench.accuracy_curves import Point, Ratio, time_ratio
@@ -17,7 +15,8 @@ from fastmae.bench.accuracy_runs import MAE, AccuracyRuns, methods
 from fastmae.bench.table import Table, machine
 from fastmae.config import BenchAccuracyConfig
 from fastmae.errors import InputError
-from fastmae.offline.tokenize import tokenize
+from fastmae.offline.timed import tokenize_timed
+from fastmae.probes.embed import check_decodable
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.reporting.charts import Curves, curves_png
 from fastmae.reporting.html_page import Section, write_page
@@ -48,7 +47,10 @@ def bench_accuracy(config: BenchAccuracyConfig) -> dict[str, Any]:
     runs = AccuracyRuns(config, config.out / "accuracy.tokens", data, methods(config))
     _check_record(config)
     log.info(runs.announcement())
-    tokenize_seconds = _tokenize(config, runs.store)
+    options = config.tokenize_options(config.images / "train", runs.store, config.teacher)
+    check_decodable(data, options, "images")
+    tokenize_seconds = tokenize_timed(options, config.out / "tokenizing.json")[1]
+    write_json(config.out / RECORD_FILE, _settings(config))
     points = {method.name: runs.points(method) for method in runs.methods}
     ratios = {
         name: {key: time_ratio(points[MAE], curve, key, tokenize_seconds) for key in LABELS}
@@ -89,16 +91,6 @@ def _check_record(config: BenchAccuracyConfig) -> None:
     ]
     if differences:
         raise InputError(f"{config.out}: holds a bench with {'; '.join(differences)}; give that, or another --out")
-
-
-def _tokenize(config: BenchAccuracyConfig, store: Path) -> float:
-    """Make the store, or find it made; the seconds that its making took."""
-    file = config.out / RECORD_FILE
-    start = time.monotonic()
-    tokenize(config.tokenize_options(config.images / "train", store, config.teacher))
-    if not file.exists():
-        write_json(file, _settings(config) | {"tokenize_seconds": time.monotonic() - start})
-    return float(json.loads(file.read_text(encoding="utf-8"))["tokenize_seconds"])
 
 
 def _as_flag(name: str, value: Any) -> str:

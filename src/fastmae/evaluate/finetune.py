@@ -58,7 +58,7 @@ def finetune(config: FinetuneConfig, data: LabelledFolder | None = None) -> dict
         raise InputError("give --out DIR, the folder for the trained model")
     data = data or open_labelled(config.data)
     settings = settle(config, IMAGENET, len(data.train))
-    _check_mixing(config, settings)
+    check_mixing(config, settings)
     torch.manual_seed(config.seed)
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=config.pretrained)
     result = train(config, finetuning_task(config, data, settings, opened), settings)
@@ -172,7 +172,12 @@ def _mixes(config: FinetuneConfig) -> bool:
     return config.augment == "full" and bool(config.mixup or config.cutmix)
 
 
-def _check_mixing(config: FinetuneConfig, settings: Settings) -> None:
+def check_mixing(config: FinetuneConfig, settings: Settings) -> None:
+    """Check that the images of a batch can be mixed in pairs, if they are to be.
+
+    Raises:
+        InputError: a batch of an odd number of images.
+    """
     if _mixes(config) and settings.batch_size % 2:
         raise InputError(
             f"--batch-size {settings.batch_size}: mixup and cutmix mix pairs of images; give an even number, or "

@@ -77,7 +77,7 @@ def make_plan(config: PretrainConfig) -> Plan:
         norms,
         tuple(resolve_loss(config, scales[0].info.teacher["kind"]) for scales in stores[: len(target.dims)]),
         target,
-        _loss_weights(config, len(target.dims)),
+        loss_weights(config, len(target.dims)),
         _settings(config, len(stores[0][0])),
         _shuffle_window(config, stores),
     )
@@ -143,7 +143,7 @@ def make_target(config: PretrainConfig, stores: list[list[TokenStore]], norms: l
     if config.target == "pixels":
         return NormPix(patch_size, info.channels)
     if config.target == "hog":
-        return Hog(patch_size, _normalisation(norms[0], []), info.channels)
+        return hog_target(config, patch_size, info.channels)
     normalisations = [_normalisation(norm, scales) for norm, scales in zip(norms, stores, strict=True)]
     if config.target == "tokens":
         return StoredTokens([scales[0].codec for scales in stores], normalisations)
@@ -151,6 +151,15 @@ def make_target(config: PretrainConfig, stores: list[list[TokenStore]], norms: l
         raise InputError("--target teacher: needs a store of one middle size, so that a batch fits into one tensor")
     teachers = [teacher_of_store(scales[0].info.teacher, info.middle_size, scales[0].grid) for scales in stores]
     return OnlineTokens(teachers, normalisations, view_grid, exact_flips=info.flips == "stored")
+
+
+def hog_target(config: PretrainConfig, patch_size: int, channels: int) -> Hog:
+    """`--target hog`, which needs no store.
+
+    Raises:
+        InputError: patches or a normalisation that HOG can't have.
+    """
+    return Hog(patch_size, _normalisation("none" if config.norm == "auto" else config.norm, []), channels)
 
 
 def _normalisation(norm: str, scales: Sequence[TokenStore]) -> Normalisation:
@@ -162,8 +171,12 @@ def _normalisation(norm: str, scales: Sequence[TokenStore]) -> Normalisation:
     return {"patch": patch_norm, "channel": channel_norm, "none": unchanged}[norm]
 
 
-def _loss_weights(config: PretrainConfig, teachers: int) -> tuple[float, ...]:
-    """`--store-weights`, one number per teacher."""
+def loss_weights(config: PretrainConfig, teachers: int) -> tuple[float, ...]:
+    """`--store-weights`, one number per teacher.
+
+    Raises:
+        InputError: no positive numbers, or too few or many.
+    """
     if not config.store_weights:
         return (1.0,) * teachers
     try:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from fastmae.config import TokenizeConfig
 from fastmae.errors import InputError
 from fastmae.images.decode import UndecodableError
 from fastmae.images.middle import resized_pixels
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, normalise
+from fastmae.probes.labelled import LabelledFolder
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.workers import batches
 from fastmae.student.encoder import Encoder, is_plain_vit
@@ -22,6 +24,8 @@ Embed = Callable[[torch.Tensor], torch.Tensor]
 """uint8 [B, K, S, S] -> float32 [B, D]."""
 EmbedNormalised = Callable[[torch.Tensor], torch.Tensor]
 """float32 [B, K, S, S], normalised -> float32 [B, D]."""
+
+CHECKED_SIZE, CHECKED_BATCH_SIZE = 32, 64
 
 
 class WholeImages(Dataset[torch.Tensor]):
@@ -47,6 +51,22 @@ class WholeImages(Dataset[torch.Tensor]):
                 return resized_pixels(file, path.name, self.size, self.resize, self.channels)[0]
         except UndecodableError as error:
             raise InputError(f"{path}: {error}; remove it from the data") from error
+
+
+def check_decodable(data: LabelledFolder, options: TokenizeConfig, name: str) -> None:
+    """Decode the images of train/ and val/ once, so that a damaged one is named before anything is made of them.
+
+    Args:
+        data: the images.
+        options: how they will be tokenised.
+        name: of the data set, for the progress line.
+
+    Raises:
+        InputError: names the first one that can't be decoded.
+    """
+    images = WholeImages([*data.train, *data.val], CHECKED_SIZE, options.resize, options.channels)
+    cpu, label = torch.device("cpu"), f"checking {name}"
+    embed_images(images, lambda pixels: pixels[:, :1, 0, 0], cpu, CHECKED_BATCH_SIZE, options.workers, label)
 
 
 def embed_with_encoder(

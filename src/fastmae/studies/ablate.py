@@ -15,9 +15,11 @@ from typing import Any
 
 from fastmae.config import AblateConfig
 from fastmae.errors import InputError
+from fastmae.evaluate.finetune import IMAGENET, check_mixing
+from fastmae.evaluate.recipe import settle
 from fastmae.offline.tokenize import tokenize
-from fastmae.pretraining.plan import make_plan
-from fastmae.probes.labelled import open_labelled
+from fastmae.probes.embed import check_decodable
+from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.runtime.durable import write_json
 from fastmae.runtime.wording import counted
 from fastmae.studies.held_out import held_out_fifth
@@ -28,7 +30,7 @@ from fastmae.studies.study_call import StudyCall
 from fastmae.studies.study_file import check_data_names, load_study
 from fastmae.studies.study_results import speed_key
 from fastmae.studies.study_runs import JOB_FILE, Runs, Variant
-from fastmae.studies.study_syntax import as_file_name
+from fastmae.studies.study_syntax import as_file_name, check_folder_names
 from fastmae.studies.worker import DONE, LOG_FILE, SPEEDS
 from fastmae.tokens.files import is_url
 from fastmae.tokens.reader import open_scales
@@ -50,9 +52,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     """
     names = [path.absolute().name for path in config.data]
     study = check_data_names(load_study(config), names)
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"DATA {twice}: two data sets of this name; rename one of the folders")
+    check_folder_names(names, "DATA")
     out = (config.out or Path("fastmae-ablate") / study.name).absolute()
     runs = Runs(study, config, dict(zip(names, (path.absolute() for path in config.data), strict=True)), out)
     data = {name: open_labelled(path) for name, path in runs.data.items()}
@@ -61,14 +61,13 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
             held_out_fifth(labelled, name)
     _name_stores(runs)
     runs.check_options()
-    _check_finetune(runs)
+    _check_finetune(runs, data)
+    _check_images(runs, data)
     _tokenize(runs, {name: len(labelled.train) for name, labelled in data.items()})
     runs.check_plans()
-    if study.seconds is None:
-        runs.check_begun()
+    runs.check_begun()
     speeds = _speeds(runs)
     _fix_epochs(runs, speeds)
-    runs.check_begun()
     return StudyCall(runs, data, speeds).result()
 
 
@@ -80,14 +79,28 @@ def _name_stores(runs: Runs) -> None:
             runs.stores[data, teacher] = location
 
 
-def _check_finetune(runs: Runs) -> None:
+def _check_finetune(runs: Runs, data: Mapping[str, LabelledFolder]) -> None:
     if runs.study.finetune is None:
         return
     job = {"data": ".", "device": runs.config.device, "workers": 0, "pretrain": {"run": ".", "seed": 0}}
     try:
-        finetune_options(dict(runs.study.finetune), job, Path())
+        options = finetune_options(dict(runs.study.finetune), job, Path())
+        for labelled in data.values():
+            check_mixing(options, settle(options, IMAGENET, len(labelled.train)))
     except InputError as error:
         raise InputError(f"{runs.study.source}: finetune: {error}") from error
+
+
+def _check_images(runs: Runs, data: Mapping[str, LabelledFolder]) -> None:
+    """Decode the images of a data set that was not measured yet: a damaged one would stop each run after its training.
+
+    Raises:
+        InputError: names the image. It is not too late to remove it: a store keeps its list of images.
+    """
+    timed = read_figures(runs.out / SPEEDS_FILE)
+    for name, labelled in data.items():
+        if not any(key.startswith(f"{name}/") for key in timed):
+            check_decodable(labelled, runs.tokenize_options(name, next(iter(runs.study.teachers)), Path()), name)
 
 
 def _tokenize(runs: Runs, images: Mapping[str, int]) -> None:
@@ -107,10 +120,10 @@ def _tokenize(runs: Runs, images: Mapping[str, int]) -> None:
         tokenize(options)
     for (data, teacher), location in runs.stores.items():
         if (data, teacher) in used and not is_url(location):
-            _check_images(runs.study.source, f"{data}/{teacher}", location, images[data])
+            _compare_images(runs.study.source, f"{data}/{teacher}", location, images[data])
 
 
-def _check_images(source: str, name: str, location: str, images: int) -> None:
+def _compare_images(source: str, name: str, location: str, images: int) -> None:
     """A store with another number of images than train/ may be of other images; that is for the reader to judge."""
     listed = open_scales(location, Path(), 0)[0].info.images
     if listed != images:
@@ -121,7 +134,9 @@ def _speeds(runs: Runs) -> dict[str, dict[str, Any]]:
     """The speed of every variant, as recorded by an earlier call or measured now."""
     file = runs.out / SPEEDS_FILE
     recorded: dict[str, dict[str, Any]] = read_figures(file)
-    wanted = {variant: signature(runs.options(variant, runs.seeds[0])) for variant in runs.variants()}
+    wanted = {
+        variant: signature(runs.options(variant, runs.seeds[0]), runs.read[variant]) for variant in runs.variants()
+    }
     unknown = {
         variant: options
         for variant, options in wanted.items()
@@ -172,11 +187,9 @@ def _time_arms(runs: Runs, variants: list[Variant]) -> dict[str, dict[str, float
 
 
 def _fix_epochs(runs: Runs, speeds: dict[str, dict[str, Any]]) -> None:
-    """With `seconds`, the epochs that each variant's speed allows."""
-    if runs.study.seconds is None:
-        return
+    """With `seconds`, the epochs that the speed of each variant allows that was not begun yet."""
     for variant in runs.variants():
-        images = len(make_plan(runs.options(variant, runs.seeds[0])).stores[0][0])
-        seconds = runs.study.seconds * runs.study.arms[variant.arm].share
-        epochs = seconds * speeds[speed_key(variant)]["images_per_second"] / images
-        runs.epochs[variant] = max(FEWEST_EPOCHS, round(epochs, 2))
+        seconds = runs.seconds(variant)
+        if seconds is not None and variant not in runs.epochs:
+            epochs = seconds * speeds[speed_key(variant)]["images_per_second"] / runs.read[variant]["store"]["images"]
+            runs.epochs[variant] = max(FEWEST_EPOCHS, round(epochs, 2))

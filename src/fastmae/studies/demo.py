@@ -15,9 +15,10 @@ from PIL import Image
 from fastmae.config import OFFLINE_TEACHER, DemoConfig, KnnConfig, PretrainConfig, TokenizeConfig
 from fastmae.errors import InputError
 from fastmae.evaluate.knn import knn
-from fastmae.offline.tokenize import tokenize
+from fastmae.offline.timed import tokenize_timed
 from fastmae.pretraining.pretrain import pretrain
 from fastmae.pretraining.speed import fitted_to_time
+from fastmae.probes.embed import check_decodable
 from fastmae.probes.labelled import open_labelled
 from fastmae.reporting.charts import Curves, Svg, bars
 from fastmae.reporting.html_page import Section, write_page
@@ -46,21 +47,19 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     start = time.monotonic()
     data = config.images or _write_digits(config.out / "digits")
     data_options = PHOTO_OPTIONS if config.images else DIGIT_OPTIONS
-    open_labelled(data)  # fails now rather than after the training
     store = config.out / "demo.tokens"
-    tokenized = tokenize(
-        TokenizeConfig(
-            images=data / "train",
-            store=store,
-            teacher=OFFLINE_TEACHER,
-            middle_size=data_options["middle_size"],
-            teacher_size=data_options["teacher_size"],
-            patch_size=PATCH_SIZE,
-            seed=config.seed,
-            device=config.device,
-        )
+    options = TokenizeConfig(
+        images=data / "train",
+        store=store,
+        teacher=OFFLINE_TEACHER,
+        middle_size=data_options["middle_size"],
+        teacher_size=data_options["teacher_size"],
+        patch_size=PATCH_SIZE,
+        seed=config.seed,
+        device=config.device,
     )
-    tokenize_seconds = time.monotonic() - start
+    check_decodable(open_labelled(data), options, "images")
+    tokenized, tokenize_seconds = tokenize_timed(options, config.out / "tokenizing.json")
     runs = {method: config.out / folder for method, folder in FOLDERS.items()}
     for method, run in runs.items():
         _pretrain(config, store, run, RECIPES[method], data_options["flip"])

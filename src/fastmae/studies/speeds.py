@@ -29,14 +29,14 @@ EMBEDDED_IMAGES = 128
 BATCH_SIZE = 64
 WITHOUT_EFFECT = (
     *("run", "seed", "epochs", "warmup_epochs", "base_lr", "min_lr", "weight_decay", "betas", "recipe"),
-    *("save_every", "log_every", "resume", "knn_every", "cache", "cache_size"),
+    *("save_every", "log_every", "resume", "knn_every", "cache", "cache_size", "stores"),
 )
-"""Options that don't change the speed: arms that differ only in these are timed once."""
+"""Options that don't change the speed: arms that differ only in these are timed once. Of stores, their contents do."""
 
 
-def signature(options: PretrainConfig) -> dict[str, Any]:
-    """The options that a run's speed depends on, as JSON holds them."""
-    return {name: value for name, value in as_json(options).items() if name not in WITHOUT_EFFECT}
+def signature(options: PretrainConfig, read: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's speed depends on, as JSON holds it: its options, and what it reads from its stores."""
+    return {name: value for name, value in as_json(options).items() if name not in WITHOUT_EFFECT} | {"read": read}
 
 
 def as_json(options: Any) -> dict[str, Any]:

@@ -37,34 +37,42 @@ class StudyCall:
         runs: the study's runs.
         data: name of a data set -> its labelled images.
         speeds: key of a variant -> its speeds and FLOPs.
+
+    Attributes:
+        chosen: tuned arm -> the candidate that was chosen.
+        tuning: tuned arm -> number of its candidates' jobs that have not ended. A candidate is measured a moment before
+            its job ends, and until then its folder is in use.
     """
 
     def __init__(self, runs: Runs, data: dict[str, LabelledFolder], speeds: dict[str, dict[str, Any]]):
         self.runs, self.data, self.speeds = runs, data, speeds
         self.chosen: dict[Variant, int] = {}
+        self.tuning: dict[Variant, int] = {}
         self.failures: list[Failure] = []
         self.progress: Progress | None = None
 
     def result(self) -> dict[str, Any]:
         """Do the missing runs and write the study; the command's JSON."""
-        first = self._first_jobs()
+        first = self.first_jobs()
         if first:
-            self._announce()
+            self.announce()
             assert self.progress is not None
             try:
-                run_jobs(first, self.runs.config.jobs, self._finished, self._begin, self.progress.tick)
+                run_jobs(first, self.runs.config.jobs, self.finished, self.begin, self.progress.tick)
             except InterruptedRunError as error:
                 done = f"{self.progress.done} of {self.progress.total} runs are done"
                 raise InterruptedRunError(f"{done}; {error}") from None
         return self._publish()
 
-    def _first_jobs(self) -> list[Job]:
+    def first_jobs(self) -> list[Job]:
         """Jobs that wait for nothing: seed after seed, so that the arms take turns; candidates of tuned arms first."""
         arms = self.runs.study.arms
         tuned = {
             tuned_key(v.data, v.teacher, v.arm): None for v in self.runs.variants() if len(arms[v.arm].candidates) > 1
         }
-        jobs = [job for key in tuned for job in self._tuning_jobs(key)]
+        by_arm = {key: self._tuning_jobs(key) for key in tuned}
+        self.tuning = {key: len(of_arm) for key, of_arm in by_arm.items()}
+        jobs = [job for of_arm in by_arm.values() for job in of_arm]
         for key in tuned:
             jobs += self._chosen_jobs(key)
         untuned = [variant for variant in self.runs.variants() if len(arms[variant.arm].candidates) == 1]
@@ -83,7 +91,7 @@ class StudyCall:
 
     def _chosen_jobs(self, key: Variant) -> list[Job]:
         """The runs that are reported of a tuned arm; none until all its candidates are measured."""
-        if key in self.chosen:
+        if key in self.chosen or self.tuning[key]:
             return []
         candidates, seed = self._candidates(key), self.runs.seeds[0]
         diverged = [self._has_diverged(candidate) for candidate in candidates]
@@ -138,7 +146,7 @@ class StudyCall:
         epochs = settle(options, IMAGENET, len(labelled.train)).epochs
         return (epochs * len(labelled.train) * (1 + BACKWARD) + len(labelled.val)) / images_per_second
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
         """Say how many runs there are and how long they will take."""
         runs, arms = self.runs, self.runs.study.arms
         todo, total = 0.0, 0
@@ -160,12 +168,14 @@ class StudyCall:
             f"{runs.study.title}: {counted(runs.config.jobs, 'run')} at once, on {device}, in {runs.out}"
         )
 
-    def _begin(self, job: Job) -> None:
+    def begin(self, job: Job) -> None:
+        """A job starts."""
         assert self.progress is not None
         self.runs.write_job(*job.about)
         self.progress.begin(job)
 
-    def _finished(self, job: Job, outcome: Outcome) -> list[Job]:
+    def finished(self, job: Job, outcome: Outcome) -> list[Job]:
+        """A job has ended; the jobs that can be done now."""
         variant, seed, split = job.about
         assert self.progress is not None
         if outcome.code == DONE:
@@ -178,14 +188,16 @@ class StudyCall:
             if (
                 outcome.code == FAILED_CHECK
                 and len(self.runs.study.arms[variant.arm].candidates) > 1
-                and split == HELD_OUT
+                and (split, seed) == (HELD_OUT, self.runs.seeds[0])
             ):
                 # A learning rate that is too high for the loss to stay finite is an answer, not a failure.
                 write_json(job.file.with_name(f"{DIVERGED}.json"), {"message": outcome.message})
             else:
                 self.failures.append(Failure(variant, seed, outcome.message))
-        if len(self.runs.study.arms[variant.arm].candidates) > 1:
-            return self._chosen_jobs(tuned_key(variant.data, variant.teacher, variant.arm))
+        key = tuned_key(variant.data, variant.teacher, variant.arm)
+        if self.tuning.get(key):
+            self.tuning[key] -= 1
+            return self._chosen_jobs(key)
         return []
 
     def _publish(self) -> dict[str, Any]:

@@ -10,20 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fastmae.config import OFFLINE_TEACHER, AblateConfig, FinetuneConfig, PretrainConfig, TokenizeConfig
+from fastmae.config import OFFLINE_TEACHER, AblateConfig, FinetuneConfig, PretrainConfig
 from fastmae.config.resolve import near
 from fastmae.errors import InputError
 from fastmae.studies.study_syntax import (
-    as_file_name,
     beside,
+    check_folder_names,
     check_keys,
+    choices_of,
     count,
     mapping_of,
     options_of,
+    pairs,
     positive,
+    pretrain_options,
     read_study,
+    tokenize_options,
 )
 
 FOLDER = Path(__file__).parent / "files"
@@ -134,17 +136,19 @@ def load_study(config: AblateConfig) -> Study:
     values = read_study(path, source, ", ".join(study_names()))
     check_keys(values, STUDY_KEYS, source)
     _override(values, config, source)
-    base = {"recipe": DEFAULT_RECIPE, **_take_recipe(values), **_section(values, "base", source, path)}
-    epochs, seconds = base.pop("epochs", None), values.get("seconds")
+    recipe = {"recipe": values.get("recipe") or DEFAULT_RECIPE}
+    base = recipe | pretrain_options(values.get("base") or {}, f"{source}: base", path)
+    epochs, seconds, finetune = base.pop("epochs", None), values.get("seconds"), values.get("finetune")
     if epochs is not None and seconds is not None:
         raise InputError(f"{source}: has seconds and base epochs; give one of the two")
     teachers, together = _teachers(values, source, path)
+    data = {
+        str(name): _data(f"{source}: data {name}", entry, path)
+        for name, entry in mapping_of(values, "data", source).items()
+    }
     arms = {str(name): _arm(str(name), arm, source, path) for name, arm in mapping_of(values, "arms", source).items()}
     if not arms:
         raise InputError(f"{source}: arms: give at least one, as `name: {{option: value}}`")
-    data = {
-        name: _data(f"{source}: data {name}", entry, path) for name, entry in mapping_of(values, "data", source).items()
-    }
     study = Study(
         name=path.stem,
         source=source,
@@ -152,13 +156,13 @@ def load_study(config: AblateConfig) -> Study:
         base=base,
         epochs=positive(epochs, f"{source}: base: epochs"),
         seconds=positive(seconds, f"{source}: seconds"),
-        tokenize={**DEFAULT_TOKENIZE, **_section(values, "tokenize", source, path)},
+        tokenize={**DEFAULT_TOKENIZE, **tokenize_options(values.get("tokenize") or {}, f"{source}: tokenize", path)},
         teachers=teachers,
         together=together,
         data=data,
         stores={str(name): beside(path, str(store)) for name, store in mapping_of(values, "stores", source).items()},
         seeds=count(values.get("seeds", 1), f"{source}: seeds"),
-        finetune=_section(values, "finetune", source, path) if values.get("finetune") is not None else None,
+        finetune=None if finetune is None else options_of(finetune, FinetuneConfig, f"{source}: finetune"),
         tune_by=str(values.get("tune_by", "knn")),
         baseline=str(values.get("baseline", next(iter(arms)))),
         arms=arms,
@@ -187,14 +191,30 @@ def _override(values: dict[str, Any], config: AblateConfig, source: str) -> None
     if config.seconds is not None:
         base.pop("epochs", None)
         values["seconds"] = config.seconds
-    values["base"] = base | options_of(_pairs(config.base), PretrainConfig, "--base")
-    for name in ("seeds", "recipe"):
-        if getattr(config, name) is not None:
-            values[name] = getattr(config, name)
+    given = options_of(pairs(config.base, "--base"), PretrainConfig, "--base")
+    values["base"] = base | given
+    if config.seeds is not None:
+        values["seeds"] = config.seeds
+    if config.recipe is not None:
+        values["recipe"] = config.recipe
+        values["base"].pop("recipe", None)
     sizes = {name: getattr(config, name) for name in ("middle_size", "patch_size")}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    values["tokenize"] = dict(mapping_of(values, "tokenize", source)) | given
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    values["tokenize"] = dict(mapping_of(values, "tokenize", source)) | sizes
+    gone = {"base": {*given}, "tokenize": {*sizes}}
+    gone["base"] |= {"recipe"} if config.recipe is not None else set()
+    gone["base"] |= {"epochs"} if config.epochs is not None or config.seconds is not None else set()
+    _forget_in_data(values, gone, source)
     _override_teachers(values, config, source)
+
+
+def _forget_in_data(values: dict[str, Any], gone: Mapping[str, set[str]], source: str) -> None:
+    """Take what the command line sets out of the data sets' own sections, which would go over it."""
+    for entry in mapping_of(values, "data", source).values():
+        for section, names in gone.items():
+            if isinstance(entry, dict) and isinstance(entry.get(section), dict):
+                own = entry[section].items()
+                entry[section] = {name: value for name, value in own if str(name).replace("-", "_") not in names}
 
 
 def _override_teachers(values: dict[str, Any], config: AblateConfig, source: str) -> None:
@@ -214,21 +234,6 @@ def _override_teachers(values: dict[str, Any], config: AblateConfig, source: str
     values["teachers"] = {name: {**({"teacher": options} if isinstance(options, str) else options), **given}}
 
 
-def _pairs(text: str) -> dict[str, Any]:
-    """`flip=false,batch_size=64` as options."""
-    pairs = {}
-    for part in filter(None, text.split(",")):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise InputError(f"--base {part}: give options as name=value, separated by commas")
-        pairs[name.strip().replace("-", "_")] = yaml.safe_load(value)
-    return pairs
-
-
-def _take_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {"recipe": values["recipe"]} if values.get("recipe") is not None else {}
-
-
 def _teachers(
     values: Mapping[str, Any], source: str, path: Path
 ) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[str, ...]]]:
@@ -237,14 +242,14 @@ def _teachers(
     alone, together = {}, {}
     for name, entry in entries.items():
         if isinstance(entry, list):
+            if not entry:
+                raise InputError(f"{source}: teacher {name}: give a name or more")
             together[str(name)] = tuple(map(str, entry))
         else:
             where = f"{source}: teacher {name}"
-            options = options_of({"teacher": entry} if isinstance(entry, str) else entry, TokenizeConfig, where)
+            options = tokenize_options({"teacher": entry} if isinstance(entry, str) else entry, where, path)
             if "teacher" not in options:
                 raise InputError(f"{where}: give `teacher:`, as in tokenize")
-            if options.get("teacher_weights") is not None:
-                options["teacher_weights"] = beside(path, str(options["teacher_weights"]))
             alone[str(name)] = options
     for name, members in together.items():
         unknown = next((member for member in members if member not in alone), None)
@@ -259,18 +264,16 @@ def _arm(name: str, entry: Any, source: str, path: Path) -> Arm:
     if not isinstance(entry, dict):
         raise InputError(f"{where}: give options, as `{{loss: cosine}}`, not {entry!r}")
     if not entry.keys() & set(ARM_KEYS):
-        return Arm(_pretrain_options(entry, where, path))
+        return Arm(pretrain_options(entry, where, path))
     check_keys(entry, ARM_KEYS, where)
-    options = _pretrain_options(entry.get("options") or {}, where, path)
-    tune = options_of(entry.get("tune") or {}, PretrainConfig, f"{where}: tune")
-    for option, choices in tune.items():
-        if not isinstance(choices, list) or not choices:
-            raise InputError(f"{where}: tune: {option}: give a list of values to choose from")
+    options = pretrain_options(entry.get("options") or {}, where, path)
+    tune = choices_of(entry.get("tune") or {}, f"{where}: tune", path)
+    for option in tune:
         if option in {*options, "epochs"}:
             raise InputError(f"{where}: tune: {option}: is set by the arm or the study; leave it out of one of the two")
     grid = tuple(dict(zip(tune, choice, strict=True)) for choice in itertools.product(*tune.values()))
     teachers = entry.get("teachers")
-    if teachers is not None and not isinstance(teachers, list):
+    if teachers is not None and (not isinstance(teachers, list) or not teachers):
         raise InputError(f"{where}: teachers: give a list of names")
     return Arm(
         options=options,
@@ -281,31 +284,14 @@ def _arm(name: str, entry: Any, source: str, path: Path) -> Arm:
     )
 
 
-def _pretrain_options(entry: Any, where: str, path: Path) -> dict[str, Any]:
-    options = options_of(entry, PretrainConfig, where)
-    if options.get("init") and (path.parent / str(options["init"])).exists():
-        options["init"] = beside(path, str(options["init"]))
-    return options
-
-
 def _data(where: str, entry: Any, path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(entry, dict):
         raise InputError(f"{where}: give `base:` or `tokenize:`")
     check_keys(entry, DATA_KEYS, where)
     return {
-        "base": _pretrain_options(entry.get("base") or {}, f"{where}: base", path),
-        "tokenize": options_of(entry.get("tokenize") or {}, TokenizeConfig, f"{where}: tokenize"),
+        "base": pretrain_options(entry.get("base") or {}, f"{where}: base", path),
+        "tokenize": tokenize_options(entry.get("tokenize") or {}, f"{where}: tokenize", path),
     }
-
-
-KINDS: dict[str, Any] = {"base": PretrainConfig, "tokenize": TokenizeConfig, "finetune": FinetuneConfig}
-
-
-def _section(values: Mapping[str, Any], key: str, source: str, path: Path) -> dict[str, Any]:
-    """The options under a key of the file."""
-    if key == "base":
-        return _pretrain_options(values.get(key) or {}, f"{source}: {key}", path)
-    return options_of(values.get(key) or {}, KINDS[key], f"{source}: {key}")
 
 
 def _check_names(study: Study) -> None:
@@ -320,10 +306,15 @@ def _check_names(study: Study) -> None:
     if study.tune_by not in study.metrics:
         raise InputError(f"{study.source}: tune_by {study.tune_by}: give one of {', '.join(study.metrics)}")
     for kind, names in (("arms", list(study.arms)), ("teachers", teachers)):
-        folders = [as_file_name(name) for name in names]
-        twice = next((name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1), None)
-        if twice is not None:
-            raise InputError(f"{study.source}: {kind}: '{twice}' and another one differ only in signs; rename one")
+        check_folder_names(names, f"{study.source}: {kind}")
+    if study.seconds is not None:
+        own = {f"arm {name}": arm.options for name, arm in study.arms.items()}
+        own |= {f"data {name}: base": entry["base"] for name, entry in study.data.items()}
+        for where, options in own.items():
+            if "epochs" in options:
+                raise InputError(
+                    f"{study.source}: {where}: epochs: the study has seconds, which set them; leave one out"
+                )
 
 
 def check_data_names(study: Study, names: list[str]) -> Study:

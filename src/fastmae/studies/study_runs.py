@@ -4,14 +4,16 @@ OUT/runs/DATA/TEACHER/ARM/[CANDIDATE/]seed0/    see `measure`; with job.json, wh
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastmae.config import AblateConfig, PretrainConfig, TokenizeConfig
 from fastmae.errors import InputError
-from fastmae.pretraining.plan import make_plan
+from fastmae.pretraining.plan import hog_target, loss_weights, make_plan
+from fastmae.pretraining.pretrain import describe
 from fastmae.runtime.durable import write_json
 from fastmae.student.student import build_student
 from fastmae.studies.jobs import loading_workers
@@ -63,12 +65,18 @@ class Runs:
         config: the command's options.
         data: name of a data set -> its folder.
         out: the study's folder.
+
+    Attributes:
+        stores: data set and teacher -> the store's location.
+        epochs: variant -> its epochs, where the study sets the time instead.
+        read: variant -> what it reads from its stores, for recognising them when the study is continued.
     """
 
     def __init__(self, study: Study, config: AblateConfig, data: Mapping[str, Path], out: Path):
         self.study, self.config, self.data, self.out = study, config, data, out
         self.stores: dict[tuple[str, str], str] = {}
         self.epochs: dict[Variant, float] = {}
+        self.read: dict[Variant, dict[str, Any]] = {}
         self._trained: dict[Variant, Variant] = {}
 
     @property
@@ -165,10 +173,21 @@ class Runs:
             "workers": loading_workers(self.config.workers, self.config.jobs),
         }
         options = PretrainConfig(**{**given, **fixed})
-        epochs = self.epochs.get(variant)
-        if epochs is None and "epochs" not in given:
-            epochs = (study.epochs or options.epochs) * study.arms[variant.arm].share
-        return options.with_epochs(options.epochs if epochs is None else epochs)
+        epochs = self.epochs.get(variant) or self._epochs(variant, options)
+        short = options.with_epochs(epochs)
+        return replace(short, warmup_epochs=options.warmup_epochs) if "warmup_epochs" in given else short
+
+    def _epochs(self, variant: Variant, options: PretrainConfig) -> float:
+        """The arm's own epochs, or its share of the data set's, the study's or the recipe's."""
+        arm = self.study.arms[variant.arm]
+        if "epochs" in arm.options:
+            return options.epochs
+        of_data = self.study.data.get(variant.data, {}).get("base", {})
+        return arm.share * (options.epochs if "epochs" in of_data else self.study.epochs or options.epochs)
+
+    def seconds(self, variant: Variant) -> float | None:
+        """Training time of each run, if the study sets it."""
+        return None if self.study.seconds is None else self.study.seconds * self.study.arms[variant.arm].share
 
     def folder(self, variant: Variant, seed: int) -> Path:
         """The folder of a run."""
@@ -184,6 +203,8 @@ class Runs:
         return {
             "kind": RUN,
             "pretrain": as_json(self.options(variant, seed)),
+            "seconds": self.seconds(variant),
+            "store": self.read[variant],
             "data": str(self.data[variant.data]),
             "split": split,
             "finetune": None if finetune is None else dict(finetune),
@@ -209,7 +230,8 @@ class Runs:
                 options = self.options(Variant(data, teacher, arm, candidate), self.seeds[0])
                 tokenized = self.tokenize_options(data, self.study.members(teacher)[0], self.out)
                 if (data, self.study.members(teacher)[0]) not in self.stores:
-                    self._check(arm, lambda o=options, t=tokenized: _check_sizes(o, t))
+                    with self._naming(arm):
+                        _check_sizes(options, tokenized, len(self.study.members(teacher)))
 
     def check_plans(self) -> None:
         """Plan every variant, now that the stores are there.
@@ -219,32 +241,42 @@ class Runs:
         """
         for variant in self.variants():
             options = self.options(variant, self.seeds[0])
-            self._check(variant.arm, lambda o=options: make_plan(o))
+            with self._naming(variant.arm):
+                self.read[variant] = describe(options, make_plan(options))
 
     def check_begun(self) -> None:
         """Compare the runs with those that an earlier call began in their folders: their figures are read back.
+
+        If the study sets the time, the epochs of a run that was begun are kept.
 
         Raises:
             InputError: names the file, the arm and the option that differs.
         """
         for variant in self.variants():
             for seed in self.seeds:
-                self._check_begun(variant, seed)
+                file = self.folder(variant, seed) / JOB_FILE
+                if file.exists():
+                    begun = json.loads(file.read_text(encoding="utf-8"))
+                    if self.study.seconds is not None:
+                        self.epochs[variant] = begun["pretrain"]["epochs"]
+                    self._check_begun(variant, seed, begun, f"{self.study.source}: arm {variant.arm}: {file.parent}")
 
-    def _check(self, arm: str, action: Any) -> None:
+    @contextmanager
+    def _naming(self, arm: str) -> Iterator[None]:
         try:
-            action()
+            yield
         except InputError as error:
             raise InputError(f"{self.study.source}: arm {arm}: {error}") from error
 
-    def _check_begun(self, variant: Variant, seed: int) -> None:
-        file = self.folder(variant, seed) / JOB_FILE
-        if not file.exists():
-            return
-        begun, now = json.loads(file.read_text(encoding="utf-8")), self.job(variant, seed, self.split)
-        was, advice = f"{self.study.source}: arm {variant.arm}: {file.parent} was", "give another --out"
+    def _check_begun(self, variant: Variant, seed: int, begun: Mapping[str, Any], run: str) -> None:
+        now, advice = self.job(variant, seed, self.split), "give another --out"
         if begun["data"] != now["data"]:
-            raise InputError(f"{was} measured on {begun['data']}, not {now['data']}; {advice}, or rename a folder")
+            raise InputError(f"{run} was measured on {begun['data']}, not {now['data']}; {advice}, or rename a folder")
+        if begun.get("seconds") != now["seconds"]:
+            before, after = (
+                f"{seconds:g} s" if seconds else "no set time" for seconds in (begun.get("seconds"), now["seconds"])
+            )
+            raise InputError(f"{run} was begun with {before}, not {after}; {advice}, or the same")
         for key, may_change in (("pretrain", PretrainConfig.may_change), ("finetune", ())):
             before, after = begun[key], now[key]
             if key == "finetune" and (before is None or after is None):
@@ -253,7 +285,11 @@ class Runs:
                 if before.get(name) != after.get(name):
                     flag = f"--{name.replace('_', '-')}"
                     differs = f"with {flag} {before.get(name)}, not {after.get(name)}"
-                    raise InputError(f"{was} begun {differs}; {advice}, or the same settings")
+                    raise InputError(f"{run} was begun {differs}; {advice}, or the same settings")
+        if begun.get("store") != now["store"]:
+            raise InputError(
+                f"{run} was trained on another store than {', '.join(now['pretrain']['stores'])}; {advice}"
+            )
 
     def _facts(self, data: str, teacher: str) -> list[Any]:
         """What the pixels of a teacher's store depend on."""
@@ -269,8 +305,11 @@ def candidate_label(candidate: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in candidate.items())
 
 
-def _check_sizes(options: PretrainConfig, tokenized: TokenizeConfig) -> None:
+def _check_sizes(options: PretrainConfig, tokenized: TokenizeConfig, teachers: int) -> None:
     largest = min(int(size) for size in tokenized.middle_size.split(",") if size.strip().isdigit())
     if options.image_size > largest:
         raise InputError(f"--image-size {options.image_size}: larger than the middle images, which have {largest} px")
+    if options.target == "hog":
+        hog_target(options, tokenized.patch_size, tokenized.channels)
+    loss_weights(options, 1 if options.target in WITHOUT_TOKENS else teachers)
     build_student(replace(options, init=""), tokenized.patch_size, SOME_CHANNELS, tokenized.channels, on="meta")

@@ -1,6 +1,7 @@
 """How a study file is read: plain values, options of commands, names and paths. Each error says where it is."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ SET_BY_STUDY = {
     TokenizeConfig: (*EVERYWHERE, "images", "store", "rank", "world_size", "add", "dry_run"),
     FinetuneConfig: (*EVERYWHERE, "run", "data", "out", "devices", "resume", "pretrained", "weights"),
 }
+PAIRS = re.compile(r"""(?:\[[^\]]*\]|"[^"]*"|'[^']*'|[^,])+""")
+"""Parts of a text between commas, but for those within brackets or quotes."""
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -26,7 +29,7 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """A mapping, unless two of its keys are the same."""
         merge = "tag:yaml.org,2002:merge"
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
+        keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value if key.tag != merge]
         twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
@@ -100,6 +103,83 @@ def check_keys(entry: Mapping[Any, Any], known: tuple[str, ...], where: str) -> 
 def as_file_name(text: str) -> str:
     """A name as that of a folder."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
+
+
+def check_folder_names(names: Sequence[str], where: str) -> None:
+    """Check that names can have folders, and different ones.
+
+    Raises:
+        InputError: two would share one, or a name is no folder's.
+    """
+    folders = [as_file_name(name) for name in names]
+    for name, folder in zip(names, folders, strict=True):
+        if not folder.strip("."):
+            raise InputError(f"{where}: '{name}' can't be the name of a folder; rename it")
+        if folders.count(folder) > 1:
+            raise InputError(f"{where}: '{name}' and another one differ only in signs; rename one")
+
+
+def tokenize_options(entry: Any, where: str, path: Path) -> dict[str, Any]:
+    """Options of tokenize, with the paths that a study file names relative to it.
+
+    Raises:
+        InputError: no such option, or one that the study sets.
+    """
+    options = options_of(entry, TokenizeConfig, where)
+    if options.get("teacher_weights") is not None:
+        options["teacher_weights"] = beside(path, str(options["teacher_weights"]))
+    kind, _, name = str(options.get("teacher", "")).partition("/")
+    if kind in ("file", "hf") and (path.parent / name).exists():
+        options["teacher"] = f"{kind}/{beside(path, name)}"
+    return options
+
+
+def pretrain_options(entry: Any, where: str, path: Path) -> dict[str, Any]:
+    """Options of pretrain, likewise."""
+    options = options_of(entry, PretrainConfig, where)
+    if "init" in options:
+        options["init"] = _weights_beside(path, options["init"])
+    return options
+
+
+def choices_of(entry: Any, where: str, path: Path) -> dict[str, list[Any]]:
+    """Options of pretrain, each with the values to choose from.
+
+    Raises:
+        InputError: something else, or an option that makes another run than a setting does.
+    """
+    choices: dict[str, list[Any]] = {}
+    for option, values in options_of(entry, PretrainConfig, where).items():
+        if not isinstance(values, list) or not values:
+            raise InputError(f"{where}: {option}: give a list of values to choose from")
+        if option == "target":
+            raise InputError(f"{where}: target: what is predicted can't be tuned; give each an arm of its own")
+        choices[option] = [_weights_beside(path, value) for value in values] if option == "init" else values
+    return choices
+
+
+def _weights_beside(path: Path, init: Any) -> Any:
+    """`--init`, as an absolute path if it names a file beside the study."""
+    return beside(path, str(init)) if init and (path.parent / str(init)).exists() else init
+
+
+def pairs(text: str, flag: str) -> dict[str, Any]:
+    """`flip=false,betas=[0.9,0.95]` as options; a comma within brackets or quotes belongs to its value.
+
+    Raises:
+        InputError: not such pairs.
+    """
+    values = {}
+    parts = [part for part in PAIRS.findall(text) if part.strip()]
+    for part in parts:
+        name, equals, value = part.partition("=")
+        try:
+            values[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise InputError(f"{flag} {part}: give options as name=value, separated by commas")
+    return values
 
 
 def beside(path: Path, value: str) -> str:

@@ -47,8 +47,10 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_block = any(part.endswith("blocks") for part in name.split("."))
-            group = plain if parameter.ndim <= 1 else matrices if is_block and parameter.ndim == 2 else others
+            *modules, kind = name.split(".")
+            is_matrix = kind == "weight" and parameter.ndim == 2  # a table of relative positions is none
+            in_block = any(module.endswith("blocks") for module in modules)
+            group = plain if parameter.ndim <= 1 else matrices if in_block and is_matrix else others
             group.append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": weight_decay},
