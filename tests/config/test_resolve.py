@@ -34,6 +34,21 @@ def test_each_source_goes_over_the_one_before(tmp_path):
     assert config.batch_size == 8  # the caller, over the file
 
 
+def test_the_sizes_of_a_recipe_are_those_of_its_own_encoder():
+    sizes = ("encoder_width", "encoder_depth", "encoder_heads")
+    recipe = load_recipe("vit_tiny_cpu")
+    own = pretraining(recipe="vit_tiny_cpu", encoder=recipe["encoder"])
+    assert [getattr(own, size) for size in sizes] == [recipe[size] for size in sizes]
+    other = pretraining(recipe="vit_tiny_cpu", encoder="vit_small_patch16_224", encoder_depth=3)
+    assert [getattr(other, size) for size in sizes] == [None, 3, None]
+
+
+def test_another_target_takes_the_relations_of_a_recipe_away():
+    assert pretraining(recipe="visible_tiny_cpu").relation_weight == 1
+    assert pretraining(recipe="visible_tiny_cpu", target="pixels").relation_weight == 0
+    assert pretraining(recipe="visible_tiny_cpu", target="pixels", relation_weight=2).relation_weight == 2
+
+
 def test_replacing_an_option_keeps_the_resolved_values():
     config = pretraining(recipe="mae_tiny_cpu")
     assert replace(config, epochs=3) == pretraining(recipe="mae_tiny_cpu", epochs=3)

@@ -64,6 +64,19 @@ def test_features_may_hold_the_map_and_the_embedding_is_its_mean(network_run, ph
     np.testing.assert_allclose(tensors["dense"].mean((1, 2)), tensors["embeddings"], atol=1e-5)
 
 
+def test_features_of_an_earlier_stage_have_its_width_and_grid(network_run, photos, tmp_path, printed_json):
+    file = tmp_path / "features.safetensors"
+    args = ["features", str(network_run), str(photos / "val"), str(file), "--block", "1", "--dense", *CPU, "--json"]
+    assert run(args) == 0
+    result = printed_json()
+    features = safetensors.numpy.load_file(file)
+    stages = fastmae.load_encoder(network_run).forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
+    assert stages[1].shape[1:] == (result["dim"], result["grid"], result["grid"])
+    assert features["embeddings"].shape == (10, result["dim"])
+    assert features["dense"].shape == (10, result["grid"], result["grid"], result["dim"])
+    np.testing.assert_allclose(features["dense"].mean((1, 2)), features["embeddings"], atol=1e-4)
+
+
 def test_a_fine_tuned_network_is_measured_and_exported_with_its_classes(network_run, photos, tmp_path, printed_json):
     tuned, exported = tmp_path / "tuned", tmp_path / "exported"
     options = "--epochs 1 --batch-size 8 --image-size 96 --json".split()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 from timm.data import Mixup
 
 from fastmae.cli import run
+from fastmae.errors import InputError
 from fastmae.evaluate.finetune import ClassifierStep, build_classifier
 from fastmae.runs.checkpoint import load_checkpoint
 from fastmae.runs.encoder import open_encoder
@@ -40,6 +42,13 @@ def test_a_classifier_on_the_class_token_keeps_the_encoders_norm(tiny_run):
     network, _ = build_classifier(opened, 7, "class", drop_path=0.0)
     assert torch.equal(network.norm.weight, opened.network.norm.weight)
     assert network.head.weight.std() < 1e-4
+
+
+def test_a_class_token_that_no_norm_follows_is_refused(tiny_run):
+    opened = open_encoder(str(tiny_run))
+    classifier, arguments = build_classifier(opened, 7, "mean", drop_path=0.0)
+    with pytest.raises(InputError, match="--pool class"):
+        build_classifier(replace(opened, network=classifier, arguments=arguments), 3, "class", drop_path=0.0)
 
 
 def test_the_loss_with_smoothed_labels_equals_the_formula():

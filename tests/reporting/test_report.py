@@ -101,6 +101,18 @@ def test_a_run_with_pixels_as_target_is_shown_from_a_store_that_was_moved(vit_st
     assert "pixels (MAE)" in out.read_text()
 
 
+def test_the_predictions_of_a_student_without_a_decoder_are_described_as_what_they_are(
+    vit_store, tiny_student, tmp_path
+):
+    folder = tmp_path / "run"
+    args = [*tiny_student, "--decoder-depth", "0", "--epochs", "1", "--workers", "0"]
+    assert run(["pretrain", str(vit_store), str(folder), *args]) == 0
+    assert run(["report", str(folder), "--images", "2"]) == 0
+    html = (folder / "report.html").read_text()
+    assert "Here it saw the whole view" in html
+    assert "The encoder saw only" not in html
+
+
 def test_a_path_that_can_not_be_shown_is_named_in_one_line(measured_run, tmp_path, capsys):
     (tmp_path / "empty.md").write_text("# A title and no table\n")
     cases = {

@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastmae.cli import run
+from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
 from fastmae.runs.encoder import initialise_student, load_encoder, open_encoder
 from fastmae.runs.load import load_student
 from fastmae.student.encoder import build_encoder
 from fastmae.student.student import Student
+from fastmae.student.student import build_student as student_of
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -145,6 +147,21 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
     deeper = build_student(10, depth=13, width=None, heads=None)
     with pytest.raises(InputError, match=r"--init .*blocks\.12"):
         initialise_student(deeper, str(tmp_path / "mae.pth"))
+
+
+def test_a_network_starts_from_weights_whose_final_norm_has_the_other_place(tmp_path):
+    """EVA pools its class token or the mean, with the norm before or after; a student has it before."""
+    name = "eva02_tiny_patch14_224"
+    published = timm.create_model(name, num_classes=0)
+    assert published.fc_norm.weight.shape == (192,)
+    torch.nn.init.normal_(published.fc_norm.weight)
+    save_file(published.state_dict(), tmp_path / "eva.safetensors")
+    exported = tmp_path / "exported"
+    assert run(["export", f"timm/{name}", str(exported), "--weights", str(tmp_path / "eva.safetensors")]) == 0
+    options = PretrainConfig(stores=("s",), run="r", encoder=f"timm/{name}", mask_ratio=0, image_size=224)
+    student = student_of(options, 14, 7, 3)
+    initialise_student(student, str(exported))
+    assert torch.equal(student.encoder.norm.weight, published.fc_norm.weight)
 
 
 def test_pretrain_starts_from_another_run_and_keeps_to_it(

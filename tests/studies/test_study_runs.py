@@ -53,5 +53,9 @@ def test_with_seconds_the_epochs_of_a_begun_run_are_kept(runs_of):
     assert later.epochs == {ARM: 3.21}
     with pytest.raises(InputError, match="begun with 75 s, not 60 s"):
         runs_of(text.replace("75", "60")).check_begun()
+    twice = runs_of(text)
+    twice.config = replace(twice.config, jobs=2)
+    with pytest.raises(InputError, match="begun with --jobs 1, not 2, at another speed"):
+        twice.check_begun()
     with pytest.raises(InputError, match="begun with 75 s, not no set time"):
         runs_of(f"{SMALL}arms: {{a: {{}}}}").check_begun()

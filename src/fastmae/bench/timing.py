@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastmae.runtime.device import synchronise
+
 Name = TypeVar("Name")
 CPU = torch.device("cpu")
 
@@ -60,8 +62,7 @@ def seconds_of(
     """The seconds that a piece of work takes, including what it queues on a GPU."""
     start = clock()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return clock() - start
 
 

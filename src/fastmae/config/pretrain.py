@@ -136,7 +136,7 @@ class PretrainConfig(TrainingConfig):
         """The values of the recipe, on top of what its target implies; and what another target implies, on top of it.
 
         A recipe's values fit its own target. Under another target, everything that either of the two targets implies is
-        set anew.
+        set anew. Likewise, a recipe's width, depth and heads are those of its own encoder.
         """
         name = asked.get("recipe")
         recipe = {} if name in (None, "None") else load_recipe(str(name))
@@ -146,6 +146,9 @@ class PretrainConfig(TrainingConfig):
         if isinstance(target, str) and target in TARGET_DEFAULTS and TARGET_DEFAULTS[target] != TARGET_DEFAULTS[own]:
             plain = {name: getattr(cls, name) for name in TARGET_DEFAULTS[own]}
             layers.append((f"target {target}", plain | TARGET_DEFAULTS[target]))
+        encoder = asked.get("encoder")
+        if encoder is not None and encoder != recipe.get("encoder", cls.encoder):
+            layers.append((f"encoder {encoder}", dict.fromkeys(("encoder_width", "encoder_depth", "encoder_heads"))))
         if _is_zero(asked.get("mask_ratio")):
             layers.append(("mask ratio 0", {"decoder_depth": 0}))
         return layers
@@ -195,7 +198,14 @@ TARGET_DEFAULTS: dict[str, dict[str, Any]] = {
     "tokens": {},
     "teacher": {},
     # MAE: mean squared error on norm-pix patches; eight decoder blocks that see the class token; one supervised layer.
-    "pixels": {"loss": "mse", "norm": "none", "all_layers": False, "decoder_depth": 8, "decoder_class_token": True},
+    "pixels": {
+        "loss": "mse",
+        "norm": "none",
+        "all_layers": False,
+        "decoder_depth": 8,
+        "decoder_class_token": True,
+        "relation_weight": 0.0,
+    },
     # MaskFeat: mean squared error on histograms that are already L2-normalised.
     "hog": {"loss": "mse"},
 }

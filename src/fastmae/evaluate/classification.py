@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from fastmae.runtime.durable import write_whole
 from fastmae.runtime.fabric import Fabric
-from fastmae.runtime.launch import on_first_process
+from fastmae.runtime.launch import on_first_process, take_first_buffers
 
 MAX_NAMED_CLASSES = 40
 """With more classes, the picture of the confusion matrix has no names."""
@@ -35,6 +35,7 @@ def measure_classifier(
         fabric: of the run.
         picture: file for a picture of the confusion matrix; None: no picture.
     """
+    take_first_buffers(network, fabric)
     class_count = len(classes)
     top1 = MulticlassAccuracy(class_count, top_k=1, average="micro").to(fabric.device)
     top5 = MulticlassAccuracy(class_count, top_k=min(5, class_count), average="micro").to(fabric.device)

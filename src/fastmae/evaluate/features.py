@@ -136,13 +136,14 @@ def features(config: FeaturesConfig) -> dict[str, Any]:
     fabric = launch(config.device, config.precision, 1, config.seed)
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=config.pretrained)
     embed = batch_embedder(opened, config.pool, config.block, config.dense, fabric)
+    dim, grid = _sizes(opened, embed)
     with listed_images(config.images, False, config.out) as listed:
-        _make_room(config, opened, listed.info.images)
+        _make_room(config, dim, grid, listed.info.images)
         pictures, start = ListedPictures(ImageList(listed.file), listed.source, opened), time.monotonic()
         image_batches = pictures.batches(config.batch_size, config.workers, fabric.device)
-        tally = _write_file(config, opened, listed, image_batches, embed)
+        file = _NewFile(dim, grid, listed.info.images, _metadata(config, opened, listed))
+        tally = _write_file(config, file, image_batches, embed)
     rate = round(tally.images / (time.monotonic() - start), 2)
-    dim, grid = opened.dim, _grid(config, opened)
     file_bytes = config.out.stat().st_size
     _log_skipped(tally)
     dense = f" and {grid} x {grid} more" if grid else ""
@@ -183,26 +184,38 @@ def batch_embedder(opened: OpenedEncoder, pool: str, block: int | None, dense: b
     return embed
 
 
-def _grid(config: FeaturesConfig, opened: OpenedEncoder) -> int | None:
-    """Patches (positions of the map) along a side of the grid that is kept, or None."""
-    return opened.grid if config.dense else None
+def _sizes(opened: OpenedEncoder, embed: EmbedBatch) -> tuple[int, int | None]:
+    """D, and g with --dense, which depend on the block: from a blank image."""
+    vector, dense = embed(torch.zeros(1, opened.channels, opened.image_size, opened.image_size, dtype=torch.uint8))
+    return vector.shape[1], None if dense is None else dense.shape[1]
 
 
-def _write_file(
-    config: FeaturesConfig,
-    opened: OpenedEncoder,
-    listed: ListedImages,
-    image_batches: Iterable[ImageBatch],
-    embed: EmbedBatch,
-) -> Tally:
+@dataclass(frozen=True)
+class _NewFile:
+    """What is known about the file beforehand.
+
+    Attributes:
+        dim: D.
+        grid: patches (positions of the map) along a side of the grid that is kept; None: only the vectors are.
+        images: listed images.
+        metadata: of the file.
+    """
+
+    dim: int
+    grid: int | None
+    images: int
+    metadata: dict[str, Any]
+
+
+def _write_file(config: FeaturesConfig, new: _NewFile, image_batches: Iterable[ImageBatch], embed: EmbedBatch) -> Tally:
     """Write the file, whole or not at all."""
-    tally, dim, count = Tally(), opened.dim, listed.info.images
+    tally = Tally()
 
     def write(temporary: Path) -> None:
-        metadata = _metadata(config, opened, listed)
-        grid = _grid(config, opened)
-        file = open_feature_file(temporary, config.out.suffix, count, dim, grid, config.dtype, metadata)
-        with Progress("features", "images", total=count) as progress:
+        file = open_feature_file(
+            temporary, config.out.suffix, new.images, new.dim, new.grid, config.dtype, new.metadata
+        )
+        with Progress("features", "images", total=new.images) as progress:
             _embed_all(file, image_batches, embed, tally, progress, config)
 
     with memory_hint(f"give --batch-size {max(1, config.batch_size // 2)}"):
@@ -242,14 +255,14 @@ def _write_rows(file: FeatureFile, rows: tuple[list[str], tuple[torch.Tensor, to
         file.add(keys, vectors.cpu().numpy(), None if dense is None else dense.cpu().numpy())
 
 
-def _make_room(config: FeaturesConfig, opened: OpenedEncoder, images: int) -> None:
+def _make_room(config: FeaturesConfig, dim: int, grid: int | None, images: int) -> None:
     """Make the folder of the file, and check the free disk space.
 
     Raises:
         InputError: not enough space.
     """
-    vectors = images * (1 + (_grid(config, opened) or 0) ** 2)
-    needed = vectors * opened.dim * np.dtype(DTYPES[config.dtype]).itemsize
+    vectors = images * (1 + (grid or 0) ** 2)
+    needed = vectors * dim * np.dtype(DTYPES[config.dtype]).itemsize
     free = shutil.disk_usage(nearest_folder(config.out.absolute().parent)).free
     if needed > free:
         smaller = "; --dtype fp16 takes half" if config.dtype == "fp32" else ""

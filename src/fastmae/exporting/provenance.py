@@ -75,7 +75,9 @@ def _pretraining(description: dict[str, Any]) -> Provenance:
     targets = TARGETS if options["decoder_depth"] else TARGETS_WITHOUT_DECODER
     story = f"It was pre-trained without labels. From {seen} it learnt to predict {targets[options['target']]}."
     if names_plain_vit(options["encoder"]):
-        story += " The patch tokens were trained. No loss reached the class token, so it describes an image less well."
+        story += " The patch tokens were trained."
+        if not options["decoder_class_token"]:
+            story += " No loss reached the class token, so it describes an image less well."
     facts = {
         "Images": {
             "images": f"{store['images']:,}",

@@ -12,6 +12,7 @@ from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
 from fastmae.pretraining.plan import Plan
 from fastmae.pretraining.step import PretrainStep
+from fastmae.runtime.device import synchronise
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import bare
 from fastmae.runtime.workers import worker_count
@@ -51,15 +52,11 @@ class StageClock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the time within the context for a stage."""
-        self._synchronise()
+        synchronise(self.device)
         start = time.perf_counter()
         yield
-        self._synchronise()
+        synchronise(self.device)
         self.seconds[name] += time.perf_counter() - start
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def profile(config: PretrainConfig, plan: Plan, task: Task, timed_steps: int = TIMED_STEPS) -> dict[str, Any]:

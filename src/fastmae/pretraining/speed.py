@@ -8,6 +8,7 @@ from fastmae.config import PretrainConfig
 from fastmae.pretraining.plan import make_plan
 from fastmae.pretraining.pretrain import pretraining_task
 from fastmae.runs.folder import RUN_FILE, read_run
+from fastmae.runtime.device import synchronise
 from fastmae.tokens import TokenStore
 from fastmae.training.run import launch_processes, set_up, train_batches, train_step
 
@@ -43,6 +44,8 @@ def images_per_second(config: PretrainConfig, timed_steps: int) -> float:
     start = 0.0
     for step in range(steps):
         if step == WARMUP_STEPS:
+            synchronise(run.fabric.device)
             start = time.monotonic()
         train_step(run, itertools.islice(batches, run.grad_accum_steps))
+    synchronise(run.fabric.device)
     return config.batch_size * timed_steps / (time.monotonic() - start)

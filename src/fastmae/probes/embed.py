@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from fastmae.config import TokenizeConfig
@@ -103,10 +104,13 @@ def check_pool(encoder: Encoder, pool: str) -> None:
     """Check that the encoder has the token that `--pool` asks for.
 
     Raises:
-        InputError: it has no class token, or is no plain ViT, of which only the map is used.
+        InputError: it has no class token, or none that a norm follows; or it is no plain ViT, of which only the map is
+            used.
     """
     if pool == "class" and (not is_plain_vit(encoder) or getattr(encoder, "cls_token", None) is None):
         raise InputError("--pool class: this encoder has no class token; use --pool mean")
+    if pool == "class" and not isinstance(encoder.fc_norm, nn.Identity):
+        raise InputError("--pool class: this encoder normalises the mean of its patches alone; use --pool mean")
 
 
 def pooled(encoder: Encoder, patches: torch.Tensor, prefix: torch.Tensor, pool: str) -> torch.Tensor:

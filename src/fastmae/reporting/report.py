@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def _pictures(config: ReportConfig, store: TokenStore, target: str) -> list[Sect
     return [
         Section(
             "Predictions",
-            "The encoder saw only the visible patches. "
+            _what_was_seen(read_run(config.run))
             + (
                 "Each predicted patch is shown with the mean and std of the original patch."
                 if target == "pixels"
@@ -154,6 +155,12 @@ def _pictures(config: ReportConfig, store: TokenStore, target: str) -> list[Sect
             picture=nearest_neighbours_png(opened.network, opened.image_size, store, images, config.gallery),
         ),
     ]
+
+
+def _what_was_seen(description: Mapping[str, Any]) -> str:
+    if description["options"]["decoder_depth"]:
+        return "The encoder saw only the visible patches. "
+    return "In training the encoder sees the visible patches alone. Here it saw the whole view. "
 
 
 def _attention(encoder: Any, store: TokenStore, images: int) -> Section:

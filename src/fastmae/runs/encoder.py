@@ -7,6 +7,7 @@ other network of timm that gives a feature map.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,8 @@ def initialise_student(student: AnyStudent, spec: str) -> str:
     """
     encoder = student.encoder
     opened = open_encoder(spec, student.image_size)
-    given = {name.replace("fc_norm.", "norm."): tensor for name, tensor in opened.network.state_dict().items()}
     own = encoder.state_dict()
+    given = {_name_in(own, name): tensor for name, tensor in opened.network.state_dict().items()}
     differing = [name for name in {**own, **given} if _shape(own, name) != _shape(given, name)]
     if differing:
         name = differing[0]
@@ -183,6 +184,15 @@ def initialise_student(student: AnyStudent, spec: str) -> str:
         return f"the encoder of {spec}"
     student.load_state_dict(rest, strict=False)
     return f"the whole student of {spec}"
+
+
+def _name_in(own: Mapping[str, Any], name: str) -> str:
+    """The name of a weight in the student, whose final norm may come before the pooling or after it."""
+    for before, after in (("fc_norm.", "norm."), ("norm.", "fc_norm.")):
+        renamed = after + name.removeprefix(before)
+        if name.startswith(before) and name not in own and renamed in own:
+            return renamed
+    return name
 
 
 def _shape(weights: dict[str, torch.Tensor], name: str) -> list[int] | str:

@@ -42,6 +42,12 @@ def own_device(name: str) -> torch.device:
     return device
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for what a GPU was given to do, so that it counts in a measured time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def cores() -> int:
     """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -110,6 +110,13 @@ def on_first_process(fabric: Fabric, action: Callable[[], object]) -> None:
         raise InputError(failure)
 
 
+def take_first_buffers(network: nn.Module, fabric: Fabric) -> None:
+    """Give all processes the first one's buffers, which are saved: batch norms that aren't synchronised drift apart."""
+    if fabric.world_size > 1:
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
 def scales_gradients(fabric: Fabric) -> bool:
     """Whether the loss is scaled, as in 16-mixed.
 

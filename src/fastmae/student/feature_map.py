@@ -13,6 +13,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from fastmae.errors import InputError, first_line
@@ -45,7 +46,7 @@ def network_arguments(name: str, image_size: int, channels: int) -> dict[str, An
     """Arguments for `timm.create_model(architecture_of(name), ...)`.
 
     Networks of a fixed size get `img_size`. Those with a class token pool the mean of the map instead, and hybrid ViTs
-    normalise before it: only the map is trained.
+    and EVA normalise before it: only the map is trained.
 
     Raises:
         InputError: as `build_network`.
@@ -64,6 +65,8 @@ def network_arguments(name: str, image_size: int, channels: int) -> dict[str, An
         arguments |= sized
     if type(skeleton) is VisionTransformer:
         arguments |= {"global_pool": "avg", "fc_norm": False}
+    elif type(skeleton) is Eva:
+        arguments |= {"global_pool": "avg", "use_fc_norm": False}
     elif getattr(skeleton, "global_pool", None) == "token":
         arguments |= accepted_arguments(architecture, {"global_pool": "avg"})
     return arguments

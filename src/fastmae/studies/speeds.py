@@ -9,15 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from fastmae.config import PretrainConfig
 from fastmae.pretraining.plan import make_plan
 from fastmae.pretraining.pretrain import pretraining_task
 from fastmae.pretraining.speed import images_per_second
 from fastmae.probes.embed import WholeImages, embed_images, embed_with_encoder
 from fastmae.probes.labelled import open_labelled
-from fastmae.runtime.device import own_device
+from fastmae.runtime.device import own_device, synchronise
 from fastmae.runtime.durable import write_json
 from fastmae.studies.flops import training_flops
 
@@ -95,6 +93,5 @@ def _embedding_speed(options: PretrainConfig, data: Path) -> float:
     images = WholeImages(paths, options.image_size, store.info.resize, store.info.channels)
     start = time.monotonic()
     embed_images(images, embed, device, BATCH_SIZE, options.workers, "features", quiet=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return len(paths) / (time.monotonic() - start)

@@ -204,6 +204,7 @@ class Runs:
             "kind": RUN,
             "pretrain": as_json(self.options(variant, seed)),
             "seconds": self.seconds(variant),
+            "jobs": self.config.jobs,
             "store": self.read[variant],
             "data": str(self.data[variant.data]),
             "split": split,
@@ -277,6 +278,9 @@ class Runs:
                 f"{seconds:g} s" if seconds else "no set time" for seconds in (begun.get("seconds"), now["seconds"])
             )
             raise InputError(f"{run} was begun with {before}, not {after}; {advice}, or the same")
+        if now["seconds"] and begun.get("jobs") != now["jobs"]:
+            jobs = f"--jobs {begun.get('jobs')}, not {now['jobs']}"
+            raise InputError(f"{run} was begun with {jobs}, at another speed; {advice}, or the same")
         for key, may_change in (("pretrain", PretrainConfig.may_change), ("finetune", ())):
             before, after = begun[key], now[key]
             if key == "finetune" and (before is None or after is None):

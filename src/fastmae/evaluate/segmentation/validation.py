@@ -16,7 +16,7 @@ from fastmae.evaluate.segmentation.pictures import Prediction, draw_predictions
 from fastmae.images.views import normalise
 from fastmae.runtime.durable import write_whole
 from fastmae.runtime.fabric import Fabric
-from fastmae.runtime.launch import on_first_process
+from fastmae.runtime.launch import on_first_process, take_first_buffers
 from fastmae.training.evaluation import val_batches
 
 CLASS_PREFIX = "iou/"
@@ -57,10 +57,7 @@ class Validation:
         """`miou`, `pixel_accuracy` and `iou/NAME` of each class (NaN if it does not occur), in percent."""
         confusion = self.confusion_matrix.to(fabric.device)
         confusion.reset()
-        if fabric.world_size > 1:
-            # Batch norms that are not synchronised have drifted apart: all processes take the first one's statistics.
-            for statistics in network.buffers():
-                torch.distributed.broadcast(statistics, src=0)
+        take_first_buffers(network, fabric)
         share = range(0, len(self.photos), fabric.world_size)  # of the first process, which draws
         drawn = set(evenly_spaced(share, self.num_pictures)) if fabric.is_global_zero else set()
         predictions = []
