@@ -48,10 +48,12 @@ class Curves:
         """The chart for an HTML page."""
         figure, axes = _transparent_figure(6.4, 3.0)
         self.draw(axes, INK)
+        if len(self.series) > 1:
+            axes.legend(frameon=False, labelcolor=INK, fontsize=9)
         return _to_svg(figure)
 
     def draw(self, axes: Axes, ink: str) -> None:
-        """Draw the lines, the grid and, for several lines, the legend."""
+        """Draw the lines and the grid."""
         for colour, (name, entries) in zip(itertools.cycle(COLOURS), self.series.items(), strict=False):
             points = [entry for entry in entries if entry.get(self.y) is not None]
             axes.plot(
@@ -68,16 +70,15 @@ class Curves:
             axes.set_xscale("symlog", linthresh=self.log_from, linscale=0.5)
             axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.25, color=ink)
-        if len(self.series) > 1:
-            axes.legend(frameon=False, labelcolor=ink, fontsize=9)
 
 
 def curves_png(panels: Sequence[Curves]) -> bytes:
-    """Line charts side by side on white, as a PNG."""
-    figure = Figure(figsize=(5.4 * len(panels), 3.4), dpi=150, layout="constrained")
+    """Line charts of the same lines side by side on white, as a PNG, with one legend below them."""
+    figure = Figure(figsize=(5.4 * len(panels), 3.7), dpi=150, layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         panel.draw(axes, "black")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
