@@ -92,6 +92,7 @@ def profile(config: PretrainConfig, plan: Plan, task: Task, timed_steps: int = T
                 batch = next(batches)
             with clock.stage("copy"):
                 batch = fabric.to_device(batch)
+            # A pre-training task has a student and a PretrainStep, which its general type doesn't say.
             forward_and_backward(run.state.network, task.step, batch, fabric, clock)  # type: ignore[arg-type]
         with clock.stage("optimiser"):
             optimizer.step()
