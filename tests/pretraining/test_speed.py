@@ -9,7 +9,7 @@ from fastmae.pretraining.speed import images_per_second
 def test_the_speed_counts_the_images_of_the_timed_steps_and_nothing_is_written(
     micro_batch, vit_store, tiny_student, tmp_path, monkeypatch
 ):
-    times = iter([100.0, 102.0])  # at the first timed step, and after the last
+    times = iter([100.0, 101.0, 101.5, 102.0])  # at the first timed step, after the second and the third, at the end
     monkeypatch.setattr(speed.time, "monotonic", lambda: next(times))
     options = [*tiny_student, "--workers", "0", "--micro-batch", str(micro_batch)]
     config = parse("pretrain", [str(vit_store), str(tmp_path / "run"), *options])
@@ -25,3 +25,21 @@ def test_a_short_run_is_timed_over_as_many_steps_as_a_long_one(vit_store, tiny_s
     images_per_second(parse("pretrain", [str(vit_store), str(tmp_path / "run"), *options]), timed_steps=2)
     assert len(steps) == 4
     assert all(scalars["loss"] > 0 for scalars in steps)
+
+
+@pytest.mark.parametrize(("enough_seconds", "timed_steps"), [(4.5, 5), (2.5, 3), (0.1, 2), (100.0, 6)])
+def test_fewer_steps_are_timed_where_they_are_slow(
+    enough_seconds, timed_steps, vit_store, tiny_student, tmp_path, monkeypatch
+):
+    clock = [0.0]  # a step takes one second
+    monkeypatch.setattr(speed.time, "monotonic", lambda: clock[0])
+    original = speed.train_step
+
+    def slow_step(run, batches):
+        clock[0] += 1
+        return original(run, batches)
+
+    monkeypatch.setattr(speed, "train_step", slow_step)
+    config = parse("pretrain", [str(vit_store), str(tmp_path / "run"), *tiny_student, "--workers", "0"])
+    assert images_per_second(config, 6, enough_seconds) == 8
+    assert clock[0] == speed.WARMUP_STEPS + timed_steps

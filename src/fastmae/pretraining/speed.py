@@ -1,6 +1,7 @@
 """How fast a run would train on this machine, and the epochs that fit into a given time."""
 
 import itertools
+import math
 import time
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from fastmae.training.run import launch_processes, set_up, train_batches, train_
 
 WARMUP_STEPS = 2
 """The first steps also allocate memory and start the loading processes."""
+FEWEST_STEPS = 2
 
 
 def fitted_to_time(config: PretrainConfig, seconds: float, timed_steps: int) -> PretrainConfig:
@@ -32,20 +34,27 @@ def fitted_to_time(config: PretrainConfig, seconds: float, timed_steps: int) -> 
     return config.with_epochs(max(0.01, round(seconds * images_per_second(config, timed_steps) / images, 2)))
 
 
-def images_per_second(config: PretrainConfig, timed_steps: int) -> float:
-    """Views per second of a run with these options, measured over some steps of a student that is thrown away."""
-    steps = WARMUP_STEPS + timed_steps
+def images_per_second(config: PretrainConfig, timed_steps: int, enough_seconds: float = math.inf) -> float:
+    """Views per second of a run with these options, measured over some steps of a student that is thrown away.
+
+    Args:
+        config: options of the run.
+        timed_steps: steps to measure.
+        enough_seconds: fewer steps are measured if they take longer than this, but at least two.
+    """
     images = len(make_plan(config).stores[0][0])
-    config = replace(config, epochs=max(config.epochs, steps * config.batch_size / images))
+    config = replace(config, epochs=max(config.epochs, (WARMUP_STEPS + timed_steps) * config.batch_size / images))
     plan = make_plan(config)
     task = pretraining_task(config, plan)
     run = set_up(config, task, plan.settings, *launch_processes(config, task, plan.settings))
     batches = train_batches(run)
-    start = 0.0
-    for step in range(steps):
-        if step == WARMUP_STEPS:
-            synchronise(run.fabric.device)
-            start = time.monotonic()
+    for _ in range(WARMUP_STEPS):
         train_step(run, itertools.islice(batches, run.grad_accum_steps))
     synchronise(run.fabric.device)
-    return config.batch_size * timed_steps / (time.monotonic() - start)
+    start = time.monotonic()
+    for steps in range(1, timed_steps + 1):
+        train_step(run, itertools.islice(batches, run.grad_accum_steps))
+        if steps >= FEWEST_STEPS and time.monotonic() - start > enough_seconds:
+            break
+    synchronise(run.fabric.device)
+    return config.batch_size * steps / (time.monotonic() - start)

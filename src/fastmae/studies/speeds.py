@@ -22,7 +22,8 @@ from fastmae.studies.flops import training_flops
 log = logging.getLogger(__name__)
 ROUNDS = 2
 """The arms take turns, so that a change in the machine's load meets them all."""
-TIMED_STEPS = 10
+TIMED_STEPS, ENOUGH_SECONDS = 10, 5.0
+"""Of an arm whose steps are slow, fewer are timed."""
 EMBEDDED_IMAGES = 128
 BATCH_SIZE = 64
 WITHOUT_EFFECT = (
@@ -61,7 +62,7 @@ def measure_speeds(job: dict[str, Any], folder: Path) -> None:
     for number in range(ROUNDS):
         for arm in arms:
             options = PretrainConfig(**arm["pretrain"])
-            speed = images_per_second(options, TIMED_STEPS)
+            speed = images_per_second(options, TIMED_STEPS, ENOUGH_SECONDS)
             figures[arm["key"]]["images_per_second"].append(speed)
             log.info(f"{arm['key']}: {speed:.1f} images/s")
             if number == 0:
