@@ -49,6 +49,12 @@ def test_another_target_takes_the_relations_of_a_recipe_away():
     assert pretraining(recipe="visible_tiny_cpu", target="pixels", relation_weight=2).relation_weight == 2
 
 
+def test_hog_takes_its_own_norm_and_loss_beside_a_recipe_that_sets_others():
+    config = pretraining(recipe="visible_tiny_cpu", target="hog")
+    assert (config.norm, config.loss) == ("none", "mse")
+    assert pretraining(recipe="visible_tiny_cpu", target="hog", norm="patch").norm == "patch"
+
+
 def test_replacing_an_option_keeps_the_resolved_values():
     config = pretraining(recipe="mae_tiny_cpu")
     assert replace(config, epochs=3) == pretraining(recipe="mae_tiny_cpu", epochs=3)

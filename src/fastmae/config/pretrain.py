@@ -58,7 +58,8 @@ class PretrainConfig(TrainingConfig):
     store_weights: str = ""
     """Weights of the losses of several stores, as `1,0.5`. Default: 1 each."""
     norm: Literal["auto", "patch", "channel", "store", "none"] = "auto"
-    """Guidance normalisation (Sec. 4.2.2). auto: patch for a ViT teacher, store for a CNN, none for HOG."""
+    """Guidance normalisation (Sec. 4.2.2). auto: patch for a ViT teacher, store for a CNN, none for HOG. patch and
+    channel standardise within a view, store over all images."""
     loss: Literal["auto", "smooth-l1", "mse", "cosine"] = "auto"
     """Loss between prediction and target. auto: cosine for a CNN teacher, else smooth-l1."""
     loss_on: Literal["masked", "all"] = "masked"
@@ -207,6 +208,6 @@ TARGET_DEFAULTS: dict[str, dict[str, Any]] = {
         "relation_weight": 0.0,
     },
     # MaskFeat: mean squared error on histograms that are already L2-normalised.
-    "hog": {"loss": "mse"},
+    "hog": {"loss": "mse", "norm": "none"},
 }
 """What asking for a target sets, unless the option itself is given."""

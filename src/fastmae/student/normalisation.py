@@ -27,7 +27,7 @@ def channel_norm(features: torch.Tensor) -> torch.Tensor:
 def store_norm(mean: torch.Tensor, std: torch.Tensor) -> Normalisation:
     """Normalise each channel by its mean and std over the whole store, which keeps the differences between images.
 
-    On the last map of a CNN, patch norm would remove just those: each image's own mean, which tells its category.
+    Patch norm removes just those: each view's own mean, which tells an image's category.
 
     Args:
         mean: [C].
