@@ -16,6 +16,7 @@ from fastmae.training.run import launch_processes, set_up, train_batches, train_
 WARMUP_STEPS = 2
 """The first steps also allocate memory and start the loading processes."""
 FEWEST_STEPS = 2
+"""Timed however slow they are."""
 
 
 def fitted_to_time(config: PretrainConfig, seconds: float, timed_steps: int) -> PretrainConfig:
