@@ -15,10 +15,11 @@ class AblateConfig(Common):
 
     study: Path
     """A study file (.yaml), or the name of one that comes with the package. The paper's ablations: targets (Table 2:
-    pixels, stored tokens, online teacher; and HOG), teachers (Table 3: stored and online), tricks (Table 4:
-    normalisation and all layers matter), encoders (Table 5: sizes and epochs), decoder (Sec. 4.3.3: 1 to 4 blocks). Our
-    own: beyond (the paper's recipe, the visible patches alone, plain distillation), losses (the visible patches alone,
-    with one piece changed at a time), layers (one stage of the teacher, another one, and both)."""
+    pixels, stored tokens, online teacher; and HOG), teachers (Table 3: stored and online; and the visible patches
+    alone), tricks (Table 4: normalisation and all layers matter), encoders (Table 5: sizes and epochs), decoder (Sec.
+    4.3.3: 1 to 4 blocks). Our own: beyond (the paper's recipe, the visible patches alone, plain distillation), losses
+    (the visible patches alone, with one piece changed at a time), layers (one stage of the teacher, another one, and
+    both)."""
     data: tuple[Path, ...] = field(metadata={"metavar": "DATA..."})
     """Labelled images, train/<class>/* and val/<class>/*: train/ is tokenised and pre-trained on without its labels.
     A data set's name is that of its folder."""

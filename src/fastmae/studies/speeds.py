@@ -20,9 +20,9 @@ from fastmae.runtime.durable import write_json
 from fastmae.studies.flops import training_flops
 
 log = logging.getLogger(__name__)
-ROUNDS = 2
-"""The arms take turns, so that a change in the machine's load meets them all."""
-TIMED_STEPS, ENOUGH_SECONDS = 10, 5.0
+ROUNDS = 5
+"""The arms take turns, so that a change in the machine's load meets them all; the median forgives a slow round."""
+TIMED_STEPS, ENOUGH_SECONDS = 10, 2.0
 """Of an arm whose steps are slow, fewer are timed."""
 EMBEDDED_IMAGES = 128
 BATCH_SIZE = 64
