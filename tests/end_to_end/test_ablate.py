@@ -137,6 +137,10 @@ def test_a_student_that_cannot_be_built_is_refused_before_anything_is_written(st
     assert "train" in error_line(["ablate", str(study), str(photos / "train"), "--out", str(out)])
     study.write_text("{tokenize: {patch_size: 4}, arms: {a: {}, b: {target: hog}}}")
     assert "arm b: --target hog: patches of 4 px" in error_line(["ablate", str(study), str(photos), "--out", str(out)])
+    study.write_text("{tokenize: {middle_size: '96,128'}, arms: {a: {}, b: {target: teacher}}}")
+    assert "arm b: --target teacher: needs a store of one" in error_line(
+        ["ablate", str(study), str(photos), "--out", str(out)]
+    )
     study.write_text("{finetune: {batch_size: 7}, arms: {a: {}}}")
     assert "finetune: --batch-size 7" in error_line(["ablate", str(study), str(photos), "--out", str(out)])
     assert not out.exists()

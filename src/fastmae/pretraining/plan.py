@@ -144,13 +144,18 @@ def make_target(config: PretrainConfig, stores: list[list[TokenStore]], norms: l
         return NormPix(patch_size, info.channels)
     if config.target == "hog":
         return hog_target(config, patch_size, info.channels)
+    check_middle_sizes(config.target, len(stores[0]))
     normalisations = [_normalisation(norm, scales) for norm, scales in zip(norms, stores, strict=True)]
     if config.target == "tokens":
         return StoredTokens([scales[0].codec for scales in stores], normalisations)
-    if len(stores[0]) > 1:
-        raise InputError("--target teacher: needs a store of one middle size, so that a batch fits into one tensor")
     teachers = [teacher_of_store(scales[0].info.teacher, info.middle_size, scales[0].grid) for scales in stores]
     return OnlineTokens(teachers, normalisations, view_grid, exact_flips=info.flips == "stored")
+
+
+def check_middle_sizes(target: str, sizes: int) -> None:
+    """Raise an InputError if a target can't be made from stores of so many middle sizes."""
+    if target == "teacher" and sizes > 1:
+        raise InputError("--target teacher: needs a store of one middle size, so that a batch fits into one tensor")
 
 
 def hog_target(config: PretrainConfig, patch_size: int, channels: int) -> Hog:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastmae.config import AblateConfig, PretrainConfig, TokenizeConfig
 from fastmae.errors import InputError
-from fastmae.pretraining.plan import hog_target, loss_weights, make_plan
+from fastmae.pretraining.plan import check_middle_sizes, hog_target, loss_weights, make_plan
 from fastmae.pretraining.pretrain import describe
 from fastmae.runtime.durable import write_json
 from fastmae.student.student import build_student
@@ -310,9 +310,12 @@ def candidate_label(candidate: Mapping[str, Any]) -> str:
 
 
 def _check_sizes(options: PretrainConfig, tokenized: TokenizeConfig, teachers: int) -> None:
-    largest = min(int(size) for size in tokenized.middle_size.split(",") if size.strip().isdigit())
-    if options.image_size > largest:
-        raise InputError(f"--image-size {options.image_size}: larger than the middle images, which have {largest} px")
+    sizes = [int(size) for size in tokenized.middle_size.split(",") if size.strip().isdigit()]
+    if options.image_size > min(sizes):
+        raise InputError(
+            f"--image-size {options.image_size}: larger than the middle images, which have {min(sizes)} px"
+        )
+    check_middle_sizes(options.target, len(sizes))
     if options.target == "hog":
         hog_target(options, tokenized.patch_size, tokenized.channels)
     loss_weights(options, 1 if options.target in WITHOUT_TOKENS else teachers)
