@@ -54,6 +54,7 @@ def test_a_study_is_tuned_measured_continued_and_drawn_again(study, stores, phot
     assert low <= rows["channel"]["knn_difference"] <= high
     assert rows["channel"]["knn_difference"] == pytest.approx(rows["channel"]["knn"] - rows["patch"]["knn"], abs=0.01)
     assert result["split"] == "val"
+    assert _timed_rounds(out) == [2] * 4
 
     written = json.loads((out / "study.json").read_text())
     assert len(written["runs"]) == 4 * 2
@@ -86,6 +87,24 @@ def test_a_study_is_tuned_measured_continued_and_drawn_again(study, stores, phot
     line = error_line([*args, "--epochs", "2"])
     assert "--epochs" in line
     assert "arm patch" in line
+
+
+def _timed_rounds(out):
+    """How often each arm was timed."""
+    speeds = json.loads((out / "timing" / "0" / "speeds.json").read_text())
+    return [len(arm["images_per_second"]) for arm in speeds.values()]
+
+
+@pytest.mark.timeout(600)
+def test_with_seconds_the_epochs_are_those_that_the_median_speed_allows(study, stores, photos, tmp_path, printed_json):
+    study.write_text(STUDY.partition("  channel")[0])
+    out = tmp_path / "out"
+    args = ["ablate", str(study), str(photos), "--out", str(out), "--stores-in", str(stores), "--seconds", "1", *SMALL]
+    assert run(args) == 0
+    assert _timed_rounds(out) == [5]
+    (row,) = printed_json()["rows"]
+    images = json.loads((out / "study.json").read_text())["data"][photos.name]["train"]
+    assert row["epochs"] == pytest.approx(row["images_per_second"] / images, abs=0.01)
 
 
 @pytest.mark.timeout(600)

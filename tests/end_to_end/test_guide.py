@@ -46,7 +46,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "detect": {**SHORT, "image_size": 64, "head_channels": 16},
     "features": ONE_PROCESS,
     "report": CPU,
-    "ablate": {**ONE_PROCESS, "epochs": 1, "base": ",".join(f"{k}={v}" for k, v in {**ENCODER, **DECODER}.items())},
+    "ablate": {
+        **ONE_PROCESS,
+        "epochs": 1,
+        "base": ",".join(f"{k}={v}" for k, v in {**ENCODER, **DECODER, "batch_size": 8}.items()),
+    },
     "bench store": {
         **ONE_PROCESS,
         **TEACHER,

@@ -25,7 +25,7 @@ from fastmae.runtime.wording import counted
 from fastmae.studies.held_out import held_out_fifth
 from fastmae.studies.jobs import Job, Outcome, run_jobs
 from fastmae.studies.measure import finetune_options, read_figures
-from fastmae.studies.speeds import as_json, merged, signature
+from fastmae.studies.speeds import FORECAST_ROUNDS, ROUNDS, as_json, merged, signature
 from fastmae.studies.study_call import StudyCall
 from fastmae.studies.study_file import check_data_names, load_study
 from fastmae.studies.study_results import speed_key
@@ -169,12 +169,13 @@ def _time_arms(runs: Runs, variants: list[Variant]) -> dict[str, dict[str, float
         }
         for variant in variants
     ]
+    rounds = FORECAST_ROUNDS if runs.study.seconds is None else ROUNDS
     jobs = []
     for number in range(runs.config.jobs):
         own = folder / str(number)
         own.mkdir(exist_ok=True)
-        first = number * len(arms) // runs.config.jobs
-        write_json(own / JOB_FILE, {"kind": SPEEDS, "arms": arms, "first": first, "file": SPEEDS_FILE})
+        job = {"kind": SPEEDS, "arms": arms, "rounds": rounds, "file": SPEEDS_FILE}
+        write_json(own / JOB_FILE, {**job, "first": number * len(arms) // runs.config.jobs})
         jobs.append(Job(f"timing {number}", own / JOB_FILE, 0.0))
 
     def finished(job: Job, outcome: Outcome) -> list[Job]:

@@ -21,7 +21,10 @@ from fastmae.studies.flops import training_flops
 
 log = logging.getLogger(__name__)
 ROUNDS = 5
-"""The arms take turns, so that a change in the machine's load meets them all; the median forgives a slow round."""
+"""Where the speeds decide the epochs. The arms take turns, so that a change in the machine's load meets them all; the
+median forgives a slow round."""
+FORECAST_ROUNDS = 2
+"""Where the epochs are fixed, and the speeds are for the forecast and the table."""
 TIMED_STEPS, ENOUGH_SECONDS = 10, 2.0
 """Of an arm whose steps are slow, fewer are timed."""
 EMBEDDED_IMAGES = 128
@@ -54,12 +57,13 @@ def measure_speeds(job: dict[str, Any], folder: Path) -> None:
 
     Args:
         job: `arms`, a list of `key`, `pretrain` (options) and `data` (labelled folder); `first`, the arm to begin with,
-            so that several processes that do this at once don't time the same arm; `file`, the result's name.
+            so that several processes that do this at once don't time the same arm; `rounds`, how often each arm is
+            timed; `file`, the result's name.
         folder: where the result is written: key -> figures.
     """
     arms = job["arms"][job["first"] :] + job["arms"][: job["first"]]
     figures: dict[str, dict[str, Any]] = {arm["key"]: {"images_per_second": []} for arm in arms}
-    for number in range(ROUNDS):
+    for number in range(job["rounds"]):
         for arm in arms:
             options = PretrainConfig(**arm["pretrain"])
             speed = images_per_second(options, TIMED_STEPS, ENOUGH_SECONDS)
