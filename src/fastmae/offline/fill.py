@@ -18,6 +18,7 @@ from fastmae.images.image_list import ImageList
 from fastmae.images.middle import MiddleImage, make_middle_image
 from fastmae.images.reading import Skipped, read_or_skip
 from fastmae.images.sources import Source
+from fastmae.runtime.device import pins_memory
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.workers import as_is, batches, worker_count
 from fastmae.teachers import Teacher
@@ -210,7 +211,7 @@ def run_teacher(
         pixels = torch.stack([image.pixels for image in decoded])
         values = pixels.transpose(0, 1).flatten(1).double() / 255
         pixel_sums = torch.stack([values.sum(1), values.square().sum(1)])
-        if device.type == "cuda":
+        if pins_memory(device):
             pixels = pixels.pin_memory()
         pixels = pixels.to(device, non_blocking=True)
         tokens = teacher(pixels)

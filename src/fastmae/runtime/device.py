@@ -48,6 +48,11 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def pins_memory(device: torch.device) -> bool:
+    """Whether a copy from the CPU to this device is asynchronous only out of pinned (page-locked) memory."""
+    return device.type == "cuda"
+
+
 def cores() -> int:
     """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from fastmae.errors import InputError, OneProcessError
-from fastmae.runtime.device import cores
+from fastmae.runtime.device import cores, pins_memory
 
 Batch = TypeVar("Batch")
 
@@ -71,7 +71,7 @@ def batches(
         batch_sampler=batch_sampler,
         num_workers=min(worker_count(workers), length_hint(order, sys.maxsize)),  # a generator's length is unknown
         collate_fn=collate,
-        pin_memory=device.type == "cuda",
+        pin_memory=pins_memory(device),
         worker_init_fn=heed_only_the_parent,
     )
     return guarded(loader)
