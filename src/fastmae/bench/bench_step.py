@@ -38,6 +38,7 @@ from fastmae.bench.sample import IMAGENET_IMAGES
 from fastmae.bench.table import Table, machine
 from fastmae.bench.timing import format_rate, interleave, same_every_round
 from fastmae.config import BenchStepConfig
+from fastmae.runtime.arithmetic import computes_as_asked
 from fastmae.runtime.device import memory_hint
 
 FP16_BYTES = 2
@@ -80,6 +81,7 @@ class StepMeasurement:
     memory: float
 
 
+@computes_as_asked
 def bench_step(config: BenchStepConfig) -> dict[str, Any]:
     """Measure all rows and publish the table.
 

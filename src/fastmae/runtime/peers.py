@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from fastmae.errors import FailedCheckError, InputError, first_line
 from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.heartbeat import Heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +26,24 @@ GRACE = 20.0
 """Seconds that a process gets to end by itself once another one has ended: after a signal or on bad input, all do."""
 CONTINUES = "saved work is kept, and the same call continues from it"
 _started: list[subprocess.Popen[bytes]] = []
+_heartbeats: list[Heartbeat] = []
+_ending = threading.Lock()
+"""Held by the thread that ends this process, so that one line is written."""
+
+
+def prepare_to_watch() -> None:
+    """Before the processes connect: an error of NCCL shall not abort this process with a stack trace.
+
+    The heartbeat reads NCCL's errors and reports them instead, which it can since torch 2.7.
+    """
+    if hasattr(getattr(dist, "ProcessGroupNCCL", None), "get_error"):
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
 
 
 def watch_peers(fabric: Fabric) -> None:
-    """Watch the processes that Fabric has started for `--devices`; at exit, close the connections and end them.
+    """Watch all processes by their heartbeats, and those that Fabric has started for `--devices` directly too.
+
+    At exit, the connections are closed and the started processes ended.
 
     This replaces Fabric's own observer, which checks every five seconds and ends this process by SIGKILL, without a
     message, even if all processes are about to end by themselves. The observer stops once its list of processes is
@@ -35,6 +51,9 @@ def watch_peers(fabric: Fabric) -> None:
     """
     if fabric.world_size == 1:
         return
+    heartbeat = Heartbeat(fabric.global_rank, fabric.world_size, _lost, failure=_communication_failure)
+    heartbeat.start()
+    _heartbeats.append(heartbeat)
     started = getattr(fabric.strategy.launcher, "procs", [])
     if started:
         _started.extend(started)
@@ -65,6 +84,9 @@ def ends_with_its_peers(function: Callable[P, Result]) -> Callable[P, Result]:
                 cause = f"another process of this run has ended or can't be reached ({first_line(error)})"
                 raise FailedCheckError(f"{cause}; {CONTINUES}") from None
             raise (InputError if failed.returncode == 2 else FailedCheckError)(_fate(failed)) from None
+        finally:
+            while _heartbeats:
+                _heartbeats.pop().stop()
 
     return wrapped
 
@@ -90,10 +112,34 @@ def _watch() -> None:
         if all(process.returncode == 0 for process in _started):
             return
     time.sleep(GRACE)
-    log.warning(f"fastmae: {_fate(failed)}")
+    _end(_fate(failed), 2 if failed.returncode == 2 else 1)
+
+
+def _lost(line: str) -> None:
+    """A process is gone, and this one may wait for it without an end."""
+    failed = _first_failed(GRACE / 4)  # which may have reported why
+    if failed is None:
+        _end(f"{line}; {CONTINUES}", 1)
+    else:
+        _end(_fate(failed), 2 if failed.returncode == 2 else 1)
+
+
+def _end(line: str, code: int) -> None:
+    _ending.acquire()
+    log.warning(f"fastmae: {line}")
     for process in _started:
         process.kill()
-    os._exit(2 if failed.returncode == 2 else 1)
+    os._exit(code)
+
+
+def _communication_failure() -> str:
+    """A line about an error that NCCL has met, or ''."""
+    for group in list(getattr(dist.distributed_c10d._world, "pg_map", ())):
+        backend = group._get_backend(torch.device("cuda")) if dist.get_backend(group) == "nccl" else None
+        error = backend.get_error().name if hasattr(backend, "get_error") else "SUCCESS"
+        if error != "SUCCESS":
+            return f"NCCL has failed ({error.lower()}): another process has ended or can't be reached"
+    return ""
 
 
 def _disconnect() -> None:
