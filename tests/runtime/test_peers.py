@@ -1,11 +1,15 @@
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch.distributed as dist
 
 from fastmae.errors import FailedCheckError, InputError
-from fastmae.runtime import peers
+from fastmae.runtime import heartbeat, peers
 
 LOST_CONNECTION = "[/build/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:897: Connection reset by peer"
 
@@ -82,7 +86,7 @@ def test_no_process_is_left_at_exit(start, monkeypatch):
 def test_a_process_that_hangs_after_a_peer_has_failed_is_ended_with_a_message():
     script = """
 import subprocess, sys, threading, time
-from fastmae.runtime import peers
+from fastmae.runtime import heartbeat, peers
 peers.GRACE = 0.3
 peers._started.append(subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]))
 threading.Thread(target=peers._watch, daemon=True).start()
@@ -93,3 +97,56 @@ time.sleep(60)
     assert hung.stderr.startswith("fastmae: process 2 of 2")
     assert hung.stderr.endswith(f"{peers.CONTINUES}\n")
     assert hung.stderr.count("\n") == 1
+
+
+COLLECTIVE_WITHOUT_END = """
+import functools, time
+from fastmae.runtime import heartbeat, peers
+from fastmae.runtime.launch import launch
+
+peers.Heartbeat = functools.partial(heartbeat.Heartbeat, interval=0.1, patience=20)
+
+
+@peers.ends_with_its_peers
+def run():
+    launch("cpu", "32-true", 1, seed=0)
+    print("connected", flush=True)
+    time.sleep(60)  # as in a collective of NCCL, which returns no error when a peer is lost
+
+
+run()
+"""
+
+
+def test_the_default_patience_is_well_within_a_minute():
+    assert heartbeat.INTERVAL * heartbeat.PATIENCE + peers.GRACE < 55
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lost", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_process_that_waits_for_a_lost_one_without_an_end_is_ended_with_one_line(lost, number):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank}
+        arguments = [sys.executable, "-c", COLLECTIVE_WITHOUT_END]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(arguments, env=environment, text=True, **pipes))
+    try:
+        assert [process.stdout.readline() for process in processes] == ["connected\n"] * 2
+        time.sleep(0.5)  # some beats
+        processes[lost].send_signal(number)
+        _, errors = processes[1 - lost].communicate(timeout=30)
+        assert processes[1 - lost].returncode == 1, errors
+        lines = [line for line in errors.splitlines() if line.startswith("fastmae: ")]
+        assert len(lines) == 1, errors
+        assert lines[0].startswith(f"fastmae: process {lost + 1} of 2 ")
+        assert lines[0].endswith(peers.CONTINUES)
+        assert "Traceback" not in errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

@@ -32,8 +32,8 @@ class TrainingConfig(Common):
     """Most images that a device takes at once; a larger share of the batch is accumulated over several passes.
     0: no limit."""
     precision: Precision = "auto"
-    """auto: bf16-mixed on a GPU that supports it, 16-mixed on other GPUs, 32-true elsewhere. tf32: float32, but NVIDIA GPUs
-    since Ampere round the factors of matrix products and convolutions to 10 bits; 32-true never does."""
+    """auto: bf16-mixed on a GPU that supports it, 16-mixed on other GPUs, 32-true elsewhere. tf32: float32, but NVIDIA
+    GPUs since Ampere round the factors of matrix products and convolutions to 10 bits; 32-true never does."""
     deterministic: bool = False
     """Take only kernels that give the same bits each time, so that a run on GPUs can be repeated, and continued after a
     kill, with exactly the same losses. Slower. Without it they agree to rounding. CPUs need no such kernels."""

@@ -31,8 +31,8 @@ from fastmae.offline.estimate import nearest_folder
 from fastmae.offline.listing import ListedImages, listed_images
 from fastmae.probes.embed import check_pool, pooled, tokens_of
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
-from fastmae.runtime.device import memory_hint
 from fastmae.runtime.arithmetic import computes_as_asked
+from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import remove_parts, write_whole
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch

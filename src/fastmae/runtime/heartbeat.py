@@ -68,7 +68,7 @@ class Heartbeat:
         self.silence: dict[int, int] = {}
         self.hosts: dict[int, str] = {}
         self.verdict = ""
-        self._prefix = f"fastmae/heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._prefix = f"fastmae/heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._stopped = threading.Event()
         # Two threads, since an exchange with a store whose process is gone may itself take long.
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._watch)]

@@ -1,0 +1,81 @@
+import pytest
+import torch
+import torch.distributed as dist
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from fastmae.runtime.arithmetic import deterministic_kernels
+from fastmae.runtime.strategy import strategy_for
+
+
+class Network(nn.Module):
+    """Two blocks between two linear layers. Notes the types of the weights that a block computes with."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 32), nn.Linear(32, 4)
+        self.blocks = nn.Sequential(*(Block(32, 2) for _ in range(2)))
+        self.seen = {}
+        self.blocks[0].mlp.register_forward_pre_hook(self.note)
+
+    def note(self, mlp, inputs):
+        """Called in the block's forward pass, between gathering its weights and freeing them."""
+        self.seen["block"], self.seen["residual"] = mlp.fc1.weight.dtype, self.residual
+
+    def forward(self, images):
+        tokens = self.embed(images)
+        self.seen["outside"], self.residual = self.embed.weight.dtype, tokens.float().dtype
+        for block in self.blocks:
+            tokens = block(tokens.float())
+            self.residual = tokens.dtype
+        return self.head(tokens.mean(1))
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    dist.destroy_process_group()
+
+
+def trained_step(network, autocast):
+    images = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output = network(images)
+    loss = output.float().square().mean()
+    loss.backward()
+    return loss
+
+
+def gradients(network):
+    found = {name: weight.grad for name, weight in network.named_parameters()}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_fsdp_gathers_a_blocks_weights_in_bf16_and_steps_and_saves_in_float32(mesh, bf16):
+    torch.manual_seed(0)
+    plain, sharded = Network(), Network()
+    sharded.load_state_dict(plain.state_dict())
+    strategy_for("fsdp", 2, (Block,), bf16)._parallelize_fn(sharded, mesh)
+    expected, loss = trained_step(plain, bf16), trained_step(sharded, bf16)
+    gathered = torch.bfloat16 if bf16 else torch.float32
+    assert sharded.seen == {"block": gathered, "outside": torch.float32, "residual": torch.float32}
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=2e-2 if bf16 else 1e-6, atol=0)
+    for name, expected_gradient in gradients(plain).items():
+        gradient = gradients(sharded)[name]
+        assert gradient.dtype == torch.float32
+        difference = (gradient - expected_gradient).norm() / expected_gradient.norm().clamp(min=1e-6)
+        assert difference < (5e-2 if bf16 else 1e-5), name
+    saved = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    assert all(torch.equal(saved[name], weight) for name, weight in plain.state_dict().items())
+
+
+def test_ddp_packs_its_gradients_anew_unless_sums_must_be_deterministic():
+    assert not strategy_for("ddp", 2, (), bf16=False)._ddp_kwargs["find_unused_parameters"]
+    with deterministic_kernels(True):
+        assert strategy_for("ddp", 2, (), bf16=False)._ddp_kwargs["find_unused_parameters"]
