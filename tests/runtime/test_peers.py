@@ -3,7 +3,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -97,6 +99,62 @@ time.sleep(60)
     assert hung.stderr.startswith("fastmae: process 2 of 2")
     assert hung.stderr.endswith(f"{peers.CONTINUES}\n")
     assert hung.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("codes", "code", "line"), [((), 1, "process 2 is silent"), ((None, 2), 2, "process 3 of 3")])
+def test_a_lost_heartbeat_ends_the_process_after_what_a_started_one_has_reported(
+    codes, code, line, start, monkeypatch, caplog
+):
+    monkeypatch.setattr(peers, "_ending", threading.Lock())
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    start(*codes)
+    with pytest.raises(SystemExit) as ended:
+        peers._lost("process 2 is silent")
+    assert ended.value.code == code
+    assert caplog.messages[-1].startswith(f"fastmae: {line}")
+    assert caplog.messages[-1].endswith(peers.CONTINUES)
+
+
+class Group:
+    """A process group whose backend reports an error, or is older than torch 2.7 and reports none."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def _get_backend(self, device):
+        assert device.type == "cuda"
+        if self.error is None:
+            return SimpleNamespace()
+        return SimpleNamespace(get_error=lambda: SimpleNamespace(name=self.error))
+
+
+@pytest.mark.parametrize(
+    ("errors", "line"),
+    [
+        (["SUCCESS", "REMOTE_ERROR"], "NCCL has failed (remote_error): another process has ended or can't be reached"),
+        (["SUCCESS", None], ""),
+    ],
+)
+def test_an_error_of_nccl_in_any_group_is_noticed(errors, line, monkeypatch):
+    monkeypatch.setattr(dist.distributed_c10d, "_pg_map", {Group(error): ("nccl", None) for error in errors})
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    assert peers._communication_failure() == line
+
+
+def test_nccl_does_not_abort_the_process_if_its_errors_can_be_read(monkeypatch):
+    variable = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    monkeypatch.setenv(variable, "")
+    monkeypatch.delenv(variable)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(), raising=False)
+    peers.prepare_to_watch()
+    assert variable not in os.environ
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(get_error=None), raising=False)
+    peers.prepare_to_watch()
+    assert os.environ[variable] == "0"
+
+
+def test_gloo_reports_its_errors_itself(group):
+    assert peers._communication_failure() == ""
 
 
 COLLECTIVE_WITHOUT_END = """

@@ -99,17 +99,15 @@ def deterministic_kernels(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    mode, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    benchmark, fill = torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory
+    mode = torch.get_deterministic_debug_mode()  # 0: off; 1: missing kernels warn; 2: they are errors
+    memory: Any = torch.utils.deterministic
+    benchmark, fill = torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory
     workspace = os.environ.get(WORKSPACE)
     if workspace not in WORKSPACES:
         os.environ[WORKSPACE] = WORKSPACES[0]
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for each new tensor; ours are all written
+    memory.fill_uninitialized_memory = False  # a kernel for each new tensor; ours are all written
     try:
         yield
     except RuntimeError as error:
@@ -121,9 +119,9 @@ def deterministic_kernels(enabled: bool) -> Iterator[None]:
             "leave --deterministic out"
         ) from error
     finally:
-        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+        torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
         torch.backends.cudnn.benchmark = benchmark
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
         if workspace is None:
             del os.environ[WORKSPACE]
         else:

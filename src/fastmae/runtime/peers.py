@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -135,7 +135,7 @@ def _end(line: str, code: int) -> None:
 def _communication_failure() -> str:
     """A line about an error that NCCL has met, or ''."""
     for group in list(getattr(dist.distributed_c10d._world, "pg_map", ())):
-        backend = group._get_backend(torch.device("cuda")) if dist.get_backend(group) == "nccl" else None
+        backend: Any = group._get_backend(torch.device("cuda")) if dist.get_backend(group) == "nccl" else None
         error = backend.get_error().name if hasattr(backend, "get_error") else "SUCCESS"
         if error != "SUCCESS":
             return f"NCCL has failed ({error.lower()}): another process has ended or can't be reached"

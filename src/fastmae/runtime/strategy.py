@@ -25,8 +25,8 @@ def strategy_for(
     if name == "ddp":
         # By default DDP packs the gradients anew after the first backward pass. The order in which three or more
         # processes are summed follows from the packing, so the first step after a restart would sum in another order.
-        # A search for unused parameters, of which there are none, keeps the first packing.
-        return DDPStrategy(find_unused_parameters=torch.are_deterministic_algorithms_enabled())
+        # A search for unused parameters keeps the first packing. There are none, of which torch warns.
+        return DDPStrategy(find_unused_parameters=world_size > 2 and torch.are_deterministic_algorithms_enabled())
     block_policy = bf16_policy() if bf16 else MixedPrecisionPolicy()
 
     def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
