@@ -101,6 +101,33 @@ time.sleep(60)
     assert hung.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
+def test_a_process_that_has_failed_ends_even_if_its_connections_do_not_close():
+    script = """
+import atexit, time
+import torch.distributed as dist
+from fastmae.errors import InputError
+from fastmae.runtime import peers
+
+peers.GRACE = 0.3
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+atexit.register(time.sleep, 60)
+
+
+@peers.ends_with_its_peers
+def run():
+    raise InputError("an image is damaged")
+
+
+try:
+    run()
+except InputError as error:
+    print(error)
+"""
+    failed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=50)
+    assert (failed.returncode, failed.stdout) == (2, "an image is damaged\n"), failed.stderr
+
+
 @pytest.mark.parametrize(("codes", "code", "line"), [((), 1, "process 2 is silent"), ((None, 2), 2, "process 3 of 3")])
 def test_a_lost_heartbeat_ends_the_process_after_what_a_started_one_has_reported(
     codes, code, line, start, monkeypatch, caplog

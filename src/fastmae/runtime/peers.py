@@ -1,13 +1,14 @@
 """The processes of one run end together: if one is lost, one line says so, and no other process is left hanging."""
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -75,20 +76,31 @@ def ends_with_its_peers(function: Callable[P, Result]) -> Callable[P, Result]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Result:
         try:
-            return function(*args, **kwargs)
-        except RuntimeError as error:
-            if not _lost_a_peer(error):
-                raise
-            failed = _first_failed(GRACE)
-            if failed is None:
-                cause = f"another process of this run has ended or can't be reached ({first_line(error)})"
-                raise FailedCheckError(f"{cause}; {CONTINUES}") from None
-            raise (InputError if failed.returncode == 2 else FailedCheckError)(_fate(failed)) from None
+            with _lost_peers_reported():
+                return function(*args, **kwargs)
+        except (InputError, FailedCheckError) as error:
+            if dist.is_available() and dist.is_initialized():
+                atexit.register(_exit_in_any_case, 2 if isinstance(error, InputError) else 1)
+            raise
         finally:
             while _heartbeats:
                 _heartbeats.pop().stop()
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _lost_peers_reported() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not _lost_a_peer(error):
+            raise
+        failed = _first_failed(GRACE)
+        if failed is None:
+            cause = f"another process of this run has ended or can't be reached ({first_line(error)})"
+            raise FailedCheckError(f"{cause}; {CONTINUES}") from None
+        raise (InputError if failed.returncode == 2 else FailedCheckError)(_fate(failed)) from None
 
 
 def _lost_a_peer(error: RuntimeError) -> bool:
@@ -140,6 +152,13 @@ def _communication_failure() -> str:
         if error != "SUCCESS":
             return f"NCCL has failed ({error.lower()}): another process has ended or can't be reached"
     return ""
+
+
+def _exit_in_any_case(code: int) -> None:
+    """At exit after a failure, don't wait long: to close its connections, NCCL may wait for peers that don't come."""
+    timer = threading.Timer(1.5 * GRACE, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def _disconnect() -> None:
