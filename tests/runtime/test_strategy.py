@@ -19,19 +19,21 @@ class Network(nn.Module):
         self.embed, self.head = nn.Linear(6, 32), nn.Linear(32, 4)
         self.blocks = nn.Sequential(*(Block(32, 2) for _ in range(2)))
         self.seen = {}
-        self.blocks[0].mlp.register_forward_pre_hook(self.note)
+        self.blocks[0].mlp.register_forward_pre_hook(self.note_weights)
+        self.blocks[0].register_forward_hook(self.note_output)
 
-    def note(self, mlp, inputs):
+    def note_weights(self, mlp, inputs):
         """Called in the block's forward pass, between gathering its weights and freeing them."""
-        self.seen["block"], self.seen["residual"] = mlp.fc1.weight.dtype, self.residual
+        self.seen["block"] = mlp.fc1.weight.dtype
+
+    def note_output(self, block, inputs, output):
+        """The residual stream, which is in the dtype of the block's input if FSDP doesn't cast that."""
+        self.seen["residual"] = output.dtype
 
     def forward(self, images):
         tokens = self.embed(images)
-        self.seen["outside"], self.residual = self.embed.weight.dtype, tokens.float().dtype
-        for block in self.blocks:
-            tokens = block(tokens.float())
-            self.residual = tokens.dtype
-        return self.head(tokens.mean(1))
+        self.seen["outside"] = self.embed.weight.dtype
+        return self.head(self.blocks(tokens.float()).mean(1))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -57,7 +58,7 @@ def bf16_policy() -> MixedPrecisionPolicy:
 def _normalise_in_float32(block: nn.Module) -> None:
     """Let a block's LayerNorms take their weights back to float32, as autocast does on GPUs but not on CPUs."""
     for module in block.modules():
-        if isinstance(module, nn.LayerNorm):
+        if type(module) in (nn.LayerNorm, timm.layers.LayerNorm):
             module.forward = partial(_layer_norm, module)  # type: ignore[method-assign]
 
 
