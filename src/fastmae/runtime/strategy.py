@@ -49,7 +49,7 @@ def bf16_policy() -> MixedPrecisionPolicy:
     """FSDP's part in bf16-mixed: a block's weights are gathered in bf16, and its gradients are summed in float32.
 
     The precision of each operation stays with autocast, as under DDP, so a block's inputs are not cast: the residual
-    stream stays in float32. The shards that the optimizer steps on and the checkpoint holds are float32. What lies
+    stream keeps its dtype. The shards that the optimizer steps on and the checkpoint holds are float32. What lies
     outside the blocks is gathered in float32; it is little, and a CNN's batch norms there need it.
     """
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -58,7 +58,7 @@ def bf16_policy() -> MixedPrecisionPolicy:
 def _normalise_in_float32(block: nn.Module) -> None:
     """Let a block's LayerNorms take their weights back to float32, as autocast does on GPUs but not on CPUs."""
     for module in block.modules():
-        if type(module) in (nn.LayerNorm, timm.layers.LayerNorm):
+        if isinstance(module, nn.LayerNorm) and type(module) in (nn.LayerNorm, timm.layers.LayerNorm):
             module.forward = partial(_layer_norm, module)  # type: ignore[method-assign]
 
 
