@@ -198,7 +198,9 @@ class Steps:
     @property
     def precision(self) -> str:
         """The precision that `auto` became."""
-        return str(self.fabric.strategy.precision.precision)
+        return (
+            self.config.precision if self.config.precision == "tf32" else str(self.fabric.strategy.precision.precision)
+        )
 
     def step(self, method: Method) -> Step:
         """The step of a row."""

@@ -30,7 +30,8 @@ class FeaturesConfig(Common):
     image_size: Annotated[int | None, PIXELS] = None
     """Side of the images in pixels. Default: the encoder's own."""
     precision: Precision = "auto"
-    """auto: bf16-mixed on a GPU that supports it, 16-mixed on other GPUs, 32-true elsewhere."""
+    """auto: bf16-mixed on a GPU that supports it, 16-mixed on other GPUs, 32-true elsewhere. tf32: float32, but NVIDIA
+    GPUs since Ampere round the factors of matrix products and convolutions to 10 bits."""
     batch_size: Annotated[int, AT_LEAST_1] = 64
     """Images per forward pass."""
     workers: Annotated[int, WORKERS] = -1

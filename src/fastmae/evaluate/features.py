@@ -31,6 +31,7 @@ from fastmae.offline.estimate import nearest_folder
 from fastmae.offline.listing import ListedImages, listed_images
 from fastmae.probes.embed import check_pool, pooled, tokens_of
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.arithmetic import computes_as_asked
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import remove_parts, write_whole
 from fastmae.runtime.fabric import Fabric
@@ -126,6 +127,7 @@ EmbedBatch = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 """uint8 [B, K, S, S] on the CPU -> float32 [B, D], and with --dense [B, g, g, D], on the device."""
 
 
+@computes_as_asked
 def features(config: FeaturesConfig) -> dict[str, Any]:
     """Embed the images and write the file; the command's JSON.
 

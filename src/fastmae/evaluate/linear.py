@@ -22,6 +22,7 @@ from fastmae.probes.embed import EmbedNormalised, embed_images, pooled_features
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.probes.logistic import linear_accuracy
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.arithmetic import computes_as_asked, float32_products
 from fastmae.runtime.device import own_device
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.processes import this_process
@@ -43,6 +44,7 @@ BATCH_SIZE = 64
 """Images per forward pass while features are computed."""
 
 
+@computes_as_asked
 def linear(config: LinearConfig) -> dict[str, Any] | None:
     """Probe the encoder; the command's JSON (None in all processes but the first).
 
@@ -169,7 +171,7 @@ def _step(
 ) -> Mapping[str, torch.Tensor]:
     inputs, labels = batch
     if embed is not None:
-        with torch.no_grad():
+        with torch.no_grad(), float32_products(inputs.device, tf32=False):
             inputs = embed(inputs).float()
     return {"loss": F.cross_entropy(model(inputs).float(), labels)}
 

@@ -15,6 +15,7 @@ from fastmae.images.decode import UndecodableError
 from fastmae.images.middle import resized_pixels
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, normalise
 from fastmae.probes.labelled import LabelledFolder
+from fastmae.runtime.arithmetic import float32_products
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.workers import batches
 from fastmae.student.encoder import Encoder, is_plain_vit
@@ -202,7 +203,8 @@ def embed_images(
         InputError: a file that can't be decoded.
     """
     features = []
-    with Progress(label, "images", total=len(images), quiet=quiet) as progress:  # type: ignore[arg-type]
+    # In float32 proper: the figures are then the same on any device.
+    with float32_products(device, tf32=False), Progress(label, "images", total=len(images), quiet=quiet) as progress:  # type: ignore[arg-type]
         for batch in batches(images, device, workers, batch_size=batch_size):
             pixels = batch[0] if isinstance(batch, list | tuple) else batch
             features.append(embed(pixels.to(device, non_blocking=True)).float().cpu())

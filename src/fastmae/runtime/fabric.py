@@ -18,13 +18,14 @@ try:
         SLURMEnvironment,
         TorchElasticEnvironment,
     )
-    from lightning_fabric.strategies import ModelParallelStrategy, Strategy
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 finally:
     if _HIDDEN:
         del sys.modules["torchmetrics"]
 
 __all__ = [
     "ClusterEnvironment",
+    "DDPStrategy",
     "Fabric",
     "LightningEnvironment",
     "ModelParallelStrategy",

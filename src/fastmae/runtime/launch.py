@@ -7,23 +7,20 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from fastmae.config import Precision
 from fastmae.errors import InputError, first_line
-from fastmae.runtime.device import cores, resolve_device
+from fastmae.runtime.device import cores, own_device, resolve_device
 from fastmae.runtime.fabric import (
     ClusterEnvironment,
     Fabric,
     LightningEnvironment,
-    ModelParallelStrategy,
     SLURMEnvironment,
-    Strategy,
     TorchElasticEnvironment,
 )
-from fastmae.runtime.peers import CONTINUES, watch_peers
+from fastmae.runtime.peers import CONTINUES, prepare_to_watch, watch_peers
 from fastmae.runtime.processes import this_process
+from fastmae.runtime.strategy import strategy_for
 
 ENVIRONMENTS: dict[str, type[ClusterEnvironment]] = {
     "": LightningEnvironment,
@@ -59,30 +56,47 @@ def launch(
             f"use --device {torch_device.type}"
         )
     available = torch.cuda.device_count() if torch_device.type == "cuda" else cores()
-    if devices > available:
+    bound = bool(this_process().launcher) and torch_device.type == "cuda"  # srun may show each process its own GPU only
+    if devices > available and not bound:
         raise InputError(f"--devices {devices}: this machine has {available} ({torch_device.type})")
     fabric_precision = _precision(precision, torch_device)
     if fabric_precision == "16-mixed" and strategy == "fsdp" and world_size > 1:
         raise InputError(
-            "--strategy fsdp: needs --precision bf16-mixed or 32-true, "
+            "--strategy fsdp: needs --precision bf16-mixed, tf32 or 32-true, "
             "since 16-mixed would scale the gradients of each shard on its own"
         )
+    processes = (
+        "auto" if world_size == 1 else strategy_for(strategy, world_size, blocks, fabric_precision == "bf16-mixed")
+    )
+    device_indices: int | list[int] = devices if torch_device.index is None else [torch_device.index]
+    if bound:
+        own = own_device(device)
+        device_indices = [own.index]
+        if not isinstance(processes, str):
+            processes.parallel_devices = [own] * devices  # Fabric takes the one at this process's number on the machine
     try:
         fabric = Fabric(
             accelerator=torch_device.type,
-            devices=devices if torch_device.index is None else [torch_device.index],
+            devices=device_indices,
             num_nodes=nodes,
-            strategy=_strategy(strategy, world_size, blocks),
+            strategy=processes,
             precision=fabric_precision,
             plugins=ENVIRONMENTS[this_process().launcher](),
         )
     except (ValueError, RuntimeError) as error:  # a SLURM job of unequal machines, say
         raise InputError(f"--devices {devices}: the processes can't be set up ({first_line(error)})") from error
-    fabric.launch()
+    if world_size > 1:
+        prepare_to_watch()
+    try:
+        fabric.launch()
+    except RuntimeError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise InputError(
+            f"{this_process().launcher or '--devices'} has started several processes for one GPU; start one for each"
+        ) from error
     watch_peers(fabric)
     torch.manual_seed(seed)
-    if torch_device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     return fabric
 
 
@@ -145,28 +159,9 @@ def _processes(devices: int) -> tuple[int, int]:
     return process.local_world_size, process.world_size // process.local_world_size
 
 
-def _strategy(name: str, world_size: int, blocks: tuple[type, ...]) -> str | Strategy:
-    if world_size == 1:
-        return "auto"
-    if name == "ddp":
-        return "ddp"
-
-    def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        for module in model.modules():
-            if isinstance(module, blocks):
-                fully_shard(module, mesh=mesh["data_parallel"])
-        fully_shard(model, mesh=mesh["data_parallel"])
-        return model
-
-    # FSDP2. Fabric's FSDPStrategy is the older FSDP, which needs CUDA; this one also runs on gloo, so tests cover it.
-    return ModelParallelStrategy(
-        shard, data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
-    )
-
-
 def _precision(precision: Precision, device: torch.device) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
     if precision != "auto":
-        return precision
+        return "32-true" if precision == "tf32" else precision  # how it rounds is `arithmetic`'s
     if device.type != "cuda":
         return "32-true"  # measured: faster than bf16 on CPUs without bf16 units
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
