@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from fastmae.runtime.arithmetic import deterministic_kernels
+from fastmae.runtime.low_precision import with_fast_norms
 from fastmae.runtime.strategy import strategy_for
 
 
@@ -60,7 +61,7 @@ def gradients(network):
 @pytest.mark.parametrize("bf16", [True, False])
 def test_fsdp_gathers_a_blocks_weights_in_bf16_and_steps_and_saves_in_float32(mesh, bf16):
     torch.manual_seed(0)
-    plain, sharded = Network(), Network()
+    plain, sharded = with_fast_norms(Network()), with_fast_norms(Network())
     sharded.load_state_dict(plain.state_dict())
     strategy_for("fsdp", 2, (Block,), bf16)._parallelize_fn(sharded, mesh)
     expected, loss = trained_step(plain, bf16), trained_step(sharded, bf16)

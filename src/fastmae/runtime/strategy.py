@@ -1,10 +1,6 @@
 """How several processes share the work: DDP, or FSDP2 with its mixed precision; and each process's own device."""
 
-from functools import partial
-
-import timm.layers
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -34,8 +30,6 @@ def strategy_for(
         for module in model.modules():
             if isinstance(module, blocks):
                 fully_shard(module, mesh=mesh["data_parallel"], mp_policy=block_policy)
-                if bf16:
-                    _normalise_in_float32(module)
         fully_shard(model, mesh=mesh["data_parallel"])
         return model
 
@@ -53,15 +47,3 @@ def bf16_policy() -> MixedPrecisionPolicy:
     outside the blocks is gathered in float32; it is little, and a CNN's batch norms there need it.
     """
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-
-
-def _normalise_in_float32(block: nn.Module) -> None:
-    """Let a block's LayerNorms take their weights back to float32, as autocast does on GPUs but not on CPUs."""
-    for module in block.modules():
-        if isinstance(module, nn.LayerNorm) and type(module) in (nn.LayerNorm, timm.layers.LayerNorm):
-            module.forward = partial(_layer_norm, module)  # type: ignore[method-assign]
-
-
-def _layer_norm(norm: nn.LayerNorm, tokens: torch.Tensor) -> torch.Tensor:
-    weight, bias = (None if values is None else values.float() for values in (norm.weight, norm.bias))
-    return F.layer_norm(tokens, norm.normalized_shape, weight, bias, norm.eps)
