@@ -1,7 +1,9 @@
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
-from fastmae.probes.logistic import linear_accuracy
+from fastmae.probes import logistic
+from fastmae.probes.logistic import fit, linear_accuracy, objective
 
 
 @pytest.mark.parametrize("classes", [2, 7])
@@ -25,3 +27,46 @@ def test_features_without_information_give_chance_accuracy():
     top1, top5 = linear_accuracy(train, labels, val, labels, 10)
     assert top1 < 20
     assert 35 < top5 < 65
+
+
+def clouds(classes, images, noise):
+    """Features around a centre for each class, and labels: float32 [images, 12], int64 [images]."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.arange(images) % classes
+    centres = torch.randn(classes, 12, generator=generator)
+    return 3 + centres[labels] + noise * torch.randn(images, 12, generator=generator), labels
+
+
+@pytest.mark.parametrize("chunk", [1 << 15, 17])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_objective_is_the_mean_cross_entropy_with_a_penalty_and_the_gradient_is_its_own(
+    classes, chunk, monkeypatch
+):
+    monkeypatch.setattr(logistic, "CHUNK", chunk)
+    features, labels = clouds(classes, 60, 1.0)
+    mean, std = features.mean(0), features.std(0)
+    layer = torch.randn(1 if classes == 2 else classes, 13, requires_grad=True)
+    scores = (features - mean) / std @ layer[:, :-1].T + layer[:, -1]
+    if classes == 2:
+        scores = torch.cat([torch.zeros(60, 1), scores], dim=1)
+    true = scores[torch.arange(60), labels]
+    expected = (scores.exp().sum(1).log() - true).mean() + layer[:, :-1].square().sum() / (2 * 60)
+    expected.backward()
+    loss, gradient = objective(layer.detach(), features, labels, classes, mean, std)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(gradient, layer.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_fit_for_a_gpu_gives_the_scores_of_scikit_learn(classes):
+    features, labels = clouds(classes, 400, 2.0)
+    mean, std = features.mean(0), features.std(0, correction=0)
+    layer = fit(features, labels, classes, mean, std)
+    standard = (features - mean) / std
+    scores = standard @ layer[:, :-1].T + layer[:, -1]
+    probe = LogisticRegression(C=1.0, max_iter=300, tol=1e-6).fit(standard.numpy(), labels.numpy())
+    expected = torch.from_numpy(probe.decision_function(standard.numpy())).float().reshape(400, -1)
+    if classes > 2:  # a constant added to all scores of an image changes nothing
+        scores, expected = (one - one.mean(1, keepdim=True) for one in (scores, expected))
+    assert torch.allclose(scores, expected, atol=1e-2)
+    assert expected.std() > 1

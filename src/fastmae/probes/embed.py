@@ -213,14 +213,14 @@ def embed_images(
             pixels = batch[0] if isinstance(batch, list | tuple) else batch
             vectors = embed(pixels.to(device, non_blocking=True)).float()
             if not done:
-                features = _room_for(count, vectors)
+                features = room_for(count, vectors)
             features[done : done + len(vectors)] = vectors
             done += len(vectors)
             progress.advance(len(vectors))
     return features
 
 
-def _room_for(count: int, vectors: torch.Tensor) -> torch.Tensor:
+def room_for(count: int, vectors: torch.Tensor) -> torch.Tensor:
     """Memory for the features of `count` images, given those of the first batch: on their device, or on the CPU."""
     num_bytes = count * vectors[0].numel() * vectors.element_size()
     fits = num_bytes <= FEATURES_SHARE * free_bytes(vectors.device)

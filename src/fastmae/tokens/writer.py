@@ -176,9 +176,7 @@ class StoreWriter:
                         images, shards = [], []
             if not decoded:
                 source, first = self.info.parts[0].source, self.header(0).images[0]
-                raise InputError(
-                    f"{source}: not one image could be decoded (first: {first.path}: {first.status})"
-                )
+                raise InputError(f"{source}: not one image could be decoded (first: {first.path}: {first.status})")
 
         write_whole(self.folder / INDEX_FILE, write_index)
         statistics = _mean_and_std("", token_sums, decoded * self.info.grid**2)
