@@ -273,21 +273,27 @@ def _number(megabytes: float | None) -> str:
     return "" if megabytes is None else f"{megabytes:.0f}"
 
 
-def main() -> None:
-    """Build the store, measure, print the table, and remove the store."""
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description="Rehearse a store of millions of images on one machine.")
     parser.add_argument("--images", type=int, default=1_300_000, help="images of the store")
     parser.add_argument("--shard-size", type=int, default=256, help="images per shard, as in `fastmae tokenize`")
     parser.add_argument("--folder", type=Path, required=True, help="a new folder; 0.5 GB per million images")
     parser.add_argument("--window", type=int, default=64, help="shards per group of the second shuffle")
-    parser.add_argument("--steps", type=int, default=200, help="steps of the training run")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the training run")
     parser.add_argument("--batch-size", type=int, default=1024, help="views per step")
     parser.add_argument("--workers", type=int, default=2, help="loading processes")
     parser.add_argument("--keep", action="store_true", help="leave the store where it is")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.folder.exists():
         parser.error(f"{args.folder} exists; give a new folder")
+    return args
+
+
+def main() -> None:
+    """Build the store, measure, print the figures, and remove the store."""
+    args = parsed()
     args.folder.mkdir(parents=True)
     try:
         rows = rehearse(args)
@@ -299,7 +305,7 @@ def main() -> None:
     if args.json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "bytes": sizes}))
     else:
-        print(table(rows), *(f"{name}: {size / 1e6:.2f} MB" for name, size in sizes.items()), sep="\n")
+        print(table(rows), "", *(f"{name}: {size / 1e6:.2f} MB" for name, size in sizes.items()), sep="\n")
 
 
 if __name__ == "__main__":
