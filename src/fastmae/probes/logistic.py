@@ -48,19 +48,28 @@ def linear_accuracy(
     device = train.device if device is None else device
     mean, std = train.mean(0), train.std(0, correction=0).clamp(min=1e-6)
     if device.type == "cpu":
-        scores = _scores_by_scikit_learn((train - mean) / std, train_labels, (val - mean) / std)
+        scores = scores_by_scikit_learn((train - mean) / std, train_labels, (val - mean) / std)
     else:
-        mean, std = mean.to(device), std.to(device)
-        layer = fit(train, train_labels, classes, mean, std)
-        inputs = _standardised(val.to(device), mean, std)
-        scores = _logits(inputs, layer, classes)
+        scores = scores_by_lbfgs(train, train_labels, val, classes, mean.to(device), std.to(device))
     hits = scores.topk(min(5, classes), dim=1).indices == val_labels.to(device)[:, None]
     top1, top5 = torch.stack([hits[:, 0].float().mean(), hits.any(1).float().mean()]).tolist()
     return 100 * top1, 100 * top5
 
 
-def _scores_by_scikit_learn(train: torch.Tensor, train_labels: torch.Tensor, val: torch.Tensor) -> torch.Tensor:
-    """Scores of standardised features, float [m, classes]."""
+def scores_by_scikit_learn(train: torch.Tensor, train_labels: torch.Tensor, val: torch.Tensor) -> torch.Tensor:
+    """Scores of `val` by a fit to `train`.
+
+    Args:
+        train: standardised features, float32 [n, D], on the CPU.
+        train_labels: int64 [n].
+        val: standardised features, float32 [m, D].
+
+    Returns:
+        float [m, classes].
+
+    Raises:
+        InputError: scikit-learn is not installed.
+    """
     try:
         from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - an extra, and slow to import
     except ImportError as error:
@@ -73,6 +82,19 @@ def _scores_by_scikit_learn(train: torch.Tensor, train_labels: torch.Tensor, val
     if scores.shape[1] == 1:  # two classes share one score
         scores = torch.cat([-scores, scores], dim=1)
     return scores
+
+
+def scores_by_lbfgs(
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    val: torch.Tensor,
+    classes: int,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+) -> torch.Tensor:
+    """Scores of `val`, float32 [m, classes], by `fit`, whose arguments the others are: on the device of `mean`."""
+    layer = fit(train, train_labels, classes, mean, std)
+    return _logits(_standardised(val.to(mean.device), mean, std), layer, classes)
 
 
 def fit(train: torch.Tensor, labels: torch.Tensor, classes: int, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
