@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastmae.errors import InputError
-from fastmae.runtime.device import memory_hint, own_device, resolve_device
+from fastmae.runtime.device import free_bytes, memory_hint, own_device, resolve_device
 
 
 def test_an_out_of_memory_error_becomes_one_line_with_advice():
@@ -16,6 +16,14 @@ def test_the_cpu_is_always_available_and_an_unknown_device_is_named(monkeypatch)
     assert own_device("cpu") == resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="--device abacus"):
         resolve_device("abacus")
+
+
+def test_the_free_memory_of_a_gpu_is_what_the_driver_has_and_what_torch_keeps_for_reuse(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    assert free_bytes(torch.device("cuda", 0)) == 1400
+    assert free_bytes(torch.device("cpu")) == float("inf")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

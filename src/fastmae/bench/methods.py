@@ -256,7 +256,7 @@ class Steps:
         optimizer: Any = self.fabric.setup_optimizers(
             torch.optim.AdamW(groups, lr=options.base_lr, betas=options.betas)
         )
-        batch, pixel_scale = self._batch(method), PixelScale(IMAGENET_MEAN, IMAGENET_STD, self.fabric.device)
+        batch, pixel_scale = self._batch(method), PixelScale(IMAGENET_MEAN, IMAGENET_STD)
 
         def run() -> None:
             self.fabric.backward(model(pixel_scale(batch.pixels), batch.ids_shuffle))

@@ -1,6 +1,7 @@
 """The device to compute on, the number of cores, and what to do when the device's memory is full."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 
@@ -51,6 +52,14 @@ def synchronise(device: torch.device) -> None:
 def pins_memory(device: torch.device) -> bool:
     """Whether a copy from the CPU to this device is asynchronous only out of pinned (page-locked) memory."""
     return device.type == "cuda"
+
+
+def free_bytes(device: torch.device) -> float:
+    """Free memory of a GPU in bytes, with what torch keeps for reuse; infinite where this can't be asked."""
+    if device.type != "cuda":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def cores() -> int:

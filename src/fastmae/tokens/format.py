@@ -257,11 +257,15 @@ class ShardHeader:
         """
         way_out = "delete it and run tokenize again"
         try:
-            value = json.loads((metadata or {})[METADATA_KEY])
+            text = (metadata or {})[METADATA_KEY]
+            value = json.loads(text)
             header = cls(value["shard"], value["checksums"], [ImageRecord(*image) for image in value["images"]])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a shard of a token store; {way_out}") from error
-        if header.to_metadata() != metadata:
+        # The checksum covers the text before it, so nothing has to be written once more to compare.
+        body = text.rpartition(_CHECKSUM)[0] + "}"
+        as_written = f'{body[:-1]}{_CHECKSUM}"{checksum(body.encode())}"}}'
+        if metadata != {METADATA_KEY: as_written} or value.get("version") != FORMAT_VERSION:
             raise InputError(f"{path}: its header is damaged; {way_out}")
         return header
 
@@ -309,6 +313,8 @@ def _flat(info: StoreInfo) -> dict[str, Any]:
     return {**{f"teacher {name}": value for name, value in teacher.items() if name != "weights_file"}, **flat}
 
 
+_CHECKSUM = ', "checksum": '
+"""Begins the last key of a shard's metadata."""
 _BY_HAND = "; the file was changed by hand?"
 
 

@@ -135,8 +135,7 @@ class StoreWriter:
             self._copy_codebooks()
         for folder in (self.folder, self.folder / SHARDS_FOLDER, self.folder / LISTS_FOLDER):
             remove_parts(folder)
-        self._write_statistics()
-        write_whole(self.folder / INDEX_FILE, self._write_index)
+        self._write_statistics_and_index()
         self._manifest().write(self.folder)
 
     def header(self, shard: int) -> ShardHeader:
@@ -154,30 +153,35 @@ class StoreWriter:
             problem = "differs from its copy, so one of them is damaged"
             raise InputError(f"{codebooks}: {problem}; `fastmae verify {self.folder} --repair`")
 
-    def _write_statistics(self) -> None:
+    def _write_statistics_and_index(self) -> None:
+        """Write both in one pass over the shards' headers."""
         token_sums, pixel_sums = np.zeros((2, self.info.token_dim)), np.zeros((2, self.info.channels))
         decoded = 0
-        for shard in range(self.info.shards):
-            header, shard_token_sums, shard_pixel_sums = self._read_back(shard)
-            token_sums += shard_token_sums
-            pixel_sums += shard_pixel_sums
-            decoded += sum(image.row >= 0 for image in header.images)
-        if not decoded:
-            source, first = self.info.parts[0].source, self.header(0).images[0]
-            raise InputError(f"{source}: not one image could be decoded (first: {first.path}: {first.status})")
+
+        def write_index(aside: Path) -> None:
+            nonlocal decoded
+            images: list[ImageRecord] = []
+            shards: list[int] = []
+            # Opened here, as pyarrow takes no path that is not UTF-8.
+            with aside.open("wb") as opened, pq.ParquetWriter(opened, INDEX_SCHEMA) as file:
+                for shard in range(self.info.shards):
+                    header, shard_token_sums, shard_pixel_sums = self._read_back(shard)
+                    np.add(token_sums, shard_token_sums, out=token_sums)
+                    np.add(pixel_sums, shard_pixel_sums, out=pixel_sums)
+                    decoded += sum(image.row >= 0 for image in header.images)
+                    images += header.images
+                    shards += [header.shard] * len(header.images)
+                    if len(images) >= ROW_GROUP or shard == self.info.shards - 1:
+                        file.write_table(_index_rows(images, shards))
+                        images, shards = [], []
+            if not decoded:
+                source, first = self.info.parts[0].source, self.header(0).images[0]
+                raise InputError(f"{source}: not one image could be decoded (first: {first.path}: {first.status})")
+
+        write_whole(self.folder / INDEX_FILE, write_index)
         statistics = _mean_and_std("", token_sums, decoded * self.info.grid**2)
         statistics |= _mean_and_std("pixel_", pixel_sums, decoded * self.info.middle_size**2)
         write_whole(self.folder / STATISTICS_FILE, lambda aside: aside.write_bytes(save(statistics)))
-
-    def _write_index(self, aside: Path) -> None:
-        columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
-        # Opened here, as pyarrow takes no path that is not UTF-8.
-        with aside.open("wb") as opened, pq.ParquetWriter(opened, INDEX_SCHEMA) as file:
-            for shard in range(self.info.shards):
-                _append(columns, self.header(shard))
-                if len(columns["path"]) >= ROW_GROUP or shard == self.info.shards - 1:
-                    file.write_table(pa.table(columns, schema=INDEX_SCHEMA))
-                    columns = {name: [] for name in INDEX_SCHEMA.names}
 
     def _manifest(self) -> Manifest:
         names = [STATISTICS_FILE, INDEX_FILE, *(list_name(part) for part in range(len(self.info.parts)))]
@@ -242,13 +246,15 @@ def _encoded(prefix: str, codec: Codec, tokens: torch.Tensor) -> tuple[dict[str,
     return tensors, [code.tobytes() + mean.tobytes() for code, mean in zip(codes, means, strict=True)]
 
 
-def _append(columns: dict[str, list], header: ShardHeader) -> None:
-    for image in header.images:
-        columns["path"].append(_as_utf8(image.path))
-        columns["label"].append(_as_utf8(label_of(image.path)))
-        columns["shard"].append(header.shard)
-        for name in ("row", "width", "height", "status"):
-            columns[name].append(getattr(image, name))
+def _index_rows(images: list[ImageRecord], shards: list[int]) -> pa.Table:
+    """Rows of the index, given the images and the shard of each."""
+    columns = {
+        "path": [_as_utf8(image.path) for image in images],
+        "label": [_as_utf8(label_of(image.path)) for image in images],
+        "shard": shards,
+        **{name: [getattr(image, name) for image in images] for name in ("row", "width", "height", "status")},
+    }
+    return pa.table(columns, schema=INDEX_SCHEMA)
 
 
 def _as_utf8(path: str) -> str:
