@@ -23,10 +23,11 @@ from fastmae.bench.timing import Rate, format_rate, format_spread
 from fastmae.config import BenchStoreConfig, KnnConfig
 from fastmae.errors import InputError
 from fastmae.images.image_list import ImageList, write_list
-from fastmae.images.middle import MiddleImage
 from fastmae.images.sources import Source, open_source
+from fastmae.offline.codec_choice import MIN_COSINE
 from fastmae.offline.estimate import RECORD_BYTES, bytes_per_image
-from fastmae.offline.fill import ImageRange, LoaderOptions, MiddleImages, run_teacher, sample_tokens
+from fastmae.offline.middle_images import ImageRange, LoaderOptions, MiddleImages
+from fastmae.offline.sample import sample_tokens, tokens_on_cpu
 from fastmae.probes.neighbours import knn_accuracy
 from fastmae.runtime.device import own_device
 from fastmae.runtime.progress import Progress
@@ -39,7 +40,7 @@ LEARNING, HELD_OUT = 0, 1
 """Numbers of the two image lists, as parts of a store."""
 TIMED_GRIDS = 64
 """Images whose tokens are kept, to time the codecs on."""
-MIN_COSINE, MAX_KNN_LOSS = 0.95, 0.3
+MAX_KNN_LOSS = 0.3
 RULE = (
     f"the smallest codec with a cosine of at least {MIN_COSINE} and, if there are labels, a kNN at most {MAX_KNN_LOSS} "
     "points below fp16's"
@@ -162,7 +163,8 @@ def _learn_codecs(
     if any(learns(name) for name in names):
         count = _codec_images(config, images)
         with Progress("learn", "images", total=_images_learned_from(config, images)) as progress:
-            tokens, means = sample_tokens(images, teacher, loading, count, config.seed, progress)
+            sample = sample_tokens(images, teacher, loading, count, config.seed, progress)
+        tokens, means = sample.tokens, sample.means
     return [
         learn_from(name, tokens, means, config.seed) if learns(name) else load_codec(name, teacher.token_dim, {})
         for name in names
@@ -204,15 +206,15 @@ def _run_teacher_over(
     ranges = _ranges(images, part, loading.batch_size)
     with Progress("measure", "images", total=images.info.parts[part].images) as progress:
         for batch in images.load(ranges, min(worker_count(loading.workers), len(ranges))):
-            output = run_teacher(teacher, batch, images, loading).to_host()
-            if len(output.tokens):
+            tokens = tokens_on_cpu(teacher, batch)
+            if len(tokens):
                 for round_trip in round_trips:
-                    round_trip.add(output.tokens, with_distortion=part == HELD_OUT)
+                    round_trip.add(tokens, with_distortion=part == HELD_OUT)
                 if len(grids) < TIMED_GRIDS:
-                    grids = torch.cat([grids.reshape(-1, *output.tokens.shape[1:]), output.tokens])[:TIMED_GRIDS]
-            keys += [key for key, image in batch if isinstance(image, MiddleImage)]
-            pixel_bytes += sum(pixels.numel() for pixels in output.pixels)
-            progress.advance(len(batch))
+                    grids = torch.cat([grids.reshape(-1, *tokens.shape[1:]), tokens])[:TIMED_GRIDS]
+            keys += batch.decoded_keys
+            pixel_bytes += batch.stored_bytes
+            progress.advance(len(batch.images))
     if not keys:
         count = images.info.parts[part].images
         raise InputError(f"{images.sources[part].path}: none of {count} images could be decoded")
@@ -229,10 +231,9 @@ def _mean_pixel_bytes(images: MiddleImages, quality: int, loading: LoaderOptions
     recoded = MiddleImages(replace(images.info, jpeg_quality=quality), images.lists, images.sources)
     ranges = _ranges(recoded, HELD_OUT, loading.batch_size)
     sizes = [
-        image.jpeg.numel()
+        size
         for batch in recoded.load(ranges, min(worker_count(loading.workers), len(ranges)))
-        for _, image in batch
-        if isinstance(image, MiddleImage) and image.jpeg is not None
+        for size in batch.jpeg_sizes
     ]
     return sum(sizes) / len(sizes)
 

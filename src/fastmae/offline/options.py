@@ -5,11 +5,14 @@ from typing import Any, NamedTuple
 
 from fastmae.config import TokenizeConfig
 from fastmae.errors import InputError
-from fastmae.runtime.device import own_device
+from fastmae.runtime.device import own_device, resolve_device
 from fastmae.runtime.processes import this_process
 from fastmae.teachers import Teacher
 from fastmae.tokens.codec import parse_codec
 from fastmae.tokens.format import Part, StoreInfo
+
+AUTO = "auto"
+"""The value of an option that is settled by measuring (`settle`)."""
 
 
 class Share(NamedTuple):
@@ -32,7 +35,10 @@ def check_options(config: TokenizeConfig) -> None:
     teacher_channels(config)
     if config.pixels == "jpeg" and config.channels not in (1, 3):
         raise InputError(f"--channels {config.channels}: a JPEG holds 1 or 3; take --pixels raw")
-    parse_codec(config.codec)
+    if config.codec != AUTO:
+        parse_codec(config.codec)
+    if config.precision == "tf32" and resolve_device(config.device).type != "cuda":
+        raise InputError("--precision tf32: only CUDA GPUs have it; take bf16-mixed or 32-true")
     if not str(config.store.absolute()).isprintable():
         raise InputError(
             f"{str(config.store)!r}: safetensors and Parquet take no such path; give one in UTF-8 without control "
@@ -129,7 +135,7 @@ def build_teacher(config: TokenizeConfig, middle_size: int, network: Any, weight
 
 
 def describe_store(config: TokenizeConfig, middle_size: int, teacher: Teacher, part: Part) -> StoreInfo:
-    """The description of a new store of one middle size."""
+    """The description of a new store of one middle size, with the codec still 'auto' if that is what was asked for."""
     return StoreInfo(
         teacher=teacher.describe(),
         token_dim=teacher.token_dim,

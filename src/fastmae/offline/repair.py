@@ -15,19 +15,11 @@ import xxhash
 
 from fastmae.config import VerifyConfig
 from fastmae.errors import InputError
-from fastmae.images.middle import MiddleImage
-from fastmae.images.reading import Skipped
 from fastmae.images.sources import open_source
-from fastmae.offline.fill import (
-    ImageRange,
-    LoaderOptions,
-    MiddleImages,
-    build_shards,
-    count_images,
-    stored_codec,
-    stored_pixels,
-)
+from fastmae.offline.fill import build_shards, count_images, stored_codec
 from fastmae.offline.listing import restore_list
+from fastmae.offline.middle_images import DecodedBatch, ImageRange, LoaderOptions, MiddleImages
+from fastmae.offline.settle import use_precision
 from fastmae.runtime.device import own_device
 from fastmae.runtime.durable import write_whole
 from fastmae.runtime.progress import Progress
@@ -46,6 +38,7 @@ from fastmae.tokens.format import (
     shard_path,
 )
 from fastmae.tokens.manifest import Manifest, store_text
+from fastmae.tokens.shard_file import as_bytes
 from fastmae.tokens.writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -109,6 +102,7 @@ def _rebuild(config: VerifyConfig, writer: StoreWriter, shards: list[int]) -> No
     """
     info, folder = writer.info, writer.folder
     teacher = teacher_of_store(info.teacher, info.middle_size, info.grid).to(own_device(config.device))
+    use_precision(teacher, teacher.precision)
     codec = stored_codec(folder, info)
     parts = sorted({info.part_of(shard)[0] for shard in shards})
     images = MiddleImages.of_store(folder, info, {part: open_source(Path(info.parts[part].source)) for part in parts})
@@ -133,7 +127,8 @@ def _check_images(images: MiddleImages, folder: Path, shards: list[int], options
             ranges += images.batches_of(shard, options.batch_size)
     changed: list[str] = []
     for batch in images.load(ranges, options.workers):
-        changed += [key for key, image in batch if _pixel_checksum(image) != expected[key]]
+        actual = _checksums_of(batch)
+        changed += [image.key for image in batch.images if actual.get(image.key) != expected[image.key]]
     if changed:
         names = ", ".join(changed[:SHOWN_IMAGES]) + (", ..." if len(changed) > SHOWN_IMAGES else "")
         raise InputError(
@@ -158,10 +153,10 @@ def _pixel_checksums(file: Path, shard: int) -> dict[str, int | None]:
     return {image.path: int(checksums[image.row, PIXELS]) if image.row >= 0 else None for image in header.images}
 
 
-def _pixel_checksum(image: MiddleImage | Skipped) -> int | None:
-    if isinstance(image, Skipped):
-        return None
-    return xxhash.xxh3_64_intdigest(stored_pixels(image).contiguous().numpy().tobytes())
+def _checksums_of(batch: DecodedBatch) -> dict[str, int]:
+    """Checksum of the stored pixels of each image that was decoded, by its key."""
+    digests = (xxhash.xxh3_64_intdigest(as_bytes(pixels.numpy())) for pixels in batch.stored_pixels())
+    return dict(zip(batch.decoded_keys, digests, strict=True))
 
 
 def _read_manifest(folder: Path) -> Manifest | None:

@@ -1,0 +1,94 @@
+"""The precision in which a teacher computes, and what each precision does to its tokens.
+
+32-true      float32 throughout.
+tf32         float32 with products of 10 bits of mantissa, on CUDA GPUs since Ampere.
+bf16-mixed   matrix products and convolutions in bfloat16, sums over many numbers (norms, softmax) in float32.
+16-mixed     the same in float16.
+
+Tokens are float32 in any case. The names are those of the training commands; torch's autocast does the mixing.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+FULL_PRECISION = "32-true"
+AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+MIN_COSINE = 0.999
+"""Least mean cosine, to fp32's tokens, of the tokens of a precision that `--precision auto` takes."""
+AMPERE = (8, 0)
+"""First compute capability with TF32 and bfloat16."""
+
+
+class MeasuredTeacher(Protocol):
+    """What is needed of a `Teacher` here."""
+
+    precision: str
+    mean: torch.Tensor
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, K, S, S] -> float32 [B, grid, grid, C]."""
+        ...
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The context in which a teacher runs on a device. For 32-true and tf32, the caller's own autocast stays."""
+    dtype = AUTOCAST_DTYPES.get(precision)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def set_float32_products(precision: str, device: torch.device) -> None:
+    """Let this process compute float32 products as the precision asks: on CUDA in TF32, or exactly."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def reduced_precisions(device: torch.device) -> list[str]:
+    """The precisions below 32-true that a device is fast in, best first. A CPU has bf16-mixed, fast or not."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_tf32 = torch.cuda.get_device_capability(device) >= AMPERE
+        return ["bf16-mixed" if has_bf16 else "16-mixed", *(["tf32"] if has_tf32 else [])]
+    return ["bf16-mixed"] if torch.amp.is_autocast_available(device.type) else []
+
+
+def precision_cosines(teacher: MeasuredTeacher, pixels: torch.Tensor) -> dict[str, float]:
+    """Mean cosine of the tokens in each of the `reduced_precisions` to those in fp32. The teacher's precision stays.
+
+    Args:
+        teacher: on its device.
+        pixels: uint8 [n, K, S, S], on that device.
+
+    Returns:
+        The cosine by the precision's name. NaN where tokens are not finite.
+    """
+    with _restored(teacher):
+        exact = _tokens_in(teacher, FULL_PRECISION, pixels)
+        return {
+            name: mean_cosine(_tokens_in(teacher, name, pixels), exact) for name in reduced_precisions(pixels.device)
+        }
+
+
+def mean_cosine(tokens: torch.Tensor, others: torch.Tensor) -> float:
+    """Mean cosine similarity of float32 [..., C] and float32 [..., C]."""
+    return float(F.cosine_similarity(tokens, others, dim=-1).mean())
+
+
+def _tokens_in(teacher: MeasuredTeacher, precision: str, pixels: torch.Tensor) -> torch.Tensor:
+    teacher.precision = precision
+    set_float32_products(precision, pixels.device)
+    return teacher(pixels)
+
+
+@contextlib.contextmanager
+def _restored(teacher: MeasuredTeacher) -> Iterator[None]:
+    before = teacher.precision
+    try:
+        yield
+    finally:
+        teacher.precision = before
+        set_float32_products(before, teacher.mean.device)
