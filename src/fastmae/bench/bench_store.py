@@ -1,4 +1,5 @@
-"""`fastmae bench store`: disk space and distortion of each codec, from one pass of the teacher; and the building rate.
+"""`fastmae bench store`: disk space and distortion of each codec, from one pass of the teacher; what precisions do to
+its tokens; and the cost of building a store.
 
 With labels, codecs learn on train/, their distortion is measured on val/, and the mean decoded features of train/
 classify those of val/ by k-NN. Without labels, at most every second image is for learning and the others are measured.
@@ -15,6 +16,7 @@ import torch
 
 from fastmae.bench.building import building_rate
 from fastmae.bench.codecs import VIEWS, RoundTrip, time_codecs, view_size
+from fastmae.bench.host_cost import host_costs
 from fastmae.bench.options import check_codecs_fit, check_out, check_sizes, codec_names
 from fastmae.bench.sample import IMAGENET_IMAGES, Split, split_images
 from fastmae.bench.stores import part_of, store_info
@@ -27,12 +29,15 @@ from fastmae.images.sources import Source, open_source
 from fastmae.offline.codec_choice import MIN_COSINE
 from fastmae.offline.estimate import RECORD_BYTES, bytes_per_image
 from fastmae.offline.middle_images import ImageRange, LoaderOptions, MiddleImages
+from fastmae.offline.options import check_precision
 from fastmae.offline.sample import sample_tokens, tokens_on_cpu
+from fastmae.offline.settle import fastest, first_pixels, use_precision
 from fastmae.probes.neighbours import knn_accuracy
-from fastmae.runtime.device import own_device
+from fastmae.runtime.device import own_device, resolve_device
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher, load_teacher
+from fastmae.teachers.precision import precision_cosines
 from fastmae.tokens.codec import Codec, learns, load_codec
 from fastmae.tokens.learn import learn_from
 
@@ -54,6 +59,8 @@ NOTES = (
     "predicts.",
     "Encoding is timed on the CPU over whole grids, as when a shard is written; decoding on the device, in a batch of "
     f"{VIEWS} views. Medians over rounds in which all codecs take turns.",
+    "Host: CPU time of the main process's threads per image, without decoding, teacher and codec, as beside an "
+    "accelerator: images from the loading processes, checksums, shards on disk.",
 )
 
 
@@ -98,6 +105,7 @@ def bench_store(config: BenchStoreConfig) -> dict[str, Any]:
     check_sizes(config.patch_size, config.middle_size)
     names, qualities = codec_names(config.codecs), _jpeg_qualities(config.jpeg_qualities)
     check_out(config.out)
+    check_precision(config.precision, resolve_device(config.device))
     source, loading = open_source(config.images), LoaderOptions(config.batch_size, config.workers)
     with tempfile.TemporaryDirectory(prefix="fastmae-") as temporary:
         folder = Path(temporary)
@@ -107,15 +115,20 @@ def bench_store(config: BenchStoreConfig) -> dict[str, Any]:
         check_codecs_fit(names, teacher)
         teacher = teacher.to(own_device(config.device))
         images = _middle_images(config, source, folder, split, teacher, qualities[0])
+        precisions = _settle_precision(config, images, teacher)
         codecs = _learn_codecs(config, names, images, teacher, loading)
         measurement = _measure(images, codecs, qualities, split.labelled, teacher, loading)
         seconds = time_codecs(codecs, measurement.held_out.grids, teacher.mean.device, config.rounds)
         codec = next((codec for codec in codecs if codec.name == "fp16"), codecs[0])
         info = replace(images.info, codec=codec.name)
+        costs = host_costs(
+            folder, info, codecs, measurement.held_out.grids, source, split.held_out, loading, config.rounds
+        )
         building = building_rate(folder, info, codec, source, split.held_out, teacher, loading, config.rounds)
-    trips = zip(measurement.round_trips, seconds, strict=True)
-    rows = [_row(images, measurement, trip, encode, decode) for trip, (encode, decode) in trips]
-    return _publish(config, rows, building, measurement, _settings(config, images, split, measurement, teacher))
+    trips = zip(measurement.round_trips, seconds, costs, strict=True)
+    rows = [_row(images, measurement, trip, encode, decode) | cost for trip, (encode, decode), cost in trips]
+    settings = _settings(config, images, split, measurement, teacher)
+    return _publish(config, rows, {"building": building, "precisions": precisions}, measurement, settings)
 
 
 def recommended(rows: Sequence[dict[str, Any]]) -> str | None:
@@ -153,6 +166,14 @@ def _middle_images(
     info = store_info(teacher, parts, config.middle_size, config.patch_size, "fp32", "jpeg", quality)
     lists = {LEARNING: ImageList(files[LEARNING]), HELD_OUT: ImageList(files[HELD_OUT])}
     return MiddleImages(info, lists, {LEARNING: source, HELD_OUT: source})
+
+
+def _settle_precision(config: BenchStoreConfig, images: MiddleImages, teacher: Teacher) -> dict[str, float]:
+    """Set the teacher's precision; returns the cosine of each precision's tokens to fp32's, by its name."""
+    pixels = first_pixels(images, config.batch_size).to(teacher.mean.device)
+    cosines = precision_cosines(teacher, pixels) if len(pixels) else {}
+    use_precision(teacher, fastest(cosines, teacher.mean.device) if config.precision == "auto" else config.precision)
+    return {name: round(cosine, 6) for name, cosine in cosines.items()}
 
 
 def _learn_codecs(
@@ -293,6 +314,7 @@ def _settings(
         "images": f"{config.images}; {measured}; codecs learnt on {_images_learned_from(config, images)} others",
         "sizes": f"middle images of {config.middle_size} px, patches of {config.patch_size}",
         "teacher": f"{config.teacher}, block {teacher.block}, {grid}",
+        "precision": teacher.precision,
         "batches": f"{config.batch_size} images",
         "rounds": str(config.rounds),
     }
@@ -301,22 +323,24 @@ def _settings(
 def _publish(
     config: BenchStoreConfig,
     rows: list[dict[str, Any]],
-    building: dict[str, Any],
+    measured: dict[str, dict[str, Any]],
     measurement: Measurement,
     settings: dict[str, str],
 ) -> dict[str, Any]:
-    """Publish the table and return the command's JSON."""
+    """Publish the table and return the command's JSON; `measured` are the parts of it that have no rows."""
     choice, count = recommended(rows), len(measurement.held_out.keys)
     pixel_bytes = {str(quality): round(size) for quality, size in measurement.pixel_bytes.items()}
-    notes = [*NOTES, f"Recommended: {choice or 'none of these'} ({RULE}).", _building_note(building)]
+    notes = [*NOTES, f"Recommended: {choice or 'none of these'} ({RULE}).", _building_note(measured["building"])]
     if measurement.train is not None:
-        notes[-2] += f" One of the {count} images of val/ is {100 / count:.2f} points of kNN."
+        notes[len(NOTES)] += f" One of the {count} images of val/ is {100 / count:.2f} points of kNN."
+    cosines = ", ".join(f"{name} {cosine:.5f}" for name, cosine in measured["precisions"].items())
+    notes.append(f"Cosine of the teacher's tokens to fp32's, by its precision: {cosines or 'none on this device'}.")
     Table("Token stores", settings, [_cells(row, pixel_bytes) for row in rows], notes).publish(config.out)
     return {
         "rows": rows,
         "recommended": choice,
         "rule": RULE,
-        "building": building,
+        **measured,
         "pixel_bytes_per_image": pixel_bytes,
         "images": count,
         "settings": settings,
@@ -349,4 +373,6 @@ def _cells(row: dict[str, Any], pixel_bytes: dict[str, int]) -> dict[str, str]:
         "encode Mtokens/s": f"{row['encode_tokens_per_second'] / 1e6:.2f}",
         "decode Mtokens/s": f"{decode['']:.2f}",
         "decode min-max": f"{decode['_min']:.2f}-{decode['_max']:.2f}",
+        "host ms": f"{row['host_ms_per_image']:.2f}",
+        "host min-max": f"{row['host_ms_per_image_min']:.2f}-{row['host_ms_per_image_max']:.2f}",
     }

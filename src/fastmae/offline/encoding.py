@@ -141,7 +141,7 @@ class DeviceEncoder:
 
     def __init__(self, teacher: Teacher, codec: Codec, flips_stored: bool):
         self.teacher, self.codec, self.flips_stored = teacher, codec, flips_stored
-        self.writers = min(MOST_WRITERS, cores())
+        self.writers = writers_beside_a_device()
         self.lanes = CopyLanes(teacher.mean.device)
 
     def start(self, batch: DecodedBatch) -> Download:
@@ -166,12 +166,22 @@ class DeviceEncoder:
 
     def encoded(self, outputs: Sequence[BatchCodes]) -> EncodedShard:
         """See `Encoder`."""
-        sums = torch.stack([output.pixel_sums for output in outputs]).sum(0).double()
-        return EncodedShard(
-            [output.tokens for output in outputs],
-            [output.flipped_tokens for output in outputs if output.flipped_tokens is not None],
-            sums / torch.tensor([[255.0], [255.0**2]], dtype=torch.float64),
-        )
+        return join_codes(outputs)
+
+
+def join_codes(outputs: Sequence[BatchCodes]) -> EncodedShard:
+    """The shard that the codes of its batches make up."""
+    sums = torch.stack([output.pixel_sums for output in outputs]).sum(0).double()
+    return EncodedShard(
+        [output.tokens for output in outputs],
+        [output.flipped_tokens for output in outputs if output.flipped_tokens is not None],
+        sums / torch.tensor([[255.0], [255.0**2]], dtype=torch.float64),
+    )
+
+
+def writers_beside_a_device() -> int:
+    """Shards that are written at a time while an accelerator computes."""
+    return min(MOST_WRITERS, cores())
 
 
 def run_teacher(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The middle images of a store, decoded ahead of time by worker processes, in batches of few large tensors."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -102,17 +103,13 @@ class MiddleImages(Dataset[DecodedBatch]):
         info: description of the store.
         lists: image lists of the parts that are read, by the part's number.
         sources: where the images of the same parts are.
-        with_sums: compute each batch's `pixel_sums`.
+
+    Attributes:
+        with_sums: whether batches come with their `pixel_sums`.
     """
 
-    def __init__(
-        self,
-        info: StoreInfo,
-        lists: Mapping[int, ImageList],
-        sources: Mapping[int, Source],
-        with_sums: bool = False,
-    ):
-        self.info, self.lists, self.sources, self.with_sums = info, lists, sources, with_sums
+    def __init__(self, info: StoreInfo, lists: Mapping[int, ImageList], sources: Mapping[int, Source]):
+        self.info, self.lists, self.sources, self.with_sums = info, lists, sources, False
 
     @classmethod
     def of_store(cls, folder: Path, info: StoreInfo, sources: Mapping[int, Source]) -> "MiddleImages":
@@ -180,7 +177,8 @@ class MiddleImages(Dataset[DecodedBatch]):
 
     def load(self, ranges: Iterable[ImageRange], workers: int, with_sums: bool = False) -> Iterator[DecodedBatch]:
         """The images of each range in order, decoded ahead of time by worker processes (-1 as in `LoaderOptions`)."""
-        images = MiddleImages(self.info, self.lists, self.sources, with_sums)
+        images = copy(self)
+        images.with_sums = with_sums
         return batches(images, torch.device("cpu"), workers, sampler=ranges, collate=as_is)
 
     def check_strict(self, batch: DecodedBatch, strict: bool) -> None:

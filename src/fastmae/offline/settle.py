@@ -6,8 +6,11 @@ description stays.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from fastmae.config import TokenizeConfig
 from fastmae.images.image_list import ImageList
@@ -24,7 +27,7 @@ from fastmae.tokens.format import STORE_FILE, StoreInfo, read_store_info
 
 log = logging.getLogger(__name__)
 
-CHECKED_IMAGES = 32
+CHECKED_IMAGES = 16
 """Most images on which precisions are compared."""
 
 
@@ -56,7 +59,7 @@ def settle(
     elif begun is not None:
         use_precision(teacher, begun.teacher.get("precision", FULL_PRECISION))
     else:
-        use_precision(teacher, fastest_precision(_images(info, listed), teacher, config.batch_size))
+        use_precision(teacher, _fastest_for(_images(info, listed), teacher, config.batch_size))
     info = replace(info, teacher=teacher.describe())
     if config.codec != AUTO:
         return info, None
@@ -81,24 +84,36 @@ def use_precision(teacher: Teacher, precision: str) -> None:
     set_float32_products(precision, teacher.mean.device)
 
 
-def fastest_precision(images: MiddleImages, teacher: Teacher, batch_size: int) -> str:
-    """The fastest precision whose tokens keep a cosine of `MIN_COSINE` to fp32's on the first images; fp32 on a CPU.
+def first_pixels(images: MiddleImages, batch_size: int) -> torch.Tensor:
+    """Pixels of the first images of the first part's list, on which precisions are compared: uint8 [n, K, S, S].
 
     Args:
-        images: their list's first images are taken.
-        teacher: on its device.
+        images: the images.
         batch_size: most images that the device takes at once.
     """
-    device, part = teacher.mean.device, min(images.sources)
-    count = min(CHECKED_IMAGES, batch_size, images.info.parts[part].images)
+    part = min(images.sources)
+    return images[part, range(min(CHECKED_IMAGES, batch_size, images.info.parts[part].images))].pixels
+
+
+def fastest(cosines: Mapping[str, float], device: torch.device) -> str:
+    """The fastest precision that keeps a cosine of `MIN_COSINE` to fp32's tokens; fp32 on a CPU.
+
+    Args:
+        cosines: by the precision, the fastest first.
+        device: the teacher's.
+    """
     if device.type == "cpu":
         return FULL_PRECISION
-    pixels = images[part, range(count)].pixels.to(device)
-    if not len(pixels):
-        return FULL_PRECISION
-    for name, cosine in precision_cosines(teacher, pixels).items():
+    for name, cosine in cosines.items():
         if cosine >= MIN_COSINE:
-            log.info(f"precision {name}: its tokens keep a cosine of {cosine:.5f} to fp32's ({len(pixels)} images)")
+            log.info(f"precision {name}: its tokens keep a cosine of {cosine:.5f} to fp32's")
             return name
         log.info(f"precision {name}: its tokens' cosine to fp32's is {cosine:.5f}, below {MIN_COSINE}; not taken")
     return FULL_PRECISION
+
+
+def _fastest_for(images: MiddleImages, teacher: Teacher, batch_size: int) -> str:
+    """The fastest precision for a teacher, measured on the first images unless it is on a CPU."""
+    device = teacher.mean.device
+    pixels = torch.empty(0) if device.type == "cpu" else first_pixels(images, batch_size).to(device)
+    return fastest(precision_cosines(teacher, pixels) if len(pixels) else {}, device)

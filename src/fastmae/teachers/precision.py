@@ -48,11 +48,13 @@ def set_float32_products(precision: str, device: torch.device) -> None:
 
 
 def reduced_precisions(device: torch.device) -> list[str]:
-    """The precisions below 32-true that a device is fast in, best first. A CPU has bf16-mixed, fast or not."""
+    """The precisions below 32-true that a device has, in the order in which `auto` tries them.
+
+    float16 comes last where there is a choice: a later image could exceed its range.
+    """
     if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        has_tf32 = torch.cuda.get_device_capability(device) >= AMPERE
-        return ["bf16-mixed" if has_bf16 else "16-mixed", *(["tf32"] if has_tf32 else [])]
+        is_ampere = torch.cuda.get_device_capability(device) >= AMPERE
+        return ["bf16-mixed", "tf32", "16-mixed"] if is_ampere else ["16-mixed"]
     return ["bf16-mixed"] if torch.amp.is_autocast_available(device.type) else []
 
 
