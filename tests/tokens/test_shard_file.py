@@ -34,5 +34,9 @@ def test_a_split_tensor_describes_the_whole():
     whole = torch.arange(30, dtype=torch.float16).reshape(5, 2, 3)
     split = SplitTensor.of(whole.split([1, 0, 4]))
     assert (split.shape, split.dtype, split.size) == ([5, 2, 3], np.float16, 60)
-    assert split.checksum() == checksum(whole.numpy().tobytes())
-    assert all((row == expected).all() for row, expected in zip(split.rows(), whole.numpy(), strict=True))
+    assert split.checksum == checksum(whole.numpy().tobytes())
+    for rows in (split.rows(), split.digested_rows()):
+        assert all((row == expected).all() for row, expected in zip(rows, whole.numpy(), strict=True))
+    again = SplitTensor.of(whole.split([2, 3]))
+    assert len(list(again.digested_rows())) == 5
+    assert again.checksum == split.checksum

@@ -39,6 +39,7 @@ class ReadyCodes:
         codec: the codec of the codes.
         grids: tokens to make them of, float32 [n, grid, grid, C].
         batch_size: most images in a batch.
+        pixel_shape: (K, S, S) of the middle images.
 
     Attributes:
         started_at: the process's CPU time when the first batch arrived, in seconds.
@@ -47,16 +48,17 @@ class ReadyCodes:
     batches_ahead = DeviceEncoder.batches_ahead
     needs_pixel_sums = DeviceEncoder.needs_pixel_sums
 
-    def __init__(self, codec: Codec, grids: torch.Tensor, batch_size: int):
+    def __init__(self, codec: Codec, grids: torch.Tensor, batch_size: int, pixel_shape: tuple[int, int, int]):
         self.codec, self.writers = codec, writers_beside_a_device()
         self.ready = EncodedImages.of(codec, grids[torch.arange(max(batch_size, len(grids))) % len(grids)])
+        self.staging = torch.empty(batch_size, *pixel_shape, dtype=torch.uint8)
         self.started_at: float | None = None
 
     def start(self, batch: DecodedBatch) -> DecodedBatch:
         """Copy the pixels, as an upload copies them into pinned memory."""
         if self.started_at is None:
             self.started_at = time.process_time()
-        batch.pixels.clone()
+        self.staging[: len(batch.pixels)].copy_(batch.pixels)
         return batch
 
     def finish(self, started: DecodedBatch) -> BatchCodes:
@@ -119,6 +121,7 @@ def host_costs(
     chosen = evenly_spaced(entries, min(MOST_IMAGES, len(entries)))
     parts = (begin_store(folder / "decoded", source, chosen),)
     described = replace(info, parts=parts)
+    pixel_shape = (info.channels, info.middle_size, info.middle_size)
     images = DecodedImages(
         MiddleImages.of_store(folder / "decoded", described, {0: source}), loading.batch_size, loading.workers
     )
@@ -127,7 +130,7 @@ def host_costs(
         store = folder / codecs[index].name
         begin_store(store, source, chosen)
         writer = StoreWriter(store, replace(described, codec=codecs[index].name))
-        encoder = ReadyCodes(codecs[index], grids, loading.batch_size)
+        encoder = ReadyCodes(codecs[index], grids, loading.batch_size, pixel_shape)
         progress = Progress("", "images", total=described.images, quiet=True)
         fill_shards(writer, encoder, list(range(described.shards)), images, loading, progress)
         assert encoder.started_at is not None

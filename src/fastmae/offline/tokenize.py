@@ -313,6 +313,7 @@ def _summary_of_share(writer: StoreWriter, shards: range, images_per_second: flo
         "skipped": len(images) - decoded,
         "grid": writer.info.grid,
         "token_dim": writer.info.token_dim,
+        "codec": writer.info.codec,
         "bytes": num_bytes,
         "bytes_per_image": round(num_bytes / max(1, decoded)),
         "images_per_second": images_per_second,

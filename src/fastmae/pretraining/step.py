@@ -35,7 +35,8 @@ class PretrainStep:
         loss: compares prediction and target.
         mean: mean of the student's input, one value per channel (of values in [0, 1]).
         std: its standard deviation.
-        autocast: precision of an online teacher; by default fp32, in which stored tokens are computed too.
+        autocast: precision of an online teacher in fp32; by default fp32. A store's teacher in another precision keeps
+            that.
     """
 
     target: Target

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,21 @@ class SplitTensor:
         for part in self.parts:
             yield from part
 
+    @cached_property
     def checksum(self) -> str:
         """xxh3-64 of the bytes, as 16 hex digits; the same as `format.checksum` of the tensor in one piece."""
         digest = xxhash.xxh3_64()
         for part in self.parts:
             digest.update(as_bytes(part))
         return digest.hexdigest()
+
+    def digested_rows(self) -> Iterator[np.ndarray]:
+        """Like `rows`; `checksum` is computed on the way, while each row is in the core's cache."""
+        digest = xxhash.xxh3_64()
+        for row in self.rows():
+            yield row
+            digest.update(as_bytes(row))
+        self.__dict__["checksum"] = digest.hexdigest()
 
 
 def as_bytes(array: np.ndarray) -> memoryview:

@@ -133,7 +133,7 @@ class StoreWriter:
         # The sums are stored, so that finishing the store reads no tokens again.
         token_sums = torch.stack([part.sums.double() for part in tokens]).sum(0)
         tensors["channel_sums"], tensors["pixel_sums"] = (SplitTensor.of([sums]) for sums in (token_sums, pixel_sums))
-        header = ShardHeader(shard, {name: tensor.checksum() for name, tensor in tensors.items()}, images)
+        header = ShardHeader(shard, {name: tensor.checksum for name, tensor in tensors.items()}, images)
         write_whole(shard_path(self.folder, shard), lambda aside: write_tensors(aside, tensors, header.to_metadata()))
 
     def finish(self) -> None:
@@ -236,7 +236,7 @@ def _pixel_tensors(pixels: StoredPixels) -> tuple[dict[str, SplitTensor], Iterat
     """The shard's tensors of pixels, and the bytes of each image's pixels."""
     data = SplitTensor.of(pixels.parts)
     if pixels.sizes is None:
-        return {"pixels": data}, data.rows()
+        return {"pixels": data}, data.digested_rows()
     offsets = np.cumsum([0, *(size for sizes in pixels.sizes for size in sizes)], dtype=np.int64)
     jpegs = (
         jpeg
@@ -253,7 +253,7 @@ def _token_column(prefix: str, tensors: dict[str, SplitTensor], tokens: Sequence
     tensors[f"{prefix}tokens"] = codes
     if means.shape[1]:
         tensors[f"{prefix}token_means"] = means
-    return [_digest(code, mean) for code, mean in zip(codes.rows(), means.rows(), strict=True)]
+    return [_digest(code, mean) for code, mean in zip(codes.digested_rows(), means.rows(), strict=True)]
 
 
 def _digest(*arrays: np.ndarray) -> int:
