@@ -64,8 +64,7 @@ def order(monkeypatch):
         assert pin_memory
         return empty(*shape, **options)
 
-    monkeypatch.setattr(copies, "pins_memory", lambda _: True)
-    monkeypatch.setattr(torch, "get_device_module", lambda _: streams)
+    monkeypatch.setattr(copies, "streams_of", lambda _: streams)
     monkeypatch.setattr(torch, "empty", unpinned)
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)
     monkeypatch.setattr(

@@ -8,6 +8,11 @@ import torch
 from fastmae.runtime.device import pins_memory
 
 
+def streams_of(device: torch.device) -> Any:
+    """torch's module with `Stream` and `Event` for a device whose copies get streams of their own; None for others."""
+    return torch.cuda if device.type == "cuda" and pins_memory(device) else None
+
+
 class CopyLanes:
     """One lane up to the device and one down, beside its computation.
 
@@ -20,7 +25,7 @@ class CopyLanes:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.streams: Any = torch.get_device_module(device) if pins_memory(device) else None
+        self.streams = streams_of(device)
         if self.streams:
             self.up, self.down = self.streams.Stream(device), self.streams.Stream(device)
 
