@@ -32,8 +32,9 @@ from fastmae.images.image_list import ListInfo, write_list
 from fastmae.images.tar_shards import TarSource
 from fastmae.tokens import TokenStore
 from fastmae.tokens.codec import load_codec
+from fastmae.tokens.encoded import EncodedImages
 from fastmae.tokens.format import INDEX_FILE, MANIFEST_FILE, ImageRecord, Part, StoreInfo, list_name
-from fastmae.tokens.writer import StoreWriter, begin_folder
+from fastmae.tokens.writer import StoredPixels, StoreWriter, begin_folder
 from fastmae.training.sampler import ShuffleOrder
 
 MIDDLE_SIZE, PATCH_SIZE, CHANNELS, TOKEN_DIM = 8, 4, 3, 4
@@ -140,7 +141,8 @@ def _write_shards(writer: StoreWriter) -> None:
         values = pixels.transpose(0, 1).flatten(1).double() / 255
         sums = torch.stack([values.sum(1), values.square().sum(1)])
         records = [ImageRecord(next(names).decode(), row, 500, 375, "ok") for row in range(count)]
-        writer.write_shard(shard, codec, tokens, list(pixels), sums, records)
+        encoded = EncodedImages.of(codec, tokens)
+        writer.write_shard(shard, [encoded], StoredPixels([pixels], None), sums, records)
 
 
 def list_tar(folder: Path, members: int) -> Row:

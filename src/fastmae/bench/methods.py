@@ -288,6 +288,8 @@ class Steps:
             raise InputError(f"--teachers {method.teacher}: timm can't build it ({first_line(error)})") from error
         size = self._teacher_input_size
         teacher = Teacher(f"timm/{method.teacher}", network, size, size // self.config.patch_size)
+        if self.config.precision == "tf32":  # 16-bit precisions reach the teacher through autocast
+            teacher.precision = "tf32"
         return OnlineTokens([teacher], [patch_norm], self.grid, exact_flips=False)
 
     @property

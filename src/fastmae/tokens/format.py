@@ -183,9 +183,7 @@ class StoreInfo:
     def differences(self, other: "StoreInfo") -> list[str]:
         """What differs from another description, as 'name: mine, not theirs'; where the images lie does not count."""
         mine, theirs = _flat(self), _flat(other)
-        return [
-            f"{name}: {mine.get(name)}, not {theirs.get(name)}" for name in mine if mine.get(name) != theirs.get(name)
-        ]
+        return [f"{name}: {mine[name]}, not {theirs.get(name)}" for name in mine if mine[name] != theirs.get(name)]
 
 
 @dataclass(frozen=True)
@@ -310,7 +308,9 @@ def _flat(info: StoreInfo) -> dict[str, Any]:
     flat = asdict(info)
     teacher = flat.pop("teacher")
     flat["images"] = " + ".join(f"{part['images']} (list {part['images_sha256'][:8]})" for part in flat.pop("parts"))
-    return {**{f"teacher {name}": value for name, value in teacher.items() if name != "weights_file"}, **flat}
+    # A description without a precision is of a teacher in fp32.
+    teacher = {"precision": "32-true"} | {name: teacher[name] for name in teacher if name != "weights_file"}
+    return {**{f"teacher {name}": value for name, value in teacher.items()}, **flat}
 
 
 _CHECKSUM = ', "checksum": '
