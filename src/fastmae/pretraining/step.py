@@ -29,20 +29,16 @@ PREFETCH_EVERY = 16
 class PretrainStep:
     """Normalise the views, run the student, make the target, compare the two.
 
-        Args:
-            target: what is predicted, g of Eq. 1.
-            loss: compares prediction and target.
-            mean: mean of the student's input, one value per channel (of values in [0, 1]).
-            std: its standard deviation.
-    <<<<<<< HEAD
-            autocast: precision of an online teacher; by default fp32, in which target and loss are computed too.
+    Args:
+        target: what is predicted, g of Eq. 1.
+        loss: compares prediction and target.
+        mean: mean of the student's input, one value per channel (of values in [0, 1]).
+        std: its standard deviation.
+        autocast: precision of an online teacher that has none of its own; by default fp32, in which target and loss
+            are computed too.
 
-        Attributes:
-            pixel_scale: normalises the student's input.
-    =======
-            autocast: precision of an online teacher in fp32; by default fp32. A store's teacher in another precision keeps
-                that.
-    >>>>>>> wt-tokenise
+    Attributes:
+        pixel_scale: normalises the student's input.
     """
 
     def __init__(
