@@ -22,6 +22,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from simulated.own_process import pytest_configure  # noqa: F401  # a hook: tests marked `accelerator`
 from sklearn.datasets import load_sample_image
 
 from fastmae.cli import run

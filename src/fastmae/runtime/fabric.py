@@ -18,7 +18,8 @@ try:
         SLURMEnvironment,
         TorchElasticEnvironment,
     )
-    from lightning_fabric.strategies import ModelParallelStrategy, Strategy
+    from lightning_fabric.plugins.precision import MixedPrecision
+    from lightning_fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy, Strategy
 finally:
     if _HIDDEN:
         del sys.modules["torchmetrics"]
@@ -27,8 +28,10 @@ __all__ = [
     "ClusterEnvironment",
     "Fabric",
     "LightningEnvironment",
+    "MixedPrecision",
     "ModelParallelStrategy",
     "SLURMEnvironment",
+    "SingleDeviceStrategy",
     "Strategy",
     "TorchElasticEnvironment",
 ]

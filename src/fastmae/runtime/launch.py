@@ -12,12 +12,14 @@ from torch.distributed.fsdp import fully_shard
 
 from fastmae.config import Precision
 from fastmae.errors import InputError, first_line
-from fastmae.runtime.device import cores, resolve_device
+from fastmae.runtime.device import cores, device_count, resolve_device, supports_bf16
 from fastmae.runtime.fabric import (
     ClusterEnvironment,
     Fabric,
     LightningEnvironment,
+    MixedPrecision,
     ModelParallelStrategy,
+    SingleDeviceStrategy,
     SLURMEnvironment,
     Strategy,
     TorchElasticEnvironment,
@@ -25,12 +27,24 @@ from fastmae.runtime.fabric import (
 from fastmae.runtime.peers import CONTINUES, watch_peers
 from fastmae.runtime.processes import this_process
 
+FabricPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
 ENVIRONMENTS: dict[str, type[ClusterEnvironment]] = {
     "": LightningEnvironment,
     "torchrun": TorchElasticEnvironment,
     "srun": SLURMEnvironment,
 }
 """Launcher -> how Fabric learns about the processes. Fabric itself would take a SLURM batch script for an srun task."""
+KNOWN_TO_FABRIC = ("cpu", "cuda", "mps")
+"""Types of devices that Fabric can set up."""
+
+
+class OtherAccelerator(SingleDeviceStrategy):
+    """One device of a type that Fabric doesn't know, such as Intel's xpu. Fabric is told that it is a CPU."""
+
+    def setup_environment(self) -> None:
+        """Make it the current device."""
+        torch.get_device_module(self.root_device).set_device(self.root_device)
 
 
 def launch(
@@ -58,7 +72,7 @@ def launch(
             f"--device {device}: names one device, but there are {world_size} processes; "
             f"use --device {torch_device.type}"
         )
-    available = torch.cuda.device_count() if torch_device.type == "cuda" else cores()
+    available = cores() if torch_device.type == "cpu" else device_count(torch_device.type)
     if devices > available:
         raise InputError(f"--devices {devices}: this machine has {available} ({torch_device.type})")
     fabric_precision = _precision(precision, torch_device)
@@ -67,17 +81,21 @@ def launch(
             "--strategy fsdp: needs --precision bf16-mixed or 32-true, "
             "since 16-mixed would scale the gradients of each shard on its own"
         )
-    try:
-        fabric = Fabric(
-            accelerator=torch_device.type,
-            devices=devices if torch_device.index is None else [torch_device.index],
-            num_nodes=nodes,
-            strategy=_strategy(strategy, world_size, blocks),
-            precision=fabric_precision,
-            plugins=ENVIRONMENTS[this_process().launcher](),
-        )
-    except (ValueError, RuntimeError) as error:  # a SLURM job of unequal machines, say
-        raise InputError(f"--devices {devices}: the processes can't be set up ({first_line(error)})") from error
+    environment = ENVIRONMENTS[this_process().launcher]()
+    if torch_device.type not in KNOWN_TO_FABRIC:
+        fabric = _on_other_accelerator(torch_device, world_size, fabric_precision, environment)
+    else:
+        try:
+            fabric = Fabric(
+                accelerator=torch_device.type,
+                devices=devices if torch_device.index is None else [torch_device.index],
+                num_nodes=nodes,
+                strategy=_strategy(strategy, world_size, blocks),
+                precision=fabric_precision,
+                plugins=environment,
+            )
+        except (ValueError, RuntimeError) as error:  # a SLURM job of unequal machines, say
+            raise InputError(f"--devices {devices}: the processes can't be set up ({first_line(error)})") from error
     fabric.launch()
     watch_peers(fabric)
     torch.manual_seed(seed)
@@ -164,9 +182,22 @@ def _strategy(name: str, world_size: int, blocks: tuple[type, ...]) -> str | Str
     )
 
 
-def _precision(precision: Precision, device: torch.device) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
+def _on_other_accelerator(
+    device: torch.device, world_size: int, precision: FabricPrecision, environment: ClusterEnvironment
+) -> Fabric:
+    if world_size > 1:
+        raise InputError(
+            f"--device {device.type}: takes one process, but there are {world_size}; only cuda and cpu take several"
+        )
+    mixed = [] if precision == "32-true" else [MixedPrecision(precision, device.type)]
+    strategy = OtherAccelerator(torch.device(device.type, device.index or 0))
+    return Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=[environment, *mixed])
+
+
+def _precision(precision: Precision, device: torch.device) -> FabricPrecision:
     if precision != "auto":
         return precision
-    if device.type != "cuda":
+    supported = supports_bf16(device)
+    if supported is None:
         return "32-true"  # measured: faster than bf16 on CPUs without bf16 units
-    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    return "bf16-mixed" if supported else "16-mixed"

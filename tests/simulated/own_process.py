@@ -1,0 +1,121 @@
+"""Runs the test files that are marked `accelerator` in processes of their own, where torch has the device `sim`.
+
+torch can't forget a device, so the other tests must not share a process with these. pytest starts a second pytest for
+each such file and passes its reports on, test by test, as if it had run them itself. With xdist, use `--dist loadfile`.
+
+In the second process, torch finds the device as it finds that of any vendor's package: by an entry point, in
+`autoload/`. So do all processes that it starts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils import backend_registration
+
+SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+"""Whether this torch can have a device that is written in Python."""
+REPORTS = "FASTMAE_TEST_REPORTS"
+"""Environment variable of the second process: number of the file descriptor that takes the reports."""
+HERE = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    descriptor = os.environ.get(REPORTS)
+    config.pluginmanager.register(SecondProcess(config, int(descriptor)) if descriptor else FirstProcess(config))
+
+
+class SecondProcess:
+    """Runs the tests and reports to the first process.
+
+    Args:
+        config: pytest's.
+        descriptor: file descriptor to which the reports are written, one JSON object a line.
+    """
+
+    def __init__(self, config: pytest.Config, descriptor: int):
+        self.config, self.reports = config, os.fdopen(descriptor, "w", buffering=1)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        self.reports.write(json.dumps(data) + "\n")
+
+
+class FirstProcess:
+    """Starts a process for each marked file when its first test is due.
+
+    Args:
+        config: pytest's.
+    """
+
+    def __init__(self, config: pytest.Config):
+        self.config = config
+        self.reports: dict[Path, Iterator[dict[str, Any]]] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in filter(_is_marked, items):
+            item.add_marker(pytest.mark.timeout(0))  # the second process has its own limit
+            item.add_marker(pytest.mark.skipif(not SUPPORTED, reason="needs a torch with backends written in Python"))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        if not SUPPORTED or not _is_marked(item):
+            return None
+        if item.path not in self.reports:
+            tests = [other.nodeid for other in item.session.items if other.path == item.path and _is_marked(other)]
+            self.reports[item.path] = _reports_of(tests, self.config.rootpath)
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in self._reports(item):
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def _reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
+        """The reports of a test: of its set-up, the call, and what follows."""
+        for data in self.reports[item.path]:
+            if "failure" in data:
+                yield _failed(item, data["failure"])
+                return
+            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+            assert report.nodeid == item.nodeid, "the second process runs the same tests in the same order"
+            yield report
+            if report.when == "teardown":
+                return
+        yield _failed(item, "the second process has ended before this test")
+
+
+def _is_marked(item: pytest.Item) -> bool:
+    return item.get_closest_marker("accelerator") is not None
+
+
+def _reports_of(tests: list[str], root: Path) -> Iterator[dict[str, Any]]:
+    """The reports of a second process; at its end, what it printed if it didn't run the tests to their end."""
+    read_end, write_end = os.pipe()
+    path = [str(HERE / "autoload"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, REPORTS: str(write_end), "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    for name in [name for name in environment if name.startswith("PYTEST_XDIST")]:
+        del environment[name]  # it is no worker
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", "pytest", *tests, "-p", "no:xdist", "-p", "no:cacheprovider"]
+    with tempfile.TemporaryFile("w+", errors="replace") as printed:
+        process = subprocess.Popen(
+            command, cwd=root, env=environment, pass_fds=[write_end], stdout=printed, stderr=subprocess.STDOUT
+        )
+        os.close(write_end)
+        with os.fdopen(read_end) as lines:
+            for line in lines:
+                yield json.loads(line)
+        if process.wait() not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            printed.seek(0)
+            yield {"failure": f"{' '.join(command)} ended with code {process.returncode}:\n{printed.read()}"}
+
+
+def _failed(item: pytest.Item, reason: str) -> pytest.TestReport:
+    return pytest.TestReport(item.nodeid, item.location, {}, "failed", reason, "call")
