@@ -6,6 +6,8 @@ host sync, is written down in `SYNCS`. So code for GPUs can be tested without on
 It is registered as torch's PrivateUse1 backend, which can't be undone: use it in a process of its own (`own_process`).
 """
 
+import collections
+import functools
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -35,9 +37,12 @@ DATA_DEPENDENT = {
     )
 }
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+FACTORIES = """empty.memory_format empty_strided arange arange.start arange.start_step eye eye.m tril_indices
+    triu_indices""".split()
+"""What makes tensors without being given any; torch builds its other such functions from these."""
 COPYING = (aten._to_copy.default, aten.copy_.default)
 
-_pinned: set[int] = set()
+_pinned: collections.Counter[int] = collections.Counter()
 _libraries: list[torch.library.Library] = []
 
 
@@ -112,16 +117,20 @@ def compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     """
     refuse_mixed_devices(func, args, kwargs)
     note_sync(func, args, kwargs)
-    if torch.Tag.inplace_view in func.tags:
-        raise NotImplementedError(f"{func}: the simulated accelerator can't change a tensor's shape in place")
     host_kwargs = {name: _host_argument(name, value) for name, value in kwargs.items()}
     host_args, host_kwargs = tree_map(host_of, (args, host_kwargs))
     result = func(*host_args, **host_kwargs)
     device, tensors = kwargs.get("device"), _tensors(args, kwargs)
+    if any(isinstance(tensor, SimTensor) and tensor.shape != tensor.host.shape for tensor in tensors):
+        raise NotImplementedError(f"{func}: the simulated accelerator can't change a tensor's shape in place")
     if not (on_sim(device) if device is not None else any(isinstance(tensor, SimTensor) for tensor in tensors)):
         # To the CPU: never the memory in which the accelerator's tensor holds its values.
         return result.clone() if any(result is argument for argument in host_args) else result
-    wrapped = tree_map(lambda value: SimTensor(value) if _is_host_tensor(value) else value, result)
+    # In inference mode, a view of a normal tensor is a normal tensor, too.
+    aliases = [returned.alias_info for returned in func._schema.returns if returned.alias_info is not None]
+    is_normal = any(not alias.is_write for alias in aliases) and not args[0].is_inference()
+    with torch.inference_mode(torch.is_inference_mode_enabled() and not is_normal):
+        wrapped = tree_map(lambda value: SimTensor(value) if _is_host_tensor(value) else value, result)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if tensors else wrapped
 
 
@@ -180,7 +189,7 @@ def note_sync(func: Any, args: Any, kwargs: Any) -> None:
 
 def is_pinned(tensor: torch.Tensor) -> bool:
     """Whether a CPU tensor lies in memory that `pin_memory` has given."""
-    return tensor.untyped_storage().data_ptr() in _pinned
+    return tensor.untyped_storage().data_ptr() in +_pinned
 
 
 def on_sim(device: Any) -> bool:
@@ -254,20 +263,29 @@ class SimModule(backend_registration._DummyBackendModule):
         return 1 << 20
 
 
+class SimGenerator(torch.Generator):
+    """`torch.Generator`, which for the device is one on the CPU: it computes there."""
+
+    def __new__(cls, device: Any = None) -> "SimGenerator":
+        return super().__new__(cls, "cpu" if device is None or on_sim(device) else device)
+
+
 def register() -> None:
     """Add the device to torch, for the rest of the process. It must be done before the first backward pass."""
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=SimModule())
-    everything = torch.library.Library("_", "IMPL")
-    # What has a SimTensor among its arguments comes to __torch_dispatch__; the rest makes new tensors.
-    everything.fallback(compute, "PrivateUse1")
-    # torch.tensor(..., device=) copies out of the sight of __torch_dispatch__.
-    copies = torch.library.Library("aten", "IMPL")
-    copies.impl("_copy_from", _copy_from, "PrivateUse1")
-    on_cpu = torch.library.Library("aten", "IMPL")
-    on_cpu.impl("_pin_memory", _pin_memory, "CPU")
-    on_cpu.impl("is_pinned", lambda tensor, _device=None: is_pinned(tensor), "CPU")
-    torch.accelerator.synchronize = torch.sim.synchronize  # torch's own needs a stream of the backend
-    _libraries.extend([everything, copies, on_cpu, *autocast.register(NAME)])
+    library = torch.library.Library("aten", "IMPL")
+    # What has a SimTensor among its arguments comes to __torch_dispatch__. The rest makes new tensors,
+    for name in FACTORIES:
+        packet, _, overload = name.partition(".")
+        operation = getattr(getattr(aten, packet), overload or "default")
+        library.impl(name, functools.partial(compute, operation), "PrivateUse1")
+    # or copies to them out of the sight of __torch_dispatch__, as torch.tensor(..., device=) does.
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
+    library.impl("_pin_memory", _pin_memory, "CPU")
+    library.impl("is_pinned", lambda tensor, _device=None: is_pinned(tensor), "CPU")
+    # torch's own need what a backend in Python can't give.
+    torch.accelerator.synchronize, torch.Generator = torch.sim.synchronize, SimGenerator
+    _libraries.extend([library, *autocast.register(NAME)])
 
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -277,6 +295,8 @@ def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = 
 def _pin_memory(tensor: torch.Tensor, _device: Any = None) -> torch.Tensor:
     copied = tensor.clone()
     storage = copied.untyped_storage()
-    _pinned.add(storage.data_ptr())
-    weakref.finalize(storage, _pinned.discard, storage.data_ptr())
+    address = storage.data_ptr()
+    _pinned[address] += 1
+    # Counted, since another thread may have got the address before this hears of the end.
+    weakref.finalize(storage, _pinned.subtract, [address])
     return copied

@@ -9,6 +9,7 @@ In the second process, torch finds the device as it finds that of any vendor's p
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backe
 """Whether this torch can have a device that is written in Python."""
 REPORTS = "FASTMAE_TEST_REPORTS"
 """Environment variable of the second process: number of the file descriptor that takes the reports."""
+SECONDS_TO_END = 10.0
 HERE = Path(__file__).parent
 
 
@@ -56,7 +58,7 @@ class FirstProcess:
 
     def __init__(self, config: pytest.Config):
         self.config = config
-        self.reports: dict[Path, Iterator[dict[str, Any]]] = {}
+        self.runs: dict[Path, Run] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -68,54 +70,77 @@ class FirstProcess:
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         if not SUPPORTED or not _is_marked(item):
             return None
-        if item.path not in self.reports:
+        if item.path not in self.runs:
             tests = [other.nodeid for other in item.session.items if other.path == item.path and _is_marked(other)]
-            self.reports[item.path] = _reports_of(tests, self.config.rootpath)
+            self.runs[item.path] = Run(tests, self.config.rootpath)
+        run = self.runs[item.path]
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        for report in self._reports(item):
+        for data in run.reports_of(item.nodeid):
+            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+            item.ihook.pytest_runtest_logreport(report=report)
+        if run.output:
+            report = pytest.TestReport(item.nodeid, item.location, {}, "failed", run.output, "call")
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
-    def _reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
-        """The reports of a test: of its set-up, the call, and what follows."""
-        for data in self.reports[item.path]:
-            if "failure" in data:
-                yield _failed(item, data["failure"])
+    def pytest_unconfigure(self) -> None:
+        for run in self.runs.values():
+            run.end()
+
+
+class Run:
+    """The second process for one file.
+
+    Args:
+        tests: ids of the tests to run, in order.
+        root: pytest's root folder.
+
+    Attributes:
+        output: what the process printed, if it has ended before its time; else empty.
+    """
+
+    def __init__(self, tests: list[str], root: Path):
+        read_end, write_end = os.pipe()
+        path = [str(HERE / "autoload"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, REPORTS: str(write_end), "PYTHONPATH": os.pathsep.join(filter(None, path))}
+        for name in [name for name in environment if name.startswith("PYTEST_XDIST")]:
+            del environment[name]  # it is no worker
+        self.output = ""
+        self.printed = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed in `end`
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *tests, "-p", "no:xdist", "-p", "no:cacheprovider"],
+            cwd=root,
+            env=environment,
+            pass_fds=[write_end],
+            stdout=self.printed,
+            stderr=subprocess.STDOUT,
+        )
+        os.close(write_end)
+        self.lines = os.fdopen(read_end)
+
+    def reports_of(self, test: str) -> Iterator[dict[str, Any]]:
+        """The reports of the next test: of its set-up, the call, and what follows."""
+        for line in self.lines:
+            data = json.loads(line)
+            assert data["nodeid"] == test, "the second process runs the same tests in the same order"
+            yield data
+            if data["when"] == "teardown":
                 return
-            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
-            assert report.nodeid == item.nodeid, "the second process runs the same tests in the same order"
-            yield report
-            if report.when == "teardown":
-                return
-        yield _failed(item, "the second process has ended before this test")
+        code = self.process.wait()
+        self.printed.seek(0)
+        self.output = f"the second process has ended with code {code}:\n{self.printed.read()}"
+
+    def end(self) -> None:
+        """Stop the process if its tests are no longer wanted, and wait for its end."""
+        self.lines.close()
+        try:
+            self.process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait()
+        self.printed.close()
 
 
 def _is_marked(item: pytest.Item) -> bool:
     return item.get_closest_marker("accelerator") is not None
-
-
-def _reports_of(tests: list[str], root: Path) -> Iterator[dict[str, Any]]:
-    """The reports of a second process; at its end, what it printed if it didn't run the tests to their end."""
-    read_end, write_end = os.pipe()
-    path = [str(HERE / "autoload"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, REPORTS: str(write_end), "PYTHONPATH": os.pathsep.join(filter(None, path))}
-    for name in [name for name in environment if name.startswith("PYTEST_XDIST")]:
-        del environment[name]  # it is no worker
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    command = [sys.executable, "-m", "pytest", *tests, "-p", "no:xdist", "-p", "no:cacheprovider"]
-    with tempfile.TemporaryFile("w+", errors="replace") as printed:
-        process = subprocess.Popen(
-            command, cwd=root, env=environment, pass_fds=[write_end], stdout=printed, stderr=subprocess.STDOUT
-        )
-        os.close(write_end)
-        with os.fdopen(read_end) as lines:
-            for line in lines:
-                yield json.loads(line)
-        if process.wait() not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            printed.seek(0)
-            yield {"failure": f"{' '.join(command)} ended with code {process.returncode}:\n{printed.read()}"}
-
-
-def _failed(item: pytest.Item, reason: str) -> pytest.TestReport:
-    return pytest.TestReport(item.nodeid, item.location, {}, "failed", reason, "call")

@@ -12,6 +12,7 @@ if _HIDDEN:
     sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # makes Python believe that it is not installed
 try:
     from lightning_fabric import Fabric
+    from lightning_fabric.accelerators import CPUAccelerator
     from lightning_fabric.plugins.environments import (
         ClusterEnvironment,
         LightningEnvironment,
@@ -25,6 +26,7 @@ finally:
         del sys.modules["torchmetrics"]
 
 __all__ = [
+    "CPUAccelerator",
     "ClusterEnvironment",
     "Fabric",
     "LightningEnvironment",

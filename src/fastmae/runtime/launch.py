@@ -15,6 +15,7 @@ from fastmae.errors import InputError, first_line
 from fastmae.runtime.device import cores, device_count, resolve_device, supports_bf16
 from fastmae.runtime.fabric import (
     ClusterEnvironment,
+    CPUAccelerator,
     Fabric,
     LightningEnvironment,
     MixedPrecision,
@@ -39,12 +40,12 @@ KNOWN_TO_FABRIC = ("cpu", "cuda", "mps")
 """Types of devices that Fabric can set up."""
 
 
-class OtherAccelerator(SingleDeviceStrategy):
-    """One device of a type that Fabric doesn't know, such as Intel's xpu. Fabric is told that it is a CPU."""
+class OtherAccelerator(CPUAccelerator):
+    """A device of a type that Fabric doesn't know, such as Intel's xpu. To Fabric it is a CPU under another name."""
 
-    def setup_environment(self) -> None:
+    def setup_device(self, device: torch.device) -> None:
         """Make it the current device."""
-        torch.get_device_module(self.root_device).set_device(self.root_device)
+        torch.get_device_module(device).set_device(device)
 
 
 def launch(
@@ -190,8 +191,8 @@ def _on_other_accelerator(
             f"--device {device.type}: takes one process, but there are {world_size}; only cuda and cpu take several"
         )
     mixed = [] if precision == "32-true" else [MixedPrecision(precision, device.type)]
-    strategy = OtherAccelerator(torch.device(device.type, device.index or 0))
-    return Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=[environment, *mixed])
+    strategy = SingleDeviceStrategy(torch.device(device.type, device.index or 0))
+    return Fabric(accelerator=OtherAccelerator(), devices=1, strategy=strategy, plugins=[environment, *mixed])
 
 
 def _precision(precision: Precision, device: torch.device) -> FabricPrecision:
