@@ -24,9 +24,12 @@ class SyncLog:
     def note(self, reason: str) -> None:
         """Count a sync at the innermost line of the package, or of what called torch if there is none."""
         frames = [frame for frame in traceback.extract_stack() if not frame.filename.startswith((OWN, TORCH))]
-        of_package = [frame for frame in frames if PACKAGE in frame.filename]
-        frame = (of_package or frames)[-1]
-        self.counts[f"{frame.filename.split(PACKAGE)[-1]}:{frame.lineno}: {reason}"] += 1
+        innermost = frames[-1]
+        asked = next((frame for frame in reversed(frames) if PACKAGE in frame.filename), innermost)
+        place = f"{asked.filename.split(PACKAGE)[-1]}:{asked.lineno}"
+        if innermost is not asked:
+            place += f" (in {innermost.filename.split('/site-packages/')[-1]}:{innermost.lineno})"
+        self.counts[f"{place}: {reason}"] += 1
 
 
 SYNCS = SyncLog()
