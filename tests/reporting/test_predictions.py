@@ -11,7 +11,8 @@ from fastmae.tokens import TokenStore
 
 def test_pixels_come_back_from_their_normalised_patches():
     images = torch.rand(2, 3, 32, 32)
-    target = NormPix(8, 3)(SimpleNamespace(pixels=images), images)
+    in_order = torch.arange(16).expand(2, -1)
+    target = NormPix(8, 3)(SimpleNamespace(pixels=images, ids_shuffle=in_order), lambda pixels: pixels)
     assert torch.allclose(undo_norm_pix(target, images, 8), images, atol=1e-4)
 
 

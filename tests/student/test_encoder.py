@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmae.errors import InputError
-from fastmae.student.encoder import build_encoder, sincos_positions, visible_patches, without_masking
+from fastmae.images.views import PixelScale
+from fastmae.student.encoder import build_encoder, cut_patches, embed_visible, sincos_positions, visible_patches
 
 B, N, V = 3, 16, 4
 
@@ -52,39 +53,60 @@ def test_encoding_all_patches_equals_timms_own_forward(name, make_student, batch
     all_ids = torch.arange(N).expand(B, N)
     with torch.no_grad():
         encoded = model.encode(images, all_ids)[-1]
-        expected = without_masking(model.encoder).forward_features(images)[:, model.encoder.num_prefix_tokens :]
+        expected = model.encoder.forward_features(images)[:, model.encoder.num_prefix_tokens :]
     torch.testing.assert_close(encoded, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", PLAIN_AND_ROTARY)
-def test_projecting_only_the_visible_patches_equals_projecting_all_and_dropping_the_others(name, make_student, batch):
-    model = make_student(name)
+def test_embedding_only_the_visible_patches_equals_embedding_all_and_dropping_the_others(name, make_student, batch):
+    encoder = make_student(name).encoder
     images, ids_keep = batch[0].clone().requires_grad_(), batch[2][:, :V]
-    timms_projection = torch.nn.Conv2d(3, 48, 16, 16)
-    timms_projection.load_state_dict(model.encoder.patch_embed.proj.state_dict())
-    outputs = []
-    for projection in (model.encoder.patch_embed.proj, timms_projection):
-        model.encoder.patch_embed.proj = projection
-        encoded = model.encode(images, ids_keep)[-1]
-        outputs.append((encoded, *torch.autograd.grad(encoded.square().sum(), [images, projection.weight])))
+    weight, prefix = encoder.patch_embed.proj.weight, encoder.num_prefix_tokens
+    visible, _ = embed_visible(encoder, cut_patches(images, 16, ids_keep), ids_keep)
+    embedded = encoder._pos_embed(encoder.patch_embed(images))
+    everything = encoder.norm_pre(embedded[0] if isinstance(embedded, tuple) else embedded)
+    kept = everything[:, prefix:].gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, 48))
+    outputs = [
+        (tokens, *torch.autograd.grad(tokens.square().sum(), [images, weight]))
+        for tokens in (visible, torch.cat([everything[:, :prefix], kept], dim=1))
+    ]
     torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
 
 
 def test_projecting_a_quarter_of_the_patches_takes_a_quarter_of_the_flops(make_student, batch):
     images, _, ids_shuffle = batch
-    projection = make_student().encoder.patch_embed.proj
+    encoder = make_student().encoder
     flops = []
     for ids_keep in (ids_shuffle[:, :V], ids_shuffle):
-        projection.ids_keep = ids_keep
         with FlopCounterMode(display=False) as counter:
-            projection(images)
+            embed_visible(encoder, cut_patches(images, 16, ids_keep), ids_keep)
         flops.append(counter.get_total_flops())
     assert flops[0] == 2 * B * V * 48 * 3 * 16 * 16
     assert flops[1] == 4 * flops[0]
 
 
-def test_after_pre_training_the_encoder_has_only_timms_and_torchs_modules(make_student):
-    encoder = without_masking(make_student().encoder)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_cut_patch_is_the_images_square_at_its_place(layout):
+    images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8).contiguous(memory_format=layout)
+    ids_keep = torch.tensor([[5, 0], [3, 4]])
+    patches = cut_patches(images, 4, ids_keep)
+    for b, number in ((b, number) for b in range(2) for number in range(2)):
+        row, col = divmod(int(ids_keep[b, number]), 3)
+        assert torch.equal(patches[b, number], images[b, :, 4 * row : 4 * row + 4, 4 * col : 4 * col + 4])
+
+
+def test_normalising_the_cut_patches_equals_cutting_the_normalised_image(make_student, batch):
+    pixels, ids_keep = (255 * torch.rand(B, 3, 64, 64)).byte(), batch[2][:, :V]
+    pixel_scale, model = PixelScale((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), make_student()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        stored = pixels.contiguous(memory_format=layout)
+        raw = model.encode_tokens(stored, ids_keep, pixel_scale)
+        normalised = model.encode_tokens(pixel_scale(stored), ids_keep)
+        assert all(torch.equal(*layers) for layers in zip(raw, normalised, strict=True))
+
+
+def test_a_built_encoder_has_only_timms_and_torchs_modules():
+    encoder = build_encoder("vit_tiny_patch16_224", 64, 16, width=48, depth=2, heads=3)
     assert not [name for name, module in encoder.named_modules() if type(module).__module__.startswith("fastmae")]
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastmae.student.normalisation import EPSILON, channel_norm, patch_norm, store_norm, unchanged
+from fastmae.student.normalisation import EPSILON, StoreNorm, channel_norm, patch_norm, unchanged
 
 FEATURES = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)) * 4 + 2
 
@@ -30,7 +30,7 @@ def test_channel_norm_is_zero_mean_unit_variance_over_the_channels_of_each_patch
 def test_store_norm_uses_the_stores_mean_and_std():
     mean, std = torch.arange(7.0), torch.arange(1.0, 8.0)
     expected = (FEATURES - mean) / (std**2 + EPSILON) ** 0.5
-    torch.testing.assert_close(store_norm(mean, std)(FEATURES), expected)
+    torch.testing.assert_close(StoreNorm(mean, std)(FEATURES), expected)
 
 
 def test_no_normalisation_leaves_the_features_as_they_are():
@@ -40,4 +40,4 @@ def test_no_normalisation_leaves_the_features_as_they_are():
 def test_constant_features_become_zeros_not_nan():
     for norm in (patch_norm, channel_norm):
         assert torch.equal(norm(torch.full((2, 4, 3), 7.0)), torch.zeros(2, 4, 3))
-    assert torch.isfinite(store_norm(torch.zeros(3), torch.zeros(3))(torch.ones(1, 1, 3))).all()
+    assert torch.isfinite(StoreNorm(torch.zeros(3), torch.zeros(3))(torch.ones(1, 1, 3))).all()

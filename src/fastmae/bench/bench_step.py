@@ -35,6 +35,7 @@ from fastmae.bench.memory import FreshProcesses, peak_memory_of
 from fastmae.bench.methods import BEYOND_PAPER, MAE, PUBLISHED, Method, Step, Steps, methods
 from fastmae.bench.options import check_out, check_sizes
 from fastmae.bench.sample import IMAGENET_IMAGES
+from fastmae.bench.step_counts import count_steps
 from fastmae.bench.table import Table, machine
 from fastmae.bench.timing import format_rate, interleave, same_every_round
 from fastmae.config import BenchStepConfig
@@ -81,13 +82,15 @@ class StepMeasurement:
 
 
 def bench_step(config: BenchStepConfig) -> dict[str, Any]:
-    """Measure all rows and publish the table.
+    """Measure all rows, or count what they do, and publish the table.
 
     Returns:
         The command's JSON.
     """
     check_sizes(config.patch_size, config.middle_size, config.image_size)
     check_out(config.out)
+    if config.count:
+        return count_steps(config)
     table_methods = methods(config)
     steps = Steps.launched(config)
     products = steps.products()
@@ -130,7 +133,7 @@ def _measure(
     built_steps = {method.name: steps.step(method) for method in table_methods}
     step_flops = {name: flops_of(step.run) for name, step in built_steps.items()}
     product_flops: dict[str, int] = {}
-    works: dict[str, Callable[[], None]] = {name: step.run for name, step in built_steps.items()}
+    works: dict[str, Callable[[], object]] = {name: step.run for name, step in built_steps.items()}
     for block, block_products in products.items():
         for implementation, run in block_products.implementations().items():
             variant = f"{implementation} in the {block}"
@@ -142,7 +145,7 @@ def _measure(
     return measurements, {variant: flops / median(seconds[variant]) for variant, flops in product_flops.items()}
 
 
-def _time_in_turn(works: dict[str, Callable[[], None]], steps: Steps) -> dict[str, list[float]]:
+def _time_in_turn(works: dict[str, Callable[[], object]], steps: Steps) -> dict[str, list[float]]:
     """The seconds of each piece of work, one per round."""
     clock = time.process_time if _on_one_thread(steps) else time.perf_counter
     for work in works.values():

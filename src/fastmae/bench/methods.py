@@ -7,8 +7,9 @@ patches alone as in the recipe `visible_tiny_cpu`, or the same with nothing mask
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -20,7 +21,7 @@ from fastmae.bench.published_mae import PublishedMae
 from fastmae.config import BenchStepConfig, PretrainConfig
 from fastmae.config.recipes import load_recipe
 from fastmae.errors import InputError, first_line
-from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, normalise
+from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, PixelScale
 from fastmae.pretraining.plan import resolve_loss
 from fastmae.pretraining.step import PretrainStep
 from fastmae.runtime.fabric import Fabric
@@ -34,6 +35,8 @@ from fastmae.teachers import Teacher
 from fastmae.tokens.codec import load_codec
 from fastmae.tokens.loader import ViewBatch
 from fastmae.training.optimiser import adamw
+from fastmae.training.run import forward_step, set_up_model, take_step
+from fastmae.training.state import TrainState
 
 CHANNELS = 3
 CODEC = "fp16"
@@ -136,7 +139,7 @@ class Step:
 
     model: nn.Module
     target: Target | None
-    run: Callable[[], None]
+    run: Callable[[], object]
     mask_ratio: float
     loss_terms: str
 
@@ -152,13 +155,11 @@ class ReadyStudent:
 
     Attributes:
         network: the bare module.
-        model: the same, set up by Fabric.
         optimizer: set up by Fabric.
         loss: its loss.
     """
 
     network: Student
-    model: Any
     optimizer: Any
     loss: StudentLoss
 
@@ -232,10 +233,13 @@ class Steps:
             self._target(method), student.loss, IMAGENET_MEAN, IMAGENET_STD, autocast=self.fabric.autocast
         )  # the teacher gets the precision of the student, which is the faster one
         step.to(self.fabric)
-        batch = self._batch(method)
-        run = self._training_step(lambda: step(student.model, batch)["loss"], student.optimizer)
-        options = self._options(method.objective)
+        batch, options = self._batch(method), self._options(method.objective)
+        state = TrainState(student.network, self._model(student.network, step), student.optimizer)
+        run = partial(take_step, self.fabric, state, forward_step, [batch], 1, options.clip_grad)
         return Step(student.network, step.target, run, options.mask_ratio, _loss_terms(student.network))
+
+    def _model(self, network: Student, step: PretrainStep) -> Any:
+        return set_up_model(self.fabric, network, step, self.config.compile, step_in_forward=True).train()
 
     def _published_step(self, method: Method) -> Step:
         """As the authors train: their code, and torch's AdamW with its defaults."""
@@ -245,34 +249,30 @@ class Steps:
         positions = sincos_positions(grid, width), sincos_positions(grid, options.decoder_width)
         decoder = options.decoder_width, options.decoder_depth, options.decoder_heads
         mae = PublishedMae(self.config.patch_size, width, len(encoder.blocks), heads, visible, positions, decoder)
-        model = self.fabric.setup_module(mae)
+        model = self.fabric.setup_module(cast(nn.Module, torch.compile(mae)) if self.config.compile else mae)
         groups = param_groups_weight_decay(mae, options.weight_decay)
-        optimizer = self.fabric.setup_optimizers(torch.optim.AdamW(groups, lr=options.base_lr, betas=options.betas))
-        batch = self._batch(method)
-        run = self._training_step(lambda: model(normalise(batch.pixels), batch.ids_shuffle), optimizer)
-        return Step(mae, None, run, options.mask_ratio, "decoder")
+        optimizer: Any = self.fabric.setup_optimizers(
+            torch.optim.AdamW(groups, lr=options.base_lr, betas=options.betas)
+        )
+        batch, pixel_scale = self._batch(method), PixelScale(IMAGENET_MEAN, IMAGENET_STD, self.fabric.device)
 
-    def _training_step(self, loss: Callable[[], torch.Tensor], optimizer: Any) -> Callable[[], None]:
         def run() -> None:
-            self.fabric.backward(loss())
+            self.fabric.backward(model(pixel_scale(batch.pixels), batch.ids_shuffle))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return run
+        return Step(mae, None, run, options.mask_ratio, "decoder")
 
     def _student(self, channels: int, objective: Objective) -> ReadyStudent:
         if (channels, objective) not in self.students:
             options = self._options(objective)
             student = build_student(options, self.config.patch_size, channels, CHANNELS)
             assert isinstance(student, Student)  # a mask needs a plain ViT
-            model = self.fabric.setup_module(student)
-            groups = param_groups_weight_decay(student, options.weight_decay)
+            groups = param_groups_weight_decay(student.to(self.fabric.device), options.weight_decay)
             optimizer = adamw(groups, options.lr, options.betas, self.fabric)
             kind = resolve_loss(options, "vit")
             loss = StudentLoss((kind,), options.all_layers_weight, (channels,), (1.0,), options.relation_weight)
-            self.students[channels, objective] = ReadyStudent(
-                student, model.train(), self.fabric.setup_optimizers(optimizer), loss
-            )
+            self.students[channels, objective] = ReadyStudent(student, self.fabric.setup_optimizers(optimizer), loss)
         return self.students[channels, objective]
 
     def _target(self, method: Method) -> Target:

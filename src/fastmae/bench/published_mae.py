@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmae.student.targets import patchify
-
 
 class Attention(nn.Module):
     """Multi-head attention with its softmax written out, not fused."""
@@ -114,7 +112,7 @@ class PublishedMae(nn.Module):
 
     def loss(self, images: torch.Tensor, prediction: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
         """Mean squared error between prediction [B, N, 3 P^2] and normalised pixels, over the masked patches."""
-        target = patchify(images, self.patch_size)
+        target = _patchify(images, self.patch_size)
         mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6) ** 0.5
         error = ((prediction - target) ** 2).mean(dim=-1)
@@ -149,3 +147,11 @@ class PublishedMae(nn.Module):
         for block in self.decoder_blocks:
             tokens = block(tokens)
         return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
+
+
+def _patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """[B, K, H, W] -> [B, N, P * P * K]: patches row by row, and so the pixels of a patch, colours last."""
+    batch, channels, height, width = images.shape
+    rows, cols = height // patch_size, width // patch_size
+    patches = images.reshape(batch, channels, rows, patch_size, cols, patch_size).permute(0, 2, 4, 3, 5, 1)
+    return patches.reshape(batch, rows * cols, patch_size**2 * channels)

@@ -45,6 +45,11 @@ class BenchStepConfig(Common):
     """Views per step; 0: 256 on a GPU, 32 elsewhere."""
     precision: Precision = "auto"
     """As in pretrain."""
+    count: bool = False
+    """Time nothing. Count the kernels, the memory traffic and the floating-point operations of each row's step, as a
+    GPU would run it; any machine can. Without --batch-size, the step has 1024 views."""
+    compile: bool = False
+    """Compile the steps of all rows with torch.compile, as `pretrain --compile` does."""
     rounds: Annotated[int, AT_LEAST_1] = 5
     """Timed rounds; in each, every row makes one step in turn. Medians are reported."""
     warmup: Annotated[int, AT_LEAST_1] = 2

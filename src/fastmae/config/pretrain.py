@@ -102,7 +102,7 @@ class PretrainConfig(TrainingConfig):
     """Betas of AdamW. (MAE's)"""
 
     compile: bool = False
-    """Compile the student with torch.compile: minutes at the start, faster steps on a GPU."""
+    """Compile student, target and loss as one graph with torch.compile: minutes at the start, faster steps on a GPU."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: each holds the whole student (ddp), or a part of its weights and optimizer state
     (fsdp)."""

@@ -91,25 +91,43 @@ class ViewDraws:
         return np.concatenate([rng.permutation(ids_visible), rng.permutation(ids_masked)])
 
 
+class PixelScale:
+    """Normalises pixels, with constants that are put on the device once.
+
+    Args:
+        mean: mean of each channel, of values in [0, 1].
+        std: standard deviation of each channel, of values in [0, 1].
+        device: where the pixels will be.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"):
+        scale = 1 / (255 * torch.tensor(std))
+        self.scale, self.shift = scale.to(device), (-torch.tensor(mean) * 255 * scale).to(device)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the constants to another device."""
+        self.scale, self.shift = self.scale.to(device), self.shift.to(device)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalise each channel.
+
+        Args:
+            pixels: uint8 [..., K, H, W].
+
+        Returns:
+            float32 [..., K, H, W], in the memory layout of `pixels`.
+        """
+        channels_last = pixels.dim() == 4 and pixels.stride(1) == 1 < pixels.shape[1]
+        if channels_last:  # as rows [B, H, W * K], which takes a fifth of the time
+            rows = pixels.permute(0, 2, 3, 1).flatten(2).float()
+            width = pixels.shape[3]
+            rows.mul_(self.scale.repeat(width)).add_(self.shift.repeat(width))
+            return rows.unflatten(2, (width, -1)).permute(0, 3, 1, 2)
+        return pixels.float().mul_(self.scale.view(-1, 1, 1)).add_(self.shift.view(-1, 1, 1))
+
+
 def normalise(
     pixels: torch.Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
 ) -> torch.Tensor:
-    """Normalise each channel.
-
-    Args:
-        pixels: uint8 [..., K, H, W].
-        mean: mean of each channel, of values in [0, 1].
-        std: standard deviation of each channel, of values in [0, 1].
-
-    Returns:
-        float32 [..., K, H, W], in the memory layout of `pixels`.
-    """
-    scale = 1 / (255 * torch.tensor(std, device=pixels.device))
-    shift = -torch.tensor(mean, device=pixels.device) * 255 * scale
-    channels_last = pixels.dim() == 4 and pixels.stride(1) == 1 < pixels.shape[1]
-    if channels_last:  # as rows [B, H, W * K], which takes a fifth of the time
-        rows = pixels.permute(0, 2, 3, 1).flatten(2).float()
-        width = pixels.shape[3]
-        rows.mul_(scale.repeat(width)).add_(shift.repeat(width))
-        return rows.unflatten(2, (width, -1)).permute(0, 3, 1, 2)
-    return pixels.float().mul_(scale.view(-1, 1, 1)).add_(shift.view(-1, 1, 1))
+    """`PixelScale` for pixels uint8 [..., K, H, W] on any device; a loop over batches keeps a `PixelScale` instead."""
+    return PixelScale(mean, std, pixels.device)(pixels)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
 from fastmae.runs.folder import RUN_FILE, read_run
-from fastmae.student.normalisation import Normalisation, channel_norm, patch_norm, store_norm, unchanged
+from fastmae.student.normalisation import Normalisation, StoreNorm, channel_norm, patch_norm, unchanged
 from fastmae.student.student import build_student
 from fastmae.student.targets import Hog, NormPix, OnlineTokens, StoredTokens, Target
 from fastmae.teachers.factory import teacher_of_store
@@ -172,7 +172,7 @@ def _normalisation(norm: str, scales: Sequence[TokenStore]) -> Normalisation:
         if not scales:
             raise InputError("--norm store: needs a teacher's features; use patch, channel or none")
         statistics = pooled_statistics(scales)
-        return store_norm(statistics["mean"], statistics["std"])
+        return StoreNorm(statistics["mean"], statistics["std"])
     return {"patch": patch_norm, "channel": channel_norm, "none": unchanged}[norm]
 
 

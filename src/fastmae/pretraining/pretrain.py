@@ -86,6 +86,7 @@ def pretraining_task(config: PretrainConfig, plan: Plan, measure: Measure | None
         initialise=partial(initialise_student, spec=config.init) if config.init else no_initialisation,
         to_device=step.to,
         compile=config.compile,
+        step_in_forward=True,
         strategy=config.strategy,
         sharded_blocks=SHARDED_BLOCKS,
         lr_flag="--base-lr",

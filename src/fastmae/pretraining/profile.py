@@ -110,30 +110,27 @@ def forward_and_backward(
     cut, the gradients that arrived there are handed on.
     """
     with clock.stage("encoder"), fabric.autocast():
-        images = step.images(batch)
-        prefix, layers = student.encode_with_prefix(images, batch.ids_shuffle[:, : student.visible])
-    encoded = (prefix, *layers)
-    encoded_leaves = [tensor.detach().requires_grad_() for tensor in encoded]
-    prefix_leaf, *layer_leaves = encoded_leaves
+        layers = student.encode_tokens(batch.pixels, batch.ids_shuffle[:, : student.visible], step.pixel_scale)
+    layer_leaves = [layer.detach().requires_grad_() for layer in layers]
     with clock.stage("decoder"), fabric.autocast():
-        prediction = student.predict(prefix_leaf, layer_leaves, batch.ids_shuffle)
-        decoded = [] if prediction.decoded is None else [prediction.decoded]
-        predictions = [*decoded, *prediction.layers, *prediction.features]
+        prediction = student.predict(layer_leaves, batch.ids_shuffle)
+        by_kind = (prediction.decoded, prediction.layers, *prediction.features)
+        predictions = [predicted for predicted in by_kind if predicted is not None]
     with clock.stage("target"):
-        target = step.targets(batch, images)
+        target = step.targets(batch)
     prediction_leaves = [tensor.detach().requires_grad_() for tensor in predictions]
     with clock.stage("loss"):
         leaves = iter(prediction_leaves)
         cut = Prediction(
-            decoded=next(leaves) if decoded else None,
-            layers=[next(leaves) for _ in prediction.layers],
+            decoded=None if prediction.decoded is None else next(leaves),
+            layers=None if prediction.layers is None else next(leaves),
             features=[next(leaves) for _ in prediction.features],
         )
-        step.loss(cut, target, batch.ids_shuffle)["loss"].backward()
+        step.loss(cut, target)["loss"].backward()
     with clock.stage("decoder"):
         torch.autograd.backward(predictions, [leaf.grad for leaf in prediction_leaves])
     with clock.stage("encoder"):
-        reached = [pair for pair in zip(encoded, encoded_leaves, strict=True) if pair[1].grad is not None]
+        reached = [pair for pair in zip(layers, layer_leaves, strict=True) if pair[1].grad is not None]
         torch.autograd.backward([tensor for tensor, _ in reached], [leaf.grad for _, leaf in reached])
 
 

@@ -2,20 +2,20 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fastmae.config import PretrainConfig
-from fastmae.images.views import ViewDraws, normalise
+from fastmae.images.views import PixelScale, ViewDraws
 from fastmae.pretraining.plan import Plan
 from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.low_precision import no_autocast
 from fastmae.student.encoder import visible_patches
 from fastmae.student.loss import StudentLoss
-from fastmae.student.targets import OnlineTokens, Target
+from fastmae.student.targets import Target
 from fastmae.tokens import TokenStore
 from fastmae.tokens.files import PREFETCH_AT_MOST
 from fastmae.tokens.format import shard_name
@@ -26,43 +26,46 @@ PREFETCH_EVERY = 16
 """Steps between two looks at which shards come next."""
 
 
-@dataclass
 class PretrainStep:
     """Normalise the views, run the student, make the target, compare the two.
 
-    Attributes:
+    Args:
         target: what is predicted, g of Eq. 1.
         loss: compares prediction and target.
         mean: mean of the student's input, one value per channel (of values in [0, 1]).
         std: its standard deviation.
-        autocast: precision of an online teacher; by default fp32, in which stored tokens are computed too.
+        autocast: precision of an online teacher; by default fp32, in which target and loss are computed too.
+
+    Attributes:
+        pixel_scale: normalises the student's input.
     """
 
-    target: Target
-    loss: StudentLoss
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    def __init__(
+        self,
+        target: Target,
+        loss: StudentLoss,
+        mean: Sequence[float],
+        std: Sequence[float],
+        autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ):
+        self.target, self.loss, self.autocast = target, loss, autocast
+        self.pixel_scale = PixelScale(mean, std)
 
     def __call__(self, model: nn.Module, batch: ViewBatch) -> Mapping[str, torch.Tensor]:
         """The loss of a batch on the device, and its terms: see `StudentLoss`."""
-        images = self.images(batch)
-        prediction = model(images, batch.ids_shuffle)
-        return self.loss(prediction, self.targets(batch, images), batch.ids_shuffle)
+        prediction = model(batch.pixels, batch.ids_shuffle, self.pixel_scale)
+        with no_autocast(batch.pixels):
+            return self.loss(prediction, self.targets(batch))
 
-    def images(self, batch: ViewBatch) -> torch.Tensor:
-        """The student's input: float32 [B, K, H, W]."""
-        return normalise(batch.pixels, self.mean, self.std)
-
-    def targets(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor:
-        """The normalised guidance of all patches: float32 [B, N, C]."""
+    def targets(self, batch: ViewBatch) -> torch.Tensor:
+        """The normalised guidance of all patches in the order of `ids_shuffle`: float32 [B, N, C]."""
         with self.autocast() if self.target.reads_middle else contextlib.nullcontext():
-            return self.target(batch, images)
+            return self.target(batch, self.pixel_scale)
 
     def to(self, fabric: Fabric) -> None:
-        """Move an online teacher to the run's device."""
-        if isinstance(self.target, OnlineTokens):
-            self.target.to(fabric.device)
+        """Move all that the step computes with, besides the model, to the run's device."""
+        self.pixel_scale.to(fabric.device)
+        self.target.to(fabric.device)
 
 
 def step_of(config: PretrainConfig, plan: Plan) -> PretrainStep:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmae.config import PretrainConfig
-from fastmae.images.views import ViewDraws, normalise
+from fastmae.images.views import PixelScale, ViewDraws
 from fastmae.pretraining.plan import make_target, resolve_loss, resolve_norm
 from fastmae.reporting.image_grid import displayable, image_grid_png
 from fastmae.runs.load import load_student, options_of_run
@@ -39,10 +39,14 @@ def predictions_png(run: Path, store: TokenStore, images: int, seed: int) -> byt
     config = options_of_run(run, description)
     patch_size = store.info.patch_size
     batch = _views_of_spread_images(store, config, images, seed)
-    pixels = normalise(batch.pixels, *store.normalisation)
-    target = make_target(config, [[store]], [resolve_norm(config, [store])])(batch, pixels)
+    pixel_scale = PixelScale(*store.normalisation)
+    pixels = pixel_scale(batch.pixels)
+    target = make_target(config, [[store]], [resolve_norm(config, [store])])(batch, pixel_scale)
     visible = batch.ids_shuffle[:, : student.visible]
-    predicted = _predict_all_patches(student, pixels, batch.ids_shuffle, target)
+    predicted, target = (
+        _in_order(shuffled, batch.ids_shuffle)
+        for shuffled in (_predict_all_patches(student, pixels, batch.ids_shuffle, target), target)
+    )
     if resolve_loss(config, store.info.teacher["kind"]) == "cosine":  # only directions are predicted
         predicted = F.normalize(predicted, dim=-1) * target.norm(dim=-1, keepdim=True)
 
@@ -72,27 +76,27 @@ def _views_of_spread_images(store: TokenStore, config: PretrainConfig, images: i
 def _predict_all_patches(
     student: AnyStudent, pixels: torch.Tensor, ids_shuffle: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
-    """Predictions [B, N, C] in the order of the patches.
+    """Predictions [B, N, C] in the order of `ids_shuffle`, which is that of the target, too.
 
     The decoder predicts the masked patches, the head of the encoder's last layer the visible ones. A student without
     such heads does not predict visible patches: the target stands in. A student without a decoder is shown the whole
     view.
     """
-    batch, patches, channels = target.shape
+    channels = target.shape[2]
     if not student.has_decoder:
-        in_order = torch.arange(patches).expand(batch, -1)
-        prefix, layers = student.encode_with_prefix(pixels, in_order)
-        return student.predict(prefix, layers, in_order).layers[-1][..., :channels]
-    visible, masked = ids_shuffle.tensor_split([student.visible], dim=1)
+        prediction = student.predict(student.encode_tokens(pixels, ids_shuffle), ids_shuffle)
+        assert prediction.layers is not None  # a student without a decoder has a head on its last layer
+        return prediction.layers[-1][..., :channels]
     prediction = student(pixels, ids_shuffle)
-    if prediction.layers:
-        at_visible = prediction.layers[-1][..., :channels]
-    else:
-        at_visible = target.gather(1, visible.unsqueeze(-1).expand(-1, -1, channels))
     assert prediction.decoded is not None  # there is a decoder
-    at_masked = prediction.decoded[:, -masked.shape[1] :, :channels]
-    shuffled = torch.cat([at_visible, at_masked], dim=1)
-    return torch.empty_like(target).scatter_(1, ids_shuffle.unsqueeze(-1).expand(batch, patches, channels), shuffled)
+    visible = target[:, : student.visible] if prediction.layers is None else prediction.layers[-1][..., :channels]
+    masked = prediction.decoded[:, student.visible - student.patches :, :channels]
+    return torch.cat([visible, masked], dim=1)
+
+
+def _in_order(shuffled: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
+    """Features [B, N, C] of the patches `ids_shuffle` [B, N] -> row by row."""
+    return torch.empty_like(shuffled).scatter_(1, ids_shuffle.unsqueeze(-1).expand_as(shuffled), shuffled)
 
 
 def _with_masked_patches(views: torch.Tensor, visible: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
 from fastmae.runs.checkpoint import load_checkpoint
 from fastmae.runs.folder import CHECKPOINT_FILE, read_run
-from fastmae.student.encoder import Encoder, build_encoder, names_plain_vit, timm_arguments, without_masking
+from fastmae.student.encoder import Encoder, build_encoder, names_plain_vit, timm_arguments
 from fastmae.student.feature_map import accepted_arguments, build_network, network_arguments
 from fastmae.student.student import AnyStudent, build_student
 
@@ -78,7 +78,7 @@ def _encoder_of_pretraining_run(
         encoder = build_network(name, image_size, channels, **extra)
     if trained:
         encoder.load_state_dict(weights_below("encoder.", weights))
-    return without_masking(encoder) if is_vit else encoder
+    return encoder
 
 
 def encoder_arguments(description: Description) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 
+from fastmae.student.attention import heads_of
+
 
 class DecoderBlock(Block):
     """A transformer block that saves a third of the work of a one-block decoder, in two ways.
@@ -44,7 +46,7 @@ class DecoderBlock(Block):
             qkv = torch.cat([qkv, F.embedding(ids_mask, self.attn.qkv(self.norm1(mask_tokens)))], dim=1)
             tokens = torch.cat([tokens, F.embedding(ids_mask, mask_tokens)], dim=1)
         # Attention of the tokens from `first` on to all tokens; q, k and v are [B, heads, V + M, W / heads].
-        q, k, v = qkv.unflatten(2, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = heads_of(qkv, self.attn.num_heads)
         attended = F.scaled_dot_product_attention(q[:, :, first:], k, v)
         # Residuals and MLP, of the same tokens.
         tokens = tokens[:, first:] + self.attn.proj(attended.transpose(1, 2).flatten(2))

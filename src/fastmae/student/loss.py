@@ -1,26 +1,52 @@
 """The student's loss: the decoder on masked patches, encoder layers on visible ones (Sec. 4.2.1), and relations.
 
-Shapes: B views, N patches per view, V visible ones, M predicted by the decoder, C target channels, D the
-encoder's width.
+Shapes: B views, N patches per view, V visible ones, M predicted by the decoder, L layers with a head, C target
+channels, D the encoder's width.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fastmae.student.encoder import gather_patches
+
+def mse_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The mean squared difference of prediction and target, in fp32."""
+    return F.mse_loss(pred.float(), target)
 
 
 def cosine_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of prediction and target [..., C], averaged over the patches."""
-    return (1 - F.cosine_similarity(pred, target, dim=-1)).mean()
+    """1 - cosine of prediction and target [..., C] in fp32, averaged over the patches."""
+    return (1 - F.cosine_similarity(pred.float(), target, dim=-1)).mean()
+
+
+def smooth_l1_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The mean of x^2 / 2 where |x| < 1 and |x| - 1 / 2 elsewhere, for x = pred - target, in fp32 (Sec. 3.2.4).
+
+    A prediction in half precision is read as it is, and so is its gradient written: torch would copy both in fp32.
+    """
+    return F.smooth_l1_loss(pred, target) if pred.dtype == target.dtype else _MixedSmoothL1.apply(pred, target)
+
+
+class _MixedSmoothL1(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(pred, target)
+        return F.smooth_l1_loss(pred, target)  # computed in the wider of the two dtypes
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        pred, target = ctx.saved_tensors
+        of_pred, mean = torch.empty_like(pred), 1
+        torch.ops.aten.smooth_l1_loss_backward.grad_input(gradient, pred, target, mean, 1.0, grad_input=of_pred)
+        return of_pred, None
 
 
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "smooth-l1": F.smooth_l1_loss,
-    "mse": F.mse_loss,
+    "smooth-l1": smooth_l1_loss,
+    "mse": mse_loss,
     "cosine": cosine_loss,
 }
 
@@ -56,13 +82,13 @@ class Prediction:
     Attributes:
         decoded: [B, M, C], the decoder's prediction of the last M patches of `ids_shuffle`: the masked ones, or all.
             None without a decoder.
-        layers: [B, V, C] for each encoder layer that has a head, its prediction of the visible patches
-            `ids_shuffle[:, :V]`.
+        layers: [L, B, V, C], the predictions of the visible patches `ids_shuffle[:, :V]` by the L encoder layers that
+            have a head. None without heads.
         features: [B, V, D] for each encoder layer whose relations are compared, its output at the visible patches.
     """
 
     decoded: torch.Tensor | None
-    layers: list[torch.Tensor]
+    layers: torch.Tensor | None
     features: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -86,43 +112,45 @@ class StudentLoss:
     weights: tuple[float, ...]
     relation_weight: float = 0.0
 
-    def __call__(
-        self, prediction: Prediction, target: torch.Tensor, ids_shuffle: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def __call__(self, prediction: Prediction, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """The scalar `loss`, and its terms as far as the student has them: `decoder_loss`, `layers_loss` and
         `relation_loss`.
 
         Args:
             prediction: the student's.
-            target: float32 [B, N, C], the normalised guidance of all patches.
-            ids_shuffle: int64 [B, N], as the student got it.
+            target: float32 [B, N, C], the normalised guidance of all patches, in the order of `ids_shuffle`.
         """
         terms: dict[str, torch.Tensor] = {}
         weights = {"decoder_loss": 1.0, "layers_loss": self.layers_weight, "relation_loss": self.relation_weight}
-        if prediction.decoded is not None:  # the last M patches in shuffled order
-            first = ids_shuffle.shape[1] - prediction.decoded.shape[1]
-            terms["decoder_loss"] = self._loss(prediction.decoded, gather_patches(target, ids_shuffle[:, first:]))
-        at_visible = [*prediction.layers, *prediction.features]
+        if prediction.decoded is not None:
+            predicted = prediction.decoded.shape[1]  # the last M patches
+            terms["decoder_loss"] = self._loss(prediction.decoded, target[:, target.shape[1] - predicted :])
+        at_visible = [] if prediction.layers is None else [prediction.layers[0]]
+        at_visible += prediction.features
         if at_visible:
-            visible_target = gather_patches(target, ids_shuffle[:, : at_visible[0].shape[1]])
-        if prediction.layers:
-            terms["layers_loss"] = _mean([self._loss(layer, visible_target) for layer in prediction.layers])
+            visible_target = target[:, : at_visible[0].shape[1]]
+        if prediction.layers is not None:
+            terms["layers_loss"] = self._loss(prediction.layers, visible_target.expand(prediction.layers.shape))
         if prediction.features:
-            terms["relation_loss"] = _mean([self._relation(layer, visible_target) for layer in prediction.features])
-        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        return {"loss": loss, **terms}
+            relations = [self._relation(layer, visible_target) for layer in prediction.features]
+            terms["relation_loss"] = torch.stack(relations).mean()
+        return {"loss": _weighted_sum([weights[name] for name in terms], list(terms.values())), **terms}
 
     def _loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of the teachers' losses."""
-        preds, targets = pred.float().split(self.dims, -1), target.split(self.dims, -1)
-        teachers = zip(self.weights, self.kinds, preds, targets, strict=True)
-        return torch.stack([weight * LOSSES[kind](pred, target) for weight, kind, pred, target in teachers]).sum()
+        """The weighted sum of the teachers' losses, each averaged over all patches (and layers)."""
+        parts = zip(self.kinds, self._by_teacher(pred), self._by_teacher(target), strict=True)
+        return _weighted_sum(self.weights, [LOSSES[kind](pred, target) for kind, pred, target in parts])
 
     def _relation(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the relation losses to each teacher."""
-        teachers = zip(self.weights, target.split(self.dims, -1), strict=True)
-        return torch.stack([weight * relation_loss(features.float(), part) for weight, part in teachers]).sum()
+        losses = [relation_loss(features.float(), part) for part in self._by_teacher(target)]
+        return _weighted_sum(self.weights, losses)
+
+    def _by_teacher(self, channels: torch.Tensor) -> Sequence[torch.Tensor]:
+        """[..., C] -> each teacher's part of the channels."""
+        return [channels] if len(self.dims) == 1 else channels.split(self.dims, -1)
 
 
-def _mean(losses: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(list(losses)).mean()
+def _weighted_sum(weights: Sequence[float], losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    weighted = [loss if weight == 1 else weight * loss for weight, loss in zip(weights, losses, strict=True)]
+    return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from fastmae.errors import InputError
-from fastmae.student.encoder import Encoder, LayerNorm, gather_patches, initialise_linear, layer_numbers
+from fastmae.images.views import PixelScale
+from fastmae.runtime.low_precision import LayerNorm
+from fastmae.student.encoder import Encoder, gather_patches, initialise_linear, layer_numbers
 from fastmae.student.feature_map import check_maps, freeze_unread, stage_maps, to_grid
 from fastmae.student.loss import Prediction
 
@@ -71,27 +73,31 @@ class MapStudent(nn.Module):
         if checkpoint_activations:
             _checkpoint_activations(name, encoder)
 
-    def forward(self, images: torch.Tensor, ids_shuffle: torch.Tensor) -> Prediction:
+    def forward(
+        self, images: torch.Tensor, ids_shuffle: torch.Tensor, pixel_scale: PixelScale | None = None
+    ) -> Prediction:
         """Predict the target of all patches.
 
         Args:
-            images: float [B, K, H, W], normalised.
+            images: float [B, K, H, W], normalised; or uint8, with `pixel_scale`.
             ids_shuffle: int64 [B, N], the order of the predictions.
+            pixel_scale: normalises the images.
         """
-        return self.predict(*self.encode_with_prefix(images, ids_shuffle), ids_shuffle)
+        return self.predict(self.encode_tokens(images, ids_shuffle, pixel_scale), ids_shuffle)
 
-    def encode_with_prefix(
-        self, images: torch.Tensor, ids_keep: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """No prefix tokens, [B, 0, D]; and the stages' features at the patches `ids_keep`, [B, N, D] each."""
+    def encode_tokens(
+        self, images: torch.Tensor, ids_keep: torch.Tensor, pixel_scale: PixelScale | None = None
+    ) -> list[torch.Tensor]:
+        """The stages' features at the patches `ids_keep`, [B, N, D] each."""
+        if pixel_scale is not None:
+            images = pixel_scale(images)
         tokens = [to_grid(feature_map, self.grid) for feature_map in stage_maps(self.encoder, images)]
-        layers = [gather_patches(layer, ids_keep) for layer in tokens]
-        return layers[-1][:, :0], layers
+        return [gather_patches(layer, ids_keep) for layer in tokens]
 
-    def predict(self, _prefix: torch.Tensor, layers: list[torch.Tensor], _ids_shuffle: torch.Tensor) -> Prediction:
-        """What `forward` returns, from what `encode_with_prefix` does."""
+    def predict(self, layers: list[torch.Tensor], _ids_shuffle: torch.Tensor) -> Prediction:
+        """What `forward` returns, from what `encode_tokens` does."""
         headed = [layers[number] for number in self.layers_with_head]
-        layer_preds = [head(layer) for head, layer in zip(self.layer_heads, headed, strict=True)]
+        layer_preds = torch.stack([head(layer) for head, layer in zip(self.layer_heads, headed, strict=True)])
         return Prediction(None, layer_preds, [layers[number] for number in self.relation_layers])
 
 

@@ -24,7 +24,7 @@ def channel_norm(features: torch.Tensor) -> torch.Tensor:
     return _standardise(features, dim=2)
 
 
-def store_norm(mean: torch.Tensor, std: torch.Tensor) -> Normalisation:
+class StoreNorm:
     """Normalise each channel by its mean and std over the whole store, which keeps the differences between images.
 
     Patch norm removes just those: each view's own mean, which tells an image's category.
@@ -33,8 +33,17 @@ def store_norm(mean: torch.Tensor, std: torch.Tensor) -> Normalisation:
         mean: [C].
         std: [C].
     """
-    scale = torch.rsqrt(std.square() + EPSILON)
-    return lambda features: (features - mean.to(features.device)) * scale.to(features.device)
+
+    def __init__(self, mean: torch.Tensor, std: torch.Tensor):
+        self.mean, self.scale = mean, torch.rsqrt(std.square() + EPSILON)
+
+    def to(self, device: torch.device) -> None:
+        """Move the statistics to the device of the features."""
+        self.mean, self.scale = self.mean.to(device), self.scale.to(device)
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """See `Normalisation`."""
+        return (features - self.mean) * self.scale
 
 
 def unchanged(features: torch.Tensor) -> torch.Tensor:
@@ -43,6 +52,7 @@ def unchanged(features: torch.Tensor) -> torch.Tensor:
 
 
 def _standardise(features: torch.Tensor, dim: int) -> torch.Tensor:
-    # Two passes: on a CPU they take a fifth of the time of torch.var_mean.
+    # Two passes: on a CPU they take half of the time of torch.var_mean.
     centred = features - features.mean(dim, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dim, keepdim=True) + EPSILON)
+    variance = torch.linalg.vector_norm(centred, dim=dim, keepdim=True).square() / features.shape[dim]
+    return centred * torch.rsqrt(variance + EPSILON)

@@ -13,21 +13,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import apply_keep_indices_nlc
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
-from fastmae.runtime.fast_linear import with_fast_linear
+from fastmae.images.views import PixelScale
+from fastmae.runtime.fast_linear import batched_linear, with_fast_linear
+from fastmae.runtime.low_precision import (
+    LayerNorm,
+    autocast_dtype,
+    call_cast,
+    layer_norm,
+    no_autocast,
+    with_fast_norms,
+)
+from fastmae.student.attention import with_packed_attention
 from fastmae.student.decoder import DecoderBlock
 from fastmae.student.encoder import (
     Encoder,
-    LayerNorm,
     build_encoder,
     check_grid,
+    cut_patches,
+    embed_visible,
     initialise_linear,
     layer_numbers,
     names_plain_vit,
+    rotary_positions,
     sincos_positions,
     visible_patches,
 )
@@ -55,6 +68,8 @@ class Student(nn.Module):
         checkpoint_activations: recompute the blocks' activations in the backward pass instead of keeping them.
     """
 
+    rotary: torch.Tensor | None
+
     def __init__(
         self,
         encoder: Encoder,
@@ -74,14 +89,17 @@ class Student(nn.Module):
         self.encoder: Encoder = encoder
         grid = encoder.patch_embed.grid_size
         self.image_size = int(encoder.patch_embed.img_size[0])
+        self.patch_size = int(encoder.patch_embed.patch_size[0])
         width, depth = int(encoder.embed_dim), len(encoder.blocks)
         self.patches = int(grid[0] * grid[1])
         self.visible = visible_patches(self.patches, mask_ratio)
         self.decoder_prefix = int(encoder.num_prefix_tokens) if decoder_class_token else 0
         self.first_predicted = self.decoder_prefix + (0 if predict_visible else self.visible)
         self.checkpoint_activations = checkpoint_activations
-        encoder.set_grad_checkpointing(checkpoint_activations)
 
+        # Rotary positions are constants, unless they are learnt.
+        learnt = getattr(encoder, "rope_mixed", False)
+        self.register_buffer("rotary", None if learnt else rotary_positions(encoder), persistent=False)
         self.layers_with_head = range(depth) if all_layers else range(depth - 1, depth) if not decoder_depth else ()
         self.layer_heads = nn.ModuleList(
             nn.Sequential(LayerNorm(width), nn.Linear(width, target_dim)) for _ in self.layers_with_head
@@ -104,30 +122,29 @@ class Student(nn.Module):
             self.decoder_head = nn.Linear(decoder_width, target_dim)
         self._initialise()
 
-    def forward(self, images: torch.Tensor, ids_shuffle: torch.Tensor) -> Prediction:
+    def forward(
+        self, images: torch.Tensor, ids_shuffle: torch.Tensor, pixel_scale: PixelScale | None = None
+    ) -> Prediction:
         """Predict the target: the decoder, of the masked patches; the layers' heads, of the visible ones.
 
         Args:
-            images: float [B, K, H, W], normalised.
+            images: float [B, K, H, W], normalised; or uint8, with `pixel_scale`.
             ids_shuffle: int64 [B, N], a permutation of the patches: the first V are visible, the others masked.
+            pixel_scale: normalises the visible patches.
         """
-        prefix, layers = self.encode_with_prefix(images, ids_shuffle[:, : self.visible])
-        return self.predict(prefix, layers, ids_shuffle)
+        return self.predict(self.encode_tokens(images, ids_shuffle[:, : self.visible], pixel_scale), ids_shuffle)
 
-    def predict(self, prefix: torch.Tensor, layers: list[torch.Tensor], ids_shuffle: torch.Tensor) -> Prediction:
+    def predict(self, layers: list[torch.Tensor], ids_shuffle: torch.Tensor) -> Prediction:
         """What `forward` returns, from the encoder's output.
 
         Args:
-            prefix: [B, R, D], as `encode_with_prefix` returns it.
-            layers: [B, V, D] for each encoder layer.
+            layers: [B, R + V, D] for each encoder layer, as `encode_tokens` returns them.
             ids_shuffle: int64 [B, N].
         """
         headed = [layers[number] for number in self.layers_with_head]
-        layer_preds = [head(layer) for head, layer in zip(self.layer_heads, headed, strict=True)]
-        decoded = None
-        if self.has_decoder:
-            decoded = self.decode(layers, ids_shuffle, prefix if self.decoder_prefix else None)
-        return Prediction(decoded, layer_preds, [layers[number] for number in self.relation_layers])
+        layer_preds = self._apply_heads(headed) if headed else None
+        decoded = self.decode(layers, ids_shuffle) if self.has_decoder else None
+        return Prediction(decoded, layer_preds, [self._patches(layers[number]) for number in self.relation_layers])
 
     def encode(self, images: torch.Tensor, ids_keep: torch.Tensor) -> list[torch.Tensor]:
         """The visible patches' tokens after each encoder block; after the last block, they have passed the final norm.
@@ -139,58 +156,89 @@ class Student(nn.Module):
         Returns:
             [B, V, D] for each block.
         """
-        return self.encode_with_prefix(images, ids_keep)[1]
+        return [self._patches(layer) for layer in self.encode_tokens(images, ids_keep)]
 
-    def encode_with_prefix(
-        self, images: torch.Tensor, ids_keep: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The prefix tokens after the final norm, [B, R, D], and what `encode` returns."""
-        masking = (self.encoder.patch_embed.proj, self.encoder.patch_drop)
-        for module in masking:
-            module.ids_keep = ids_keep
-        try:
-            final, layers = self.encoder.forward_intermediates(images, output_fmt="NLC")
-        finally:
-            for module in masking:
-                module.ids_keep = None
-        prefix, patches = final.tensor_split([self.encoder.num_prefix_tokens], dim=1)
-        return prefix, [*layers[:-1], patches]
+    def encode_tokens(
+        self, images: torch.Tensor, ids_keep: torch.Tensor, pixel_scale: PixelScale | None = None
+    ) -> list[torch.Tensor]:
+        """As `encode`, with the prefix tokens in front: [B, R + V, D] for each block. `images` as `forward`'s."""
+        patches = cut_patches(images, self.patch_size, ids_keep)
+        if pixel_scale is not None:
+            patches = pixel_scale(patches)
+        tokens = embed_visible(self.encoder, patches, ids_keep)
+        rotary = self._visible_rotary_positions(tokens, ids_keep)
+        layers = []
+        for number, block in enumerate(self.encoder.blocks):
+            rope = {} if rotary is None else {"rope": rotary[number] if self.encoder.rope_mixed else rotary}
+            tokens = self._run_block(block, tokens, **rope)
+            layers.append(tokens)
+        return [*layers[:-1], self.encoder.norm(tokens)]
 
-    def decode(
-        self, layers: list[torch.Tensor], ids_shuffle: torch.Tensor, prefix: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _visible_rotary_positions(self, tokens: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor | None:
+        """As the blocks take them: [B, 1, V, E] for all of them, or learnt ones, [B, heads, V, E], for each."""
+        if self.rotary is not None:
+            return apply_keep_indices_nlc(tokens, self.rotary, ids_keep).unsqueeze(1)
+        learnt = rotary_positions(self.encoder)
+        return None if learnt is None else apply_keep_indices_nlc(tokens, learnt, ids_keep).transpose(0, 1)
+
+    def _patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, R + V, D] -> [B, V, D]."""
+        return tokens[:, self.encoder.num_prefix_tokens :]
+
+    def _apply_heads(self, layers: list[torch.Tensor]) -> torch.Tensor:
+        """The layers' predictions of the visible patches, [L, B, V, C]: all heads as one product.
+
+        The scale and shift of each head's norm go into its linear layer: W (g x + b) + c = (W g) x + (W b + c).
+        """
+        heads: Any = self.layer_heads
+        norms, linears = [head[0] for head in heads], [head[1] for head in heads]
+        scales, shifts = (torch.stack([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
+        weights, biases = (torch.stack([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+        with no_autocast(weights):  # folded in fp32, then cast once
+            biases = biases + (weights @ shifts.unsqueeze(2)).squeeze(2)
+            weights = weights * scales.unsqueeze(1)
+        tokens = layer_norm(torch.stack(layers), norms[0].eps)
+        dtype = autocast_dtype(weights)
+        preds = batched_linear(tokens.to(dtype), weights.to(dtype), biases.to(dtype))
+        return preds[:, :, self.encoder.num_prefix_tokens :]
+
+    def decode(self, layers: list[torch.Tensor], ids_shuffle: torch.Tensor) -> torch.Tensor:
         """Predict the masked patches, or all of them with `predict_visible`.
 
         Args:
-            layers: as `encode` returns them.
+            layers: [B, R + V, D] for each encoder layer, as `encode_tokens` returns them.
             ids_shuffle: int64 [B, N].
-            prefix: [B, R, D], the encoder's prefix tokens if the decoder sees them.
 
         Returns:
             [B, M, C], for the last M patches of `ids_shuffle`.
         """
         # The encoder's output, or the sum of all layers: [B, V, D].
-        latent = layers[-1]
+        latent = self._patches(layers[-1])
         if self.fusion_projections:
-            projected = [project(layer) for project, layer in zip(self.fusion_projections, layers, strict=True)]
-            latent = self.fusion_norm(torch.stack(projected).sum(0))
+            by_layer = zip(self.fusion_projections, layers, strict=True)
+            latent = self.fusion_norm(
+                torch.stack([project(self._patches(layer)) for project, layer in by_layer]).sum(0)
+            )
         # Attention ignores the order of tokens, so the patches stay shuffled, each with its own position: [B, V, W].
         ids_keep, ids_mask = ids_shuffle.split([self.visible, self.patches - self.visible], dim=1)
-        tokens = self.decoder_embed(latent) + self.decoder_position[ids_keep]
-        if prefix is not None:  # the prefix tokens come first, and have no position
+        tokens = self.decoder_embed(latent)
+        position = self.decoder_position.to(tokens.dtype)
+        tokens = tokens + position[ids_keep]
+        if self.decoder_prefix:  # the prefix tokens come first, and have no position
+            prefix = layers[-1][:, : self.decoder_prefix]
             tokens = torch.cat([self.decoder_embed(prefix).to(tokens.dtype), tokens], dim=1)
         # The first block adds the masked patches; the last one computes only the predicted ones.
-        masked = (self.mask_token[0] + self.decoder_position, ids_mask)
+        masked = (self.mask_token[0].to(tokens.dtype) + position, ids_mask)
         first, *others = self.decoder_blocks
         tokens = self._run_block(first, tokens, 0 if others else self.first_predicted, masked)
         for block in others:
             tokens = self._run_block(block, tokens, self.first_predicted if block is others[-1] else 0)
         return self.decoder_head(self.decoder_norm(tokens))
 
-    def _run_block(self, block: nn.Module, *inputs: Any) -> torch.Tensor:
+    def _run_block(self, block: nn.Module, *inputs: Any, **options: Any) -> torch.Tensor:
         if self.checkpoint_activations and self.training:
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+            return checkpoint(call_cast, block, *inputs, use_reentrant=False, **options)
+        return call_cast(block, *inputs, **options)
 
     def _initialise(self) -> None:
         """MAE's: Xavier-uniform linear layers, zero biases, a mask token with std 0.02. The encoder has its weights."""
@@ -224,7 +272,7 @@ def build_student(
     build = _vit_student if names_plain_vit(config.encoder) else _map_student
     with torch.device(on):
         student: AnyStudent = build(config, patch_size, target_dim, channels)
-    return with_fast_linear(student)
+    return with_packed_attention(with_fast_norms(with_fast_linear(student)))
 
 
 def _vit_student(config: PretrainConfig, patch_size: int, target_dim: int, channels: int) -> Student:

@@ -11,8 +11,10 @@ from typing import Protocol
 import torch
 
 from fastmae.errors import InputError
+from fastmae.images.views import PixelScale
+from fastmae.student.encoder import cut_patches, gather_patches
 from fastmae.student.hog import HOG_BINS, HOG_CELL, hog
-from fastmae.student.normalisation import EPSILON, Normalisation
+from fastmae.student.normalisation import EPSILON, Normalisation, StoreNorm
 from fastmae.teachers import Teacher
 from fastmae.tokens.codec import Codec
 from fastmae.tokens.loader import ViewBatch
@@ -31,12 +33,18 @@ class Target(Protocol):
     reads_tokens: bool
     reads_middle: bool
 
-    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor:
-        """The target of all patches, float32 [B, N, C].
+    def to(self, device: torch.device) -> None:
+        """Put all that the target computes with on the device of the batches."""
+        ...
+
+    def __call__(self, batch: ViewBatch, pixel_scale: PixelScale) -> torch.Tensor:
+        """The target of all patches in the order of `ids_shuffle`, float32 [B, N, C].
+
+        So the student's predictions are compared with slices of it, and nothing is gathered in fp32.
 
         Args:
             batch: the views.
-            images: float32 [B, K, H, W], the views' pixels, normalised.
+            pixel_scale: normalises the views' pixels, where the target is made from them.
         """
         ...
 
@@ -57,10 +65,19 @@ class StoredTokens:
         self.dims = tuple(codec.token_dim for codec in codecs)
         self.codecs, self.norms = codecs, norms
 
-    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor:
+    def to(self, device: torch.device) -> None:
+        """See `Target`."""
+        for codec in self.codecs:
+            codec.quantiser.on(device)
+        _move(self.norms, device)
+
+    def __call__(self, batch: ViewBatch, pixel_scale: PixelScale) -> torch.Tensor:
         """See `Target`."""
         stores = zip(self.codecs, self.norms, batch.tokens, batch.means, strict=True)
-        return torch.cat([norm(codec.decode_grids(codes, means)) for codec, norm, codes, means in stores], dim=-1)
+        shuffled = batch.ids_shuffle
+        return _joined(
+            [norm(codec.decode_grids(gather_patches(codes, shuffled), means)) for codec, norm, codes, means in stores]
+        )
 
 
 class OnlineTokens:
@@ -80,11 +97,12 @@ class OnlineTokens:
         self.teachers, self.norms, self.size, self.exact_flips = teachers, norms, size, exact_flips
 
     def to(self, device: torch.device) -> None:
-        """Move the teachers to a device."""
+        """See `Target`."""
         for teacher in self.teachers:
             teacher.to(device)
+        _move(self.norms, device)
 
-    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, batch: ViewBatch, pixel_scale: PixelScale) -> torch.Tensor:
         """See `Target`."""
         assert batch.middle is not None
         middle, crop = batch.middle, batch.crop
@@ -95,8 +113,8 @@ class OnlineTokens:
             middle = torch.where(flipped[:, None, None, None], middle.flip(-1), middle)
             mirrored_col = self.teachers[0].grid - col - self.size
             crop = torch.stack([row, torch.where(flipped, mirrored_col, col), torch.zeros_like(flip)], dim=1)
-        views = [cut_views(teacher(middle), crop, self.size) for teacher in self.teachers]
-        return torch.cat([norm(tokens) for norm, tokens in zip(self.norms, views, strict=True)], dim=-1)
+        views = [cut_views(teacher(middle), crop, self.size, batch.ids_shuffle) for teacher in self.teachers]
+        return _joined([norm(tokens) for norm, tokens in zip(self.norms, views, strict=True)])
 
 
 class NormPix:
@@ -113,9 +131,12 @@ class NormPix:
         self.patch_size = patch_size
         self.dims: tuple[int, ...] = (channels * patch_size**2,)
 
-    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor:
+    def to(self, device: torch.device) -> None:
+        """See `Target`: there is nothing but the batch."""
+
+    def __call__(self, batch: ViewBatch, pixel_scale: PixelScale) -> torch.Tensor:
         """See `Target`."""
-        return norm_pix(images, self.patch_size)
+        return norm_pix(pixel_scale(cut_patches(batch.pixels, self.patch_size, batch.ids_shuffle)))
 
 
 class Hog:
@@ -141,52 +162,54 @@ class Hog:
         self.patch_size, self.norm = patch_size, norm
         self.dims: tuple[int, ...] = (channels * HOG_BINS * (patch_size // HOG_CELL) ** 2,)
 
-    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor:
+    def to(self, device: torch.device) -> None:
+        """See `Target`: HOG's normalisations have no constants."""
+
+    def __call__(self, batch: ViewBatch, pixel_scale: PixelScale) -> torch.Tensor:
         """See `Target`."""
-        return self.norm(hog(images, self.patch_size))
+        return gather_patches(self.norm(hog(pixel_scale(batch.pixels), self.patch_size)), batch.ids_shuffle)
 
 
-def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Cut images into patches: [B, K, H, W] -> [B, N, P * P * K].
-
-    Patches come row by row, and so do the pixels of a patch, colours last: MAE's order.
-    """
-    batch, channels, height, width = pixels.shape
-    rows, cols = height // patch_size, width // patch_size
-    patches = pixels.reshape(batch, channels, rows, patch_size, cols, patch_size).permute(0, 2, 4, 3, 5, 1)
-    return patches.reshape(batch, rows * cols, patch_size**2 * channels)
+def _move(norms: Sequence[Normalisation], device: torch.device) -> None:
+    for norm in norms:
+        if isinstance(norm, StoreNorm):
+            norm.to(device)
 
 
-def norm_pix(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """MAE's target: the patches of the image, each with zero mean and unit (unbiased) variance.
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The teachers' parts of the target, side by side; one teacher's is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def norm_pix(patches: torch.Tensor) -> torch.Tensor:
+    """MAE's target: the patches of an image, each with zero mean and unit (unbiased) variance.
 
     Args:
-        pixels: float32 [B, K, H, W], as the student sees them.
-        patch_size: P, the side of a patch in pixels.
+        patches: float32 [B, N, K, P, P], as the student sees them.
 
     Returns:
-        float32 [B, N, P * P * K].
+        float32 [B, N, P * P * K]: the pixels of a patch row by row, colours last, which is MAE's order.
     """
-    patches = patchify(pixels, patch_size)
-    mean = patches.mean(-1, keepdim=True)
-    variance = patches.var(-1, keepdim=True)  # unbiased, as in MAE
-    return (patches - mean) * torch.rsqrt(variance + EPSILON)
+    values = patches.permute(0, 1, 3, 4, 2).flatten(2)
+    mean = values.mean(-1, keepdim=True)
+    variance = values.var(-1, keepdim=True)  # unbiased, as in MAE
+    return (values - mean) * torch.rsqrt(variance + EPSILON)
 
 
-def cut_views(grids: torch.Tensor, crop: torch.Tensor, size: int) -> torch.Tensor:
+def cut_views(grids: torch.Tensor, crop: torch.Tensor, size: int, ids_shuffle: torch.Tensor) -> torch.Tensor:
     """Cut views out of whole feature grids and mirror the flipped ones, as the reader does on disk.
 
     Args:
         grids: [B, G, G, C].
         crop: int64 [B, 3], row and column of the view's first patch, and 1 for a flipped view.
         size: number of patches along a view's side.
+        ids_shuffle: int64 [B, N], patches of the view.
 
     Returns:
-        [B, size * size, C].
+        [B, N, C], the features of these patches in this order.
     """
-    row, col, flip = crop.unbind(1)
-    steps = torch.arange(size, device=grids.device)
-    rows = row[:, None] + steps  # [B, size]
-    cols = col[:, None] + torch.where(flip[:, None].bool(), size - 1 - steps, steps)
-    index = torch.arange(len(grids), device=grids.device)[:, None, None]
-    return grids[index, rows[:, :, None], cols[:, None, :]].flatten(1, 2)
+    row, col, flip = crop.unsqueeze(2).unbind(1)  # [B, 1] each
+    in_view = ids_shuffle % size
+    rows = row + ids_shuffle // size
+    cols = col + torch.where(flip.bool(), size - 1 - in_view, in_view)
+    return grids[torch.arange(len(grids), device=grids.device)[:, None], rows, cols]

@@ -1,6 +1,6 @@
 """A run in memory: the task on its devices, with everything that a step needs. Used by `train`, and to time steps."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from fastmae.runtime.workers import batches
 from fastmae.training.optimiser import adamw
 from fastmae.training.sampler import StepSampler
 from fastmae.training.state import TrainState
-from fastmae.training.task import Settings, Task
+from fastmae.training.task import Settings, Step, Task
 
 
 @dataclass
@@ -66,13 +66,47 @@ def launch_processes(config: TrainingConfig, task: Task, settings: Settings) -> 
 def set_up(config: TrainingConfig, task: Task, settings: Settings, fabric: Fabric, accum_steps: int) -> Run:
     """Put the task's network on its device, with its optimizer, schedule and moving average."""
     network = task.network
-    ema = ModelEmaV3(network, config.ema, use_warmup=True, device=fabric.device) if config.ema else None
-    model = fabric.setup_module(cast(nn.Module, torch.compile(network)) if task.compile else network)
+    model = set_up_model(fabric, task.network, task.step, task.compile, task.step_in_forward)
+    ema = ModelEmaV3(network, config.ema, use_warmup=True) if config.ema else None  # a copy on the network's device
     optimizer = _optimizer(config, task, settings, fabric)
     schedule = task.schedule(optimizer, settings.steps, settings.warmup_steps, config.min_lr)
     task.to_device(fabric)
     state = TrainState(network, model.train(), fabric.setup_optimizers(optimizer), ema)
     return Run(config, task, settings, fabric, accum_steps, state, schedule)
+
+
+class StepModule(nn.Module):
+    """A network whose forward pass is the whole step, loss included: one graph for the compiler.
+
+    Args:
+        network: what is trained.
+        step: see `Task`.
+    """
+
+    def __init__(self, network: nn.Module, step: Step):
+        super().__init__()
+        self.network, self.step = network, step
+
+    def forward(self, held: "Held") -> Mapping[str, torch.Tensor]:
+        """The step's scalars."""
+        return self.step(self.network, held.batch)
+
+
+class Held:
+    """A batch that Fabric passes on as it is; a bare one's floating-point tensors it would cast.
+
+    Args:
+        batch: on the device.
+    """
+
+    def __init__(self, batch: Any):
+        self.batch = batch
+
+
+def set_up_model(fabric: Fabric, network: nn.Module, step: Step, compiled: bool, step_in_forward: bool) -> Any:
+    """The network as Fabric runs it: on its device, wrapped for several processes, compiled if asked for."""
+    module: nn.Module = StepModule(network, step) if step_in_forward else network
+    return fabric.setup_module(cast(nn.Module, torch.compile(module)) if compiled else module)
 
 
 def _optimizer(config: TrainingConfig, task: Task, settings: Settings, fabric: Fabric) -> torch.optim.Optimizer:
@@ -115,23 +149,51 @@ def loader(run: Run, step_sampler: StepSampler) -> Iterator[Any]:
 
 
 def train_step(run: Run, micro_batches: Iterable[Any]) -> dict[str, torch.Tensor]:
-    """One step of the optimizer, over the gradients of `grad_accum_steps` batches.
+    """One step of the optimizer, over the gradients of `grad_accum_steps` batches: see `take_step`."""
+    task = run.task
+    step = forward_step if task.step_in_forward else task.step
+    return take_step(run.fabric, run.state, step, micro_batches, run.grad_accum_steps, run.config.clip_grad)
+
+
+def forward_step(model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor]:
+    """The step of a model made from a `StepModule`."""
+    scalars: Mapping[str, torch.Tensor] = model(Held(batch))
+    return scalars
+
+
+def take_step(
+    fabric: Fabric, state: TrainState, step: Step, micro_batches: Iterable[Any], accum_steps: int, clip_grad: float
+) -> dict[str, torch.Tensor]:
+    """One step of the optimizer, over the gradients of `accum_steps` batches. It waits for nothing on the device.
+
+    Args:
+        fabric: of the run.
+        state: network, optimizer and counters.
+        step: computes a batch's scalars.
+        micro_batches: on the device.
+        accum_steps: number of batches.
+        clip_grad: largest norm of the gradients; 0: any.
 
     Returns:
         The step's scalars, averaged over the batches, and `grad_norm`. They stay on the device.
     """
-    fabric, state, accum_steps = run.fabric, run.state, run.grad_accum_steps
     scalars: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(micro_batches, 1):
         with fabric.no_backward_sync(state.model, enabled=fabric.world_size > 1 and number < accum_steps):
-            outputs = run.task.step(state.model, batch)
-            fabric.backward(outputs["loss"] / accum_steps)
+            outputs = step(state.model, batch)
+            fabric.backward(_share(outputs["loss"], accum_steps))
         for name, value in outputs.items():
-            scalars[name] = scalars.get(name, 0.0) + value.detach() / accum_steps
-    grad_norm = state.clip_gradients(fabric, run.config.clip_grad)
+            share = _share(value.detach(), accum_steps)
+            scalars[name] = scalars[name] + share if name in scalars else share
+    grad_norm = state.clip_gradients(fabric, clip_grad)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return {**scalars, "grad_norm": grad_norm}
+
+
+def _share(value: torch.Tensor, accum_steps: int) -> torch.Tensor:
+    """A batch's share of the mean over the step's batches."""
+    return value if accum_steps == 1 else value / accum_steps
 
 
 def grad_accum_steps(share: int, micro_batch: int) -> int:

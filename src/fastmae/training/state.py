@@ -9,6 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from fastmae.errors import InputError
 from fastmae.runs.checkpoint import load_checkpoint, write_checkpoint
@@ -96,10 +97,15 @@ class TrainState:
             )
 
     def clip_gradients(self, fabric: Fabric, clip_grad: float) -> torch.Tensor:
-        """Clip the gradients to a norm (0: not at all), and return the norm before."""
-        max_norm = clip_grad if clip_grad > 0 else math.inf
-        norm: Any = fabric.clip_gradients(self.model, self.optimizer, max_norm=max_norm, error_if_nonfinite=False)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        """Clip the gradients to a norm (0: not at all), and return the norm before. Nothing waits for the device."""
+        fabric.strategy.precision.unscale_gradients(bare(self.optimizer))
+        parameters = list(self.network.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm: Any = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if clip_grad > 0:
+            clip_grads_with_norm_(parameters, clip_grad, norm)
+        return norm
 
 
 COUNTERS = ("step", "seconds", "sums", "summed_steps", "best")

@@ -100,6 +100,7 @@ class Task:
         initialise: gives a new run's network other weights than random ones, and says which.
         to_device: moves what the step uses besides the model to the run's device.
         compile: whether to compile the network.
+        step_in_forward: the model's forward pass is the whole step, so that the compiler sees target and loss too.
         strategy: of several processes, 'ddp' or 'fsdp'.
         sharded_blocks: modules that FSDP shards one by one.
         lr_flag: flag that lowers the learning rate, for a hint.
@@ -125,6 +126,7 @@ class Task:
     initialise: Callable[[nn.Module], str] = no_initialisation
     to_device: Callable[[Fabric], None] = nothing_to_move
     compile: bool = False
+    step_in_forward: bool = False
     strategy: str = "ddp"
     sharded_blocks: tuple[type, ...] = ()
     lr_flag: str = "--lr"
