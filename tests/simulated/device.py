@@ -169,7 +169,9 @@ def note_sync(func: Any, args: Any, kwargs: Any) -> None:
             device = kwargs.get("device")
             to_device = isinstance(source, SimTensor) if device is None else on_sim(device)
             host = source if to_device else None  # a copy to the CPU gets pinned memory if it is asynchronous
-        if to_device != isinstance(source, SimTensor) and not (asynchronous and (host is None or is_pinned(host))):
+        if to_device == isinstance(source, SimTensor) or source.numel() == 0:
+            return
+        if not asynchronous or (host is not None and not is_pinned(host)):
             way = "to the device" if to_device else "to the CPU"
             kind = " from memory that is not pinned" if asynchronous else ""
             SYNCS.note(f"copy of {list(source.shape)} {way}{kind}")
