@@ -151,12 +151,24 @@ def test_profile_times_the_stages_on_the_accelerator(vit_store, tmp_path, printe
     assert sum(printed_json()["shares"].values()) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--device sim:1", "not available"),
+        ("--device sim --devices 2", "this machine has 1 (sim)"),
+        ("--device simulated", "unknown"),
+    ],
+)
+def test_what_the_accelerator_does_not_have_is_refused_in_one_line(options, reason, vit_store, tmp_path, error_line):
+    assert reason in error_line(["pretrain", str(vit_store), str(tmp_path / "run"), *STUDENT.split(), *options.split()])
+
+
 @pytest.mark.slow
 def test_bench_step_measures_the_accelerator(tmp_path, printed_json):
     sizes = """--encoder vit_tiny_patch16_224 --encoder-width 48 --encoder-depth 1 --encoder-heads 3 --image-size 32
-        --middle-size 48 --batch-size 2 --teachers vit_tiny_patch16_224 --rounds 1 --warmup 1 --rows mae,offline"""
+        --middle-size 48 --batch-size 2 --teachers vit_tiny_patch16_224 --rounds 1 --warmup 1 --rows offline"""
     args = ["bench", "step", *sizes.split(), "--out", str(tmp_path / "step.md"), "--device", "sim", "--json"]
     assert run(args) == 0
     result = printed_json()
     assert (result["settings"]["device"], result["settings"]["precision"]) == ("simulated accelerator", "bf16-mixed")
-    assert [row["memory_mb"] for row in result["rows"]] == [1, 1]  # what the device says, not the process
+    assert [row["memory_mb"] for row in result["rows"]] == [1]  # what the device says, not the process

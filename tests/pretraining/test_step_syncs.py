@@ -19,16 +19,13 @@ STEPS = {
     "pixels": (["vit_store"], f"{VIT} --target pixels"),
     "HOG": (["vit_store"], f"{VIT} --target hog"),
     "no decoder, and relations": (["vit_store"], f"{VIT} --decoder-depth 0 --relation-weight 1"),
-    "no mask": (["vit_store"], f"{VIT} --decoder-depth 0 --mask-ratio 0"),
     "rotary positions": (["vit_store"], f"{VIT} --encoder vit_small_patch16_dinov3"),
     "a CNN": (["cnn_store"], "--encoder resnet10t --mask-ratio 0 --decoder-depth 0"),
-    "the loss on all patches": (["vit_store"], f"{VIT} --loss-on all"),
     "accumulated gradients": (["vit_store"], f"{VIT} --micro-batch 4"),
     "a moving average": (["vit_store"], f"{VIT} --ema 0.99"),
     "clipped gradients": (["vit_store"], f"{VIT} --clip-grad 1"),
     "Muon": (["vit_store"], f"{VIT} --optimizer muon"),
     "recomputed activations": (["vit_store"], f"{VIT} --checkpoint-activations"),
-    "fp32": (["vit_store"], f"{VIT} --precision 32-true"),
     "a loading process": (["vit_store"], f"{VIT} --workers 1"),
 }
 """Kind of step -> stores and options."""

@@ -2,7 +2,15 @@ import pytest
 import torch
 
 from fastmae.errors import InputError
-from fastmae.runtime.device import memory_hint, own_device, resolve_device
+from fastmae.runtime.device import (
+    device_count,
+    device_name,
+    memory_hint,
+    own_device,
+    pins_memory,
+    resolve_device,
+    supports_bf16,
+)
 
 
 def test_an_out_of_memory_error_becomes_one_line_with_advice():
@@ -16,6 +24,14 @@ def test_the_cpu_is_always_available_and_an_unknown_device_is_named(monkeypatch)
     assert own_device("cpu") == resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="--device abacus"):
         resolve_device("abacus")
+
+
+def test_the_cpu_is_one_device_without_a_name_or_bf16_units_that_it_tells_of():
+    cpu = torch.device("cpu")
+    assert (device_count("cpu"), device_name(cpu), supports_bf16(cpu), pins_memory(cpu)) == (1, "cpu", None, False)
+    assert (device_count("meta"), device_count("abacus")) == (0, 0)
+    with pytest.raises(InputError, match="--device meta: not available"):
+        resolve_device("meta")  # torch knows the name, but nothing can be computed there
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

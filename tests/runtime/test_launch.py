@@ -3,6 +3,7 @@ import torch
 from lightning_fabric.plugins.precision import MixedPrecision
 
 from fastmae.errors import InputError
+from fastmae.runtime import launch as launching
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch, scales_gradients
 
@@ -23,6 +24,13 @@ def test_launch_seeds_and_uses_fp32_on_a_cpu():
     first = torch.rand(3)
     launch("cpu", "auto", 1, seed=5)
     assert torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16-mixed"), (False, "16-mixed"), (None, "32-true")])
+def test_the_precision_follows_from_what_the_device_says_of_bf16(supported, expected, monkeypatch):
+    monkeypatch.setattr(launching, "supports_bf16", lambda device: supported)
+    assert launching._precision("auto", torch.device("xpu")) == expected
+    assert launching._precision("32-true", torch.device("xpu")) == "32-true"
 
 
 @pytest.mark.parametrize(

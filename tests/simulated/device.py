@@ -124,8 +124,7 @@ def compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     if any(isinstance(tensor, SimTensor) and tensor.shape != tensor.host.shape for tensor in tensors):
         raise NotImplementedError(f"{func}: the simulated accelerator can't change a tensor's shape in place")
     if not (on_sim(device) if device is not None else any(isinstance(tensor, SimTensor) for tensor in tensors)):
-        # To the CPU: never the memory in which the accelerator's tensor holds its values.
-        return result.clone() if any(result is argument for argument in host_args) else result
+        return result
     # In inference mode, a view of a normal tensor is a normal tensor, too.
     aliases = [returned.alias_info for returned in func._schema.returns if returned.alias_info is not None]
     is_normal = any(not alias.is_write for alias in aliases) and not args[0].is_inference()
@@ -173,7 +172,7 @@ def note_sync(func: Any, args: Any, kwargs: Any) -> None:
             return
         if not asynchronous or (host is not None and not is_pinned(host)):
             way = "to the device" if to_device else "to the CPU"
-            kind = " from memory that is not pinned" if asynchronous else ""
+            kind = ", by memory that is not pinned" if asynchronous else ""
             SYNCS.note(f"copy of {list(source.shape)} {way}{kind}")
     elif not any(isinstance(tensor, SimTensor) for tensor in _tensors(args, kwargs)):
         return

@@ -18,10 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.utils import backend_registration
 
-SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
-"""Whether this torch can have a device that is written in Python."""
 REPORTS = "FASTMAE_TEST_REPORTS"
 """Environment variable of the second process: number of the file descriptor that takes the reports."""
 SECONDS_TO_END = 10.0
@@ -58,17 +55,21 @@ class FirstProcess:
 
     def __init__(self, config: pytest.Config):
         self.config = config
+        self.runs_them = False
         self.runs: dict[Path, Run] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in filter(_is_marked, items):
+        marked = list(filter(_is_marked, items))
+        self.runs_them = bool(marked) and supported()
+        for item in marked:
             item.add_marker(pytest.mark.timeout(0))  # the second process has its own limit
-            item.add_marker(pytest.mark.skipif(not SUPPORTED, reason="needs a torch with backends written in Python"))
+            if not self.runs_them:
+                item.add_marker(pytest.mark.skip(reason="needs a torch that takes backends written in Python"))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        if not SUPPORTED or not _is_marked(item):
+        if not self.runs_them or not _is_marked(item):
             return None
         if item.path not in self.runs:
             tests = [other.nodeid for other in item.session.items if other.path == item.path and _is_marked(other)]
@@ -140,6 +141,13 @@ class Run:
             self.process.send_signal(signal.SIGINT)
             self.process.wait()
         self.printed.close()
+
+
+def supported() -> bool:
+    """Whether this torch can have a device that is written in Python."""
+    from torch.utils import backend_registration
+
+    return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 
 def _is_marked(item: pytest.Item) -> bool:
