@@ -62,7 +62,7 @@ def test_embedding_only_the_visible_patches_equals_embedding_all_and_dropping_th
     encoder = make_student(name).encoder
     images, ids_keep = batch[0].clone().requires_grad_(), batch[2][:, :V]
     weight, prefix = encoder.patch_embed.proj.weight, encoder.num_prefix_tokens
-    visible, _ = embed_visible(encoder, cut_patches(images, 16, ids_keep), ids_keep)
+    visible = embed_visible(encoder, cut_patches(images, 16, ids_keep), ids_keep)
     embedded = encoder._pos_embed(encoder.patch_embed(images))
     everything = encoder.norm_pre(embedded[0] if isinstance(embedded, tuple) else embedded)
     kept = everything[:, prefix:].gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, 48))

@@ -31,7 +31,7 @@ def test_a_vit_without_a_decoder_has_the_flops_of_a_count_by_hand(vit_store):
     flops = training_flops(options(vit_store, decoder_depth=0))
     patch_embedding = linear(VISIBLE, PATCH_VALUES, WIDTH)
     blocks = DEPTH * block(VISIBLE + 1, WIDTH)  # with the class token
-    heads = DEPTH * linear(VISIBLE, WIDTH, CHANNELS)
+    heads = DEPTH * linear(VISIBLE + 1, WIDTH, CHANNELS)
     # Backward: the gradients of inputs and of weights, twice the forward; the pixels need no gradient.
     assert flops == pytest.approx(2 * patch_embedding + 3 * (blocks + heads))
 

@@ -188,14 +188,15 @@ class Student(nn.Module):
     def _apply_heads(self, layers: list[torch.Tensor]) -> torch.Tensor:
         """The layers' predictions of the visible patches, [L, B, V, C]: all heads as one product.
 
-        The scale and shift of each head's norm go into its linear layer: W (g x + b) + c = (W g) x + (W b + c).
+        The scale and shift of each head's norm go into its linear layer: W (g x + b) + c = (W g) x + (W b + c). What
+        is predicted from the prefix tokens is dropped: cutting them out of each layer would take longer.
         """
         heads: Any = self.layer_heads
         norms, linears = [head[0] for head in heads], [head[1] for head in heads]
         scales, shifts = (torch.stack([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
         weights, biases = (torch.stack([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
         with no_autocast(weights):  # folded in fp32, then cast once
-            biases = biases + (weights @ shifts.unsqueeze(2)).squeeze(2)
+            biases = biases + (weights * shifts.unsqueeze(1)).sum(2)
             weights = weights * scales.unsqueeze(1)
         tokens = layer_norm(torch.stack(layers), norms[0].eps)
         dtype = autocast_dtype(weights)
