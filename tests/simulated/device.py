@@ -97,6 +97,7 @@ class SimTensor(torch.Tensor):
             memo[id(self)] = copied.requires_grad_(self.requires_grad)
         return memo[id(self)]
 
+    # With these two, Module.to swaps whole tensors. Their data alone would leave `host` behind.
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["host"], None
 
@@ -190,7 +191,7 @@ def note_sync(func: Any, args: Any, kwargs: Any) -> None:
 
 def is_pinned(tensor: torch.Tensor) -> bool:
     """Whether a CPU tensor lies in memory that `pin_memory` has given."""
-    return tensor.untyped_storage().data_ptr() in +_pinned
+    return _pinned[tensor.untyped_storage().data_ptr()] > 0
 
 
 def on_sim(device: Any) -> bool:
