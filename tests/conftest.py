@@ -29,6 +29,7 @@ from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch
 from fastmae.tokens.format import shard_path
 from fastmae.tokens.manifest import read_header
+from simulated.own_process import pytest_configure  # noqa: F401  # a hook: tests marked `accelerator`
 
 TINY_STUDENT = (
     "--encoder vit_tiny_patch16_224 --encoder-depth 2 --encoder-width 64 --encoder-heads 2 --image-size 64 "

@@ -26,6 +26,13 @@ def test_launch_seeds_and_uses_fp32_on_a_cpu():
     assert torch.equal(torch.rand(3), first)
 
 
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16-mixed"), (False, "16-mixed"), (None, "32-true")])
+def test_the_precision_follows_from_what_the_device_says_of_bf16(supported, expected, monkeypatch):
+    monkeypatch.setattr(launch_module, "supports_bf16", lambda device: supported)
+    assert launch_module._precision("auto", torch.device("xpu")) == expected
+    assert launch_module._precision("32-true", torch.device("xpu")) == "32-true"
+
+
 @pytest.mark.parametrize(
     ("device", "devices", "option"), [("tpu", 1, "--device"), ("cuda:99", 1, "--device"), ("cpu", 9999, "--devices")]
 )

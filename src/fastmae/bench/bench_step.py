@@ -40,7 +40,7 @@ from fastmae.bench.table import Table, machine
 from fastmae.bench.timing import format_rate, interleave, same_every_round
 from fastmae.config import BenchStepConfig
 from fastmae.runtime.arithmetic import computes_as_asked
-from fastmae.runtime.device import memory_hint
+from fastmae.runtime.device import device_name, memory_hint
 
 FP16_BYTES = 2
 """Bytes of a stored number, as in Table 2."""
@@ -214,7 +214,7 @@ def _settings(config: BenchStepConfig, steps: Steps, gemm_rates: dict[str, float
         "middle": f"the middle image, {config.middle_size} px",
     }
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "threads": f"{torch.get_num_threads()}{'; seconds are CPU time' if _on_one_thread(steps) else ''}",
         "precision": steps.precision,
         "encoder": f"{config.encoder}{changed_sizes}",

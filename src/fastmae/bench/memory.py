@@ -47,7 +47,8 @@ class FreshProcesses:
 def peak_memory_of(work: Callable[[], object], device: torch.device) -> float:
     """The peak memory of a piece of work, in MB of 2^20 bytes.
 
-    On a GPU this is what torch allocated there. Elsewhere it is how much the process's peak resident memory grew.
+    On an accelerator this is what torch allocated there, if it counts that. Otherwise it is how much the process's
+    peak resident memory grew.
 
     Args:
         work: the work, including everything that it builds.
@@ -55,8 +56,9 @@ def peak_memory_of(work: Callable[[], object], device: torch.device) -> float:
     """
     before = _peak_resident_bytes()
     work()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / MEGABYTE
+    allocated = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    if allocated is not None:
+        return allocated(device) / MEGABYTE
     return (_peak_resident_bytes() - before) / MEGABYTE
 
 

@@ -23,7 +23,7 @@ class Common(Options):
     seed: Annotated[int, SEED] = 0
     """Seed of everything random."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    """auto, cpu, cuda, cuda:N, mps, or another accelerator that torch has on this machine, such as xpu."""
     json: bool = False
     """Print one JSON object as the last line of standard output; everything else goes to standard error."""
     config: Path | None = None

@@ -12,7 +12,9 @@ from fastmae.runtime.processes import this_process
 
 
 def resolve_device(name: str) -> torch.device:
-    """`--device` as a device of this machine; 'auto' prefers a GPU to the CPU.
+    """`--device` as a device of this machine; 'auto' prefers a GPU of CUDA or MPS to the CPU.
+
+    Any type of accelerator that torch has on this machine may be named.
 
     Raises:
         InputError: an unknown name, or a device that this machine or this build of torch does not have.
@@ -23,35 +25,52 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps") from error
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.type, False) or (device.index or 0) >= max(1, torch.cuda.device_count()):
+    if (device.index or 0) >= device_count(device.type):
         raise InputError(
             f"--device {name}: not available on this machine or in torch {torch.__version__}; use --device cpu"
         )
     return torch.device("cpu") if device.type == "cpu" else device
 
 
+def device_count(device_type: str) -> int:
+    """Number of devices of a type ('cuda', 'mps', 'xpu') on this machine; 0 if torch can't use them. One CPU."""
+    module = getattr(torch, device_type, None)
+    return module.device_count() if module is not None and module.is_available() else 0
+
+
 def own_device(name: str) -> torch.device:
-    """Like `resolve_device`, but the processes on one machine each get a GPU of their own.
+    """Like `resolve_device`, but the processes on one machine each get an accelerator of their own.
 
     Raises:
         InputError: as in `resolve_device`.
     """
     device = resolve_device(name)
-    if device.type == "cuda" and device.index is None:
-        return resolve_device(f"cuda:{this_process().local_rank % torch.cuda.device_count()}")
+    if device.type != "cpu" and device.index is None:
+        return torch.device(device.type, this_process().local_rank % device_count(device.type))
     return device
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what a GPU was given to do, so that it counts in a measured time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Wait for what an accelerator was given to do, so that it counts in a measured time."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself, for example 'NVIDIA H100'; its type, if it says nothing."""
+    name_of = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if name_of is None else name_of(device)
+
+
+def supports_bf16(device: torch.device) -> bool | None:
+    """Whether an accelerator computes in bf16 by itself, without emulation; None if it doesn't say."""
+    supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return None if supported is None else supported(including_emulation=False)
 
 
 def pins_memory(device: torch.device) -> bool:
     """Whether a copy from the CPU to this device is asynchronous only out of pinned (page-locked) memory."""
-    return device.type == "cuda"
+    return device.type not in ("cpu", "mps")  # MPS shares the CPU's memory
 
 
 def free_bytes(device: torch.device) -> float:

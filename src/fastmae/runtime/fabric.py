@@ -12,24 +12,29 @@ if _HIDDEN:
     sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # makes Python believe that it is not installed
 try:
     from lightning_fabric import Fabric
+    from lightning_fabric.accelerators import CPUAccelerator
     from lightning_fabric.plugins.environments import (
         ClusterEnvironment,
         LightningEnvironment,
         SLURMEnvironment,
         TorchElasticEnvironment,
     )
-    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+    from lightning_fabric.plugins.precision import MixedPrecision
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 finally:
     if _HIDDEN:
         del sys.modules["torchmetrics"]
 
 __all__ = [
+    "CPUAccelerator",
     "ClusterEnvironment",
     "DDPStrategy",
     "Fabric",
     "LightningEnvironment",
+    "MixedPrecision",
     "ModelParallelStrategy",
     "SLURMEnvironment",
+    "SingleDeviceStrategy",
     "Strategy",
     "TorchElasticEnvironment",
 ]

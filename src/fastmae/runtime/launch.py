@@ -10,11 +10,16 @@ from torch import nn
 
 from fastmae.config import Precision
 from fastmae.errors import InputError, first_line
-from fastmae.runtime.device import cores, own_device, resolve_device
+from fastmae.runtime.device import cores, device_count, own_device, resolve_device, supports_bf16
 from fastmae.runtime.fabric import (
     ClusterEnvironment,
+    CPUAccelerator,
+    DDPStrategy,
     Fabric,
     LightningEnvironment,
+    MixedPrecision,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
@@ -22,12 +27,24 @@ from fastmae.runtime.peers import CONTINUES, prepare_to_watch, watch_peers
 from fastmae.runtime.processes import this_process
 from fastmae.runtime.strategy import strategy_for
 
+FabricPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
 ENVIRONMENTS: dict[str, type[ClusterEnvironment]] = {
     "": LightningEnvironment,
     "torchrun": TorchElasticEnvironment,
     "srun": SLURMEnvironment,
 }
 """Launcher -> how Fabric learns about the processes. Fabric itself would take a SLURM batch script for an srun task."""
+KNOWN_TO_FABRIC = ("cpu", "cuda", "mps")
+"""Types of devices that Fabric can set up."""
+
+
+class OtherAccelerator(CPUAccelerator):
+    """A device of a type that Fabric doesn't know, such as Intel's xpu. To Fabric it is a CPU under another name."""
+
+    def setup_device(self, device: torch.device) -> None:
+        """Make it the current device."""
+        torch.get_device_module(device).set_device(device)
 
 
 def launch(
@@ -55,8 +72,8 @@ def launch(
             f"--device {device}: names one device, but there are {world_size} processes; "
             f"use --device {torch_device.type}"
         )
-    available = torch.cuda.device_count() if torch_device.type == "cuda" else cores()
     bound = bool(this_process().launcher) and torch_device.type == "cuda"  # srun may show each process its own GPU only
+    available = cores() if torch_device.type == "cpu" else device_count(torch_device.type)
     if devices > available and not bound:
         raise InputError(f"--devices {devices}: this machine has {available} ({torch_device.type})")
     fabric_precision = _precision(precision, torch_device)
@@ -65,24 +82,22 @@ def launch(
             "--strategy fsdp: needs --precision bf16-mixed, tf32 or 32-true, "
             "since 16-mixed would scale the gradients of each shard on its own"
         )
-    processes = (
-        "auto" if world_size == 1 else strategy_for(strategy, world_size, blocks, fabric_precision == "bf16-mixed")
-    )
-    device_indices: int | list[int] = devices if torch_device.index is None else [torch_device.index]
-    if bound:
-        own = own_device(device)
-        device_indices = [own.index]
-        if not isinstance(processes, str):
-            processes.parallel_devices = [own] * devices  # Fabric takes the one at this process's number on the machine
+    environment = ENVIRONMENTS[this_process().launcher]()
     try:
-        fabric = Fabric(
-            accelerator=torch_device.type,
-            devices=device_indices,
-            num_nodes=nodes,
-            strategy=processes,
-            precision=fabric_precision,
-            plugins=ENVIRONMENTS[this_process().launcher](),
-        )
+        if torch_device.type not in KNOWN_TO_FABRIC:
+            fabric = _on_other_accelerator(torch_device, world_size, fabric_precision, environment)
+        else:
+            sharing = None
+            if world_size > 1:
+                sharing = strategy_for(strategy, world_size, blocks, fabric_precision == "bf16-mixed")
+            fabric = Fabric(
+                accelerator=torch_device.type,
+                devices=_device_indices(torch_device, devices, bound, sharing),
+                num_nodes=nodes,
+                strategy=sharing or "auto",
+                precision=fabric_precision,
+                plugins=environment,
+            )
     except (ValueError, RuntimeError) as error:  # a SLURM job of unequal machines, say
         raise InputError(f"--devices {devices}: the processes can't be set up ({first_line(error)})") from error
     if world_size > 1:
@@ -98,6 +113,25 @@ def launch(
     watch_peers(fabric)
     torch.manual_seed(seed)
     return fabric
+
+
+def _device_indices(
+    device: torch.device, processes: int, bound: bool, sharing: DDPStrategy | ModelParallelStrategy | None
+) -> int | list[int]:
+    """The devices of this machine's processes, for Fabric: their number, or which one.
+
+    Args:
+        device: of the run.
+        processes: on this machine.
+        bound: whether a launcher gives each process a GPU, perhaps as the only one that it sees.
+        sharing: how several processes share the work.
+    """
+    if bound:
+        own = own_device(str(device))
+        if sharing is not None:
+            sharing.parallel_devices = [own] * processes  # Fabric takes the one at this process's number
+        return [own.index]
+    return processes if device.index is None else [device.index]
 
 
 def bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -159,9 +193,22 @@ def _processes(devices: int) -> tuple[int, int]:
     return process.local_world_size, process.world_size // process.local_world_size
 
 
-def _precision(precision: Precision, device: torch.device) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
+def _on_other_accelerator(
+    device: torch.device, world_size: int, precision: FabricPrecision, environment: ClusterEnvironment
+) -> Fabric:
+    if world_size > 1:
+        raise InputError(
+            f"--device {device.type}: takes one process, but there are {world_size}; only cuda and cpu take several"
+        )
+    mixed = [] if precision == "32-true" else [MixedPrecision(precision, device.type)]
+    strategy = SingleDeviceStrategy(torch.device(device.type, device.index or 0))
+    return Fabric(accelerator=OtherAccelerator(), devices=1, strategy=strategy, plugins=[environment, *mixed])
+
+
+def _precision(precision: Precision, device: torch.device) -> FabricPrecision:
     if precision != "auto":
         return "32-true" if precision == "tf32" else precision  # how it rounds is `arithmetic`'s
-    if device.type != "cuda":
+    supported = supports_bf16(device)
+    if supported is None:
         return "32-true"  # measured: faster than bf16 on CPUs without bf16 units
-    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    return "bf16-mixed" if supported else "16-mixed"

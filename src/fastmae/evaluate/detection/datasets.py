@@ -17,6 +17,7 @@ from fastmae.evaluate.detection import masks
 from fastmae.evaluate.detection.coco import Split
 from fastmae.evaluate.detection.masks import Size
 from fastmae.images.decode import UndecodableError, decode_bands
+from fastmae.runtime.device import pins_memory
 
 Objects = dict[str, torch.Tensor]
 """`boxes` float32 [N, 4] (left, top, right, bottom in pixels of the photo), `labels` int64 [N] from 1, `masks` uint8
@@ -108,7 +109,7 @@ class Targets:
 
     def to(self, device: torch.device) -> "Targets":
         """The targets on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=pins_memory(device)))
 
     def pin_memory(self) -> "Targets":
         """The targets in pinned memory, which a GPU copies from while it computes."""
