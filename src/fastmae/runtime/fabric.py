@@ -19,6 +19,7 @@ try:
         TorchElasticEnvironment,
     )
     from lightning_fabric.strategies import ModelParallelStrategy, Strategy
+    from lightning_utilities.core.apply_func import apply_to_collection
 finally:
     if _HIDDEN:
         del sys.modules["torchmetrics"]
@@ -31,4 +32,5 @@ __all__ = [
     "SLURMEnvironment",
     "Strategy",
     "TorchElasticEnvironment",
+    "apply_to_collection",
 ]
