@@ -2,8 +2,8 @@
 
 MAE's side is what its authors' training script does with torchvision: Pillow decodes the whole file, then
 RandomResizedCrop to the view's size (scale 0.2 to 1, bicubic), flip, ToTensor and Normalize, and the images are stacked
-into a batch. Our side is the reader alone, `StoreViews.fill`, which loader workers call; and what such a worker delivers
-to the training process through `ring_batches`, in the same rounds.
+into a batch. Our side is the reader alone, `StoreViews.fill`, which loader workers call, and what such a worker
+delivers to the training process through `ring_batches`, in the same rounds.
 
 Each process has one thread. The files are in the system's cache, so the work is the CPU's alone and CPU seconds are
 those of the clock on an idle machine. On a busy machine they are still the same.
@@ -47,20 +47,20 @@ DELIVERY = (
 
 NOTES = (
     "In every round each row loads all images once, in random order; the median over the rounds is given with the "
-    "slowest and the fastest. Seconds are CPU time, so other work on the machine does not count. The files of both sides "
-    "are in the system's cache: no disk is measured.",
-    "images/s and all that follows up to 'rest' is the reader alone: one process, one thread, no loader workers. MAE's "
-    "rows end in a stacked float32 batch. fastmae's rows end in a uint8 batch, in memory that is there already, with "
-    "tokens as the codec stores them, and with positions, flips and masks drawn. `pretrain` moves that batch to the device, which "
-    "normalises and decodes; 'normalised here' adds the normalisation on this core.",
+    "slowest and the fastest. Seconds are CPU time, so other work on the machine does not count. The files of both "
+    "sides are in the system's cache: no disk is measured.",
+    "The columns from images/s to 'rest' are the reader alone: one process, one thread, no loader workers. MAE's rows "
+    "end in a stacked float32 batch. fastmae's rows end in a uint8 batch, in memory that is there already, with tokens "
+    "as the codec stores them, and with positions, flips and masks drawn. `pretrain` moves that batch to the device, "
+    "which normalises and decodes; 'normalised here' adds the normalisation on this core.",
     "'first pass': the same from a store that was just opened, when each shard is mapped and the checksum of every "
     "record is verified.",
     "Shares are of the median time: decode (of the whole file, or of the view's part of the stored JPEG), copy (of the "
     "pixels into the batch, mirrored if the view is flipped), tokens (reading them into the batch) and draws. Each is "
     "timed by itself in the same rounds; the rest is what remains.",
     "'delivered images/s': views that one loader worker delivers to the training process in a second of its CPU time, "
-    "the system's share included, and that rate over the reader's. 'main ms' is what the training process itself spends "
-    "on a view.",
+    "the system's share included, and that rate over the reader's. 'main ms' is the CPU time that the training process "
+    "itself spends on a view.",
 )
 
 Seconds = dict[tuple[str, str], list[float]]

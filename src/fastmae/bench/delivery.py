@@ -1,4 +1,4 @@
-"""Views delivered to the training process: the CPU seconds of a loader worker, and those of the process it works for."""
+"""Views delivered to the training process: CPU seconds of a loader worker, and of the process that it works for."""
 
 import time
 from collections.abc import Sequence

@@ -159,7 +159,7 @@ class StoreTurns:
         return self.batches.seconds(number, lambda batch: views.fill(out, 0, _visits(number, batch)))
 
     def _decode(self, number: int) -> float:
-        info, views, pixels = self.store.info, self._drawn_views(number), self._batch.pixels.numpy()
+        info, views, size = self.store.info, self._drawn_views(number), self.draws.size
         if info.pixels == "raw":
             return 0.0
         shards = [
@@ -169,9 +169,9 @@ class StoreTurns:
         jpegs = [shard.jpeg(row) for shard in shards for row in range(len(shard.record_checksums))]
 
         def decode(batch: list[int]) -> None:
-            for row, index in enumerate(batch):
+            for index in batch:
                 top, left = info.patch_size * views[index].row, info.patch_size * views[index].col
-                jpeg.decode_part(jpegs[index], top, left, info.middle_size, pixels[row])
+                jpeg.decode_part(jpegs[index], top, left, info.patch_size * size, info.middle_size, info.channels)
 
         return self.batches.seconds(number, decode)
 
