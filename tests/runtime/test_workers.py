@@ -115,8 +115,8 @@ print(int(next(kept)))
 
 def test_minus_one_chooses_the_number_of_workers_by_the_cores(monkeypatch):
     assert worker_count(0) == 0
-    for cores, expected in ((1, 1), (2, 1), (6, 5), (64, 8)):
-        monkeypatch.setattr(workers, "cores", lambda cores=cores: cores)
+    for cores, expected in ((1, 1), (2, 1), (6, 4), (64, 62)):
+        monkeypatch.setattr(workers, "own_cores", lambda cores=cores: cores)
         assert worker_count(-1) == expected
 
 

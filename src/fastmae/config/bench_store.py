@@ -39,7 +39,7 @@ class BenchStoreConfig(Common):
     batch_size: Annotated[int, AT_LEAST_1] = 32
     """Images per forward pass of the teacher."""
     workers: Annotated[int, WORKERS] = -1
-    """Decoding processes; -1: one less than the cores, at most 8."""
+    """Decoding processes; -1: all cores but two, at least one."""
     rounds: Annotated[int, AT_LEAST_1] = 3
     """Timed rounds; in each, every row has its turn. Medians are reported."""
     out: Path | None = None

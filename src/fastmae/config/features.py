@@ -35,7 +35,7 @@ class FeaturesConfig(Common):
     batch_size: Annotated[int, AT_LEAST_1] = 64
     """Images per forward pass."""
     workers: Annotated[int, WORKERS] = -1
-    """Decoding processes; -1: one less than the cores, at most 8."""
+    """Decoding processes; -1: all cores but two, at least one."""
     strict: bool = False
     """Stop at the first image that can't be decoded instead of skipping it."""
     weights: Path | None = None

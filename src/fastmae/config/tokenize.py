@@ -64,7 +64,7 @@ class TokenizeConfig(Common):
     batch_size: Annotated[int, AT_LEAST_1] = 32
     """Images per forward pass of the teacher."""
     workers: Annotated[int, WORKERS] = -1
-    """Decoding processes; -1: one less than the cores, at most 8."""
+    """Decoding processes; -1: all cores but two, at least one."""
     rank: Annotated[int | None, AT_LEAST_0] = None
     """Number of this process, from 0, among several that fill one store. Default: from torchrun or srun, or 0."""
     world_size: Annotated[int | None, AT_LEAST_1] = None

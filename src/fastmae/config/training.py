@@ -42,7 +42,7 @@ class TrainingConfig(Common):
     devices: Annotated[int, AT_LEAST_1] = 1
     """Processes on this machine, one device each; or start them with torchrun or srun."""
     workers: Annotated[int, WORKERS] = -1
-    """Loading processes per device; -1: one less than the cores, at most 8."""
+    """Loading processes per device; -1: its share of the cores but two, at least one."""
     save_every: Annotated[float, AT_LEAST_0] = 10.0
     """Minutes between checkpoints."""
     log_every: Annotated[int, AT_LEAST_1] = 10

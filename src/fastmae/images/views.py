@@ -54,6 +54,9 @@ class ViewDraws:
     visible: int
     seed: int
 
+    def __post_init__(self) -> None:
+        assert 0 <= self.seed < 2**32
+
     def draw(self, epoch: int, index: int, grids: Sequence[int]) -> Draw:
         """Draw the view of one image in one epoch.
 
@@ -62,12 +65,12 @@ class ViewDraws:
             index: index of the image.
             grids: side of each of the image's middle images, in patches.
         """
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng(np.array([self.seed, epoch, index], np.uint32))  # a tuple takes longer
         scale = int(rng.integers(len(grids))) if len(grids) > 1 else 0
-        row, col = rng.integers(0, grids[scale] - self.size + 1, size=2)
-        flipped = bool(rng.random() < 0.5) and self.flip
+        row, col = rng.integers(0, grids[scale] - self.size + 1, size=2).tolist()
+        flipped = rng.random() < 0.5 and self.flip
         ids_shuffle = rng.permutation(self.size**2) if self.mask == "random" else self._block_order(rng)
-        return Draw(scale, int(row), int(col), flipped, ids_shuffle)
+        return Draw(scale, row, col, flipped, ids_shuffle)
 
     def _block_order(self, rng: np.random.Generator) -> np.ndarray:
         """A patch order whose masked part is made of rectangles (BEiT, Algorithm 1).

@@ -21,6 +21,7 @@ try:
     )
     from lightning_fabric.plugins.precision import MixedPrecision
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+    from lightning_utilities.core.apply_func import apply_to_collection
 finally:
     if _HIDDEN:
         del sys.modules["torchmetrics"]
@@ -37,4 +38,5 @@ __all__ = [
     "SingleDeviceStrategy",
     "Strategy",
     "TorchElasticEnvironment",
+    "apply_to_collection",
 ]

@@ -129,7 +129,7 @@ class TokenStore:
         return self.codec.decode_grids(torch.from_numpy(codes)[None], torch.from_numpy(mean)[None])[0]
 
     def read_pixels(self, index: int, row: int, col: int, size: int, flipped: bool, out: np.ndarray) -> None:
-        """Write the pixels of a view into `out`, uint8 [K, P s, P s]."""
+        """Write the pixels of a view into `out`, uint8 [K, P s, P s]; a JPEG takes less time with channels last."""
         self._check_view(row, col, size)
         info, side = self.info, self.info.patch_size * size
         top, left = info.patch_size * row, info.patch_size * col
