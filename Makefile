@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast lint format clean
+.PHONY: setup demo test test-fast gpu-check lint format clean
 
 setup: $(STAMP)
 
@@ -25,14 +25,18 @@ test: setup
 test-fast: setup
 	$(PYTEST) -m "not slow" --ignore tests/end_to_end
 
+# On a machine with a GPU: what is right there, and how fast. `make gpu-check ARGS="--budget 600"` gives it more time.
+gpu-check: setup
+	$(BIN)/python tools/gpu_check $(ARGS)
+
 lint: setup
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests tools
+	$(BIN)/ruff format --check src tests tools
 	$(BIN)/mypy
 
 format: setup
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests tools
+	$(BIN)/ruff format src tests tools
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
