@@ -18,7 +18,7 @@ import torch
 from fastmae.config.commands import COMMANDS
 
 TOOLS = Path(__file__).parents[2] / "tools"
-STAGES = "imports,inputs,correctness,tokenising,speed,inside,groups,commands,bench"
+STAGES = "imports,inputs,correctness,tokenising,speed,inside,groups,commands"
 CALLED_BY_OTHER_STAGES = {"tokenize", "pretrain", "bench step"}
 
 
@@ -59,7 +59,7 @@ def test_every_check_passes_at_toy_size(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [part["name"] for part in found["left_out"]] == ["host syncs, kernels"]
     assert list(found["stage_seconds"]) == STAGES.split(",")
-    assert {"ddp in a group of one", "stopped and continued", "detect", "bench step"} <= {
+    assert {"ddp in a group of one", "stopped and continued", "detect", "pretrain, Muon"} <= {
         check["name"] for check in found["checks"]
     }
     markdown = (out / "gpu_check.md").read_text()
@@ -154,6 +154,22 @@ def test_losses_that_differ_too_much_fail(bf16, passed, gpu_check, setting, tmp_
     gpu_check("correctness").correctness(setting, report)
     failed = {check.name for check in report.failed}
     assert failed == {"a SIGTERM stops", *([] if passed else ["first losses, bf16 and the CPU"])}
+
+
+def test_the_benches_figures_stand_beside_their_goals(gpu_check, setting, tmp_path):
+    outcome, report = gpu_check("commands").Outcome, gpu_check("report").Report(tmp_path / "out")
+    row = {"method": "FastMAE", "images_per_second": 5786.0, "memory_mb": 8400, "times_mae": 2.1}
+    counted = {"kernels": 2260, "bytes_per_image": 264e6, "flops_per_image": 31e9}
+    setting.commands.run = lambda call: outcome(call, 0, counted if "--count" in call else {"rows": [row]})
+    benches = gpu_check("benches")
+    benches.bench_step(setting, report)
+    benches.bench_count(setting, report)
+    found = {figure.name: (figure.value, figure.reached) for figure in report.figures}
+    assert found["bench step, FastMAE"] == (5786.0, None)
+    assert found["bench step, FastMAE: times MAE"] == (2.1, None)
+    assert found["kernels of a step, by count"] == (2260, False)
+    assert found["memory traffic by count"] == (264.0, False)
+    assert found["operations by count"] == (31.0, None)
 
 
 def test_curves_of_different_lengths_are_never_near(gpu_check):

@@ -42,7 +42,13 @@ class Sizes:
 
 
 FULL = Sizes(4096, (500, 375), 352, 224, "vit_base_patch16_224", {}, 64, 400, (256, 1024), 128, 5.0, 2)
-TOY_ENCODER: dict[str, Any] = {"encoder": "vit_tiny_patch16_224", "encoder_depth": 2, "image_size": 32}
+TOY_ENCODER: dict[str, Any] = {
+    "encoder": "vit_tiny_patch16_224",
+    "encoder_depth": 2,
+    "image_size": 32,
+    "decoder_width": 32,
+    "decoder_heads": 2,
+}
 TOY = Sizes(48, (96, 72), 64, 32, "vit_tiny_patch16_224", TOY_ENCODER, 8, 60, (4, 8), 8, 0.05, 0)
 
 

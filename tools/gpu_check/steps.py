@@ -92,7 +92,7 @@ class Steps:
 
 @contextmanager
 def steps_of(setting: Setting, trial: Trial) -> Iterator[Steps]:
-    """The steps of a trial; its memory is free again afterwards."""
+    """The steps of a trial."""
     config = PretrainConfig(
         stores=(str(setting.store(trial.codec)),),
         run=Path("never-written"),
@@ -102,15 +102,14 @@ def steps_of(setting: Setting, trial: Trial) -> Iterator[Steps]:
         device=setting.device,
         **setting.sizes.encoder,
     )
+    gc.collect()  # what the trial before has left
+    if setting.on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     plan = make_plan(config)
     task = pretraining_task(config, plan)
     steps = Steps(set_up(config, task, plan.settings, *launch_processes(config, task, plan.settings)))
     try:
         yield steps
     finally:
-        del steps, task
-        gc.collect()
-        torch.compiler.reset()  # or the next trial's other sizes are compiled as sizes that vary
-        if setting.on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        torch.compiler.reset()  # or the next trial's sizes would be compiled as sizes that vary
