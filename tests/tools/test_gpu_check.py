@@ -59,7 +59,7 @@ def test_every_check_passes_at_toy_size(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [part["name"] for part in found["left_out"]] == ["host syncs, kernels"]
     assert list(found["stage_seconds"]) == STAGES.split(",")
-    assert {"ddp in a group of one", "stopped and continued", "detect", "pretrain, Muon"} <= {
+    assert {"ddp in a group of one", "deterministic, stopped and continued", "detect", "pretrain, Muon"} <= {
         check["name"] for check in found["checks"]
     }
     markdown = (out / "gpu_check.md").read_text()
@@ -143,8 +143,8 @@ def test_an_unknown_stage_is_refused(gpu_check, capsys):
 @pytest.mark.parametrize(("bf16", "passed"), [(1.02, True), (1.04, False)])
 def test_losses_that_differ_too_much_fail(bf16, passed, gpu_check, setting, tmp_path):
     outcome, report = gpu_check("commands").Outcome, gpu_check("report").Report(tmp_path / "out")
-    curves = {"cpu": 1.0, "fp32": 1.0, "tf32": 1.0, "bf16": bf16, "micro-batches-fp32": 1.0, "compiled-fp32": 1.0}
-    curves |= {"run": 3.0, "again": 3.0, "stopped": 3.0}
+    first = {"cpu": 1.0, "32-true": 1.0, "tf32": 1.0, "bf16-mixed": bf16, "micro-batches": 1.0, "compiled": 1.0}
+    curves = first | dict.fromkeys(("run", "again", "stopped", "deterministic", "deterministic-stopped"), 3.0)
     for name, loss in curves.items():
         run = tmp_path / "run" if name == "run" else tmp_path / "runs" / name
         run.mkdir(parents=True)
@@ -153,7 +153,8 @@ def test_losses_that_differ_too_much_fail(bf16, passed, gpu_check, setting, tmp_
     setting.commands.run = lambda _: outcome([], 0)
     gpu_check("correctness").correctness(setting, report)
     failed = {check.name for check in report.failed}
-    assert failed == {"a SIGTERM stops", *([] if passed else ["first losses, bf16 and the CPU"])}
+    never_stopped = {"stopped by SIGTERM", "deterministic, stopped by SIGTERM"}
+    assert failed == never_stopped | (set() if passed else {"first losses, bf16-mixed and the CPU"})
 
 
 def test_the_benches_figures_stand_beside_their_goals(gpu_check, setting, tmp_path):

@@ -6,11 +6,14 @@ import os
 import pkgutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from fastmae.runtime.strategy import strategy_for
 
 import fastmae
 from fastmae.cli import run
+from fastmae.pretraining.pretrain import SHARDED_BLOCKS
 from fastmae.runtime import launch
 
 NOT_IMPORTED = "fastmae.__main__"
@@ -32,22 +35,20 @@ def import_all() -> dict[str, str]:
 BROKEN = import_all()
 
 
-def call(command: list[str], output: str, environment: dict[str, str], group: bool, threads: int) -> None:
+def call(command: list[str], output: str, group: str, threads: int) -> None:
     """Run a command and end this process with its exit code.
 
     Args:
         command: its arguments, as on the command line.
         output: path of the files for standard output (.out) and standard error (.err), without the ending.
-        environment: variables to set.
-        group: whether to form a group of one process.
+        group: 'ddp' or 'fsdp': form a group of one process; '': don't.
         threads: torch's threads on the CPU; 0: as they are.
     """
-    os.environ.update(environment)
     _redirect(output)
     if threads:
         torch.set_num_threads(threads)
     if group:
-        form_groups()
+        form_group(group)
     sys.exit(run(command))
 
 
@@ -57,14 +58,21 @@ def tell_imports(_: list[str], output: str) -> None:
     print(json.dumps(BROKEN), flush=True)
 
 
-def form_groups() -> None:
+def form_group(kind: str) -> None:
     """Let a single process form a group, with DDP's or FSDP's wrapper, as each of several would.
 
     NCCL takes no two processes on one GPU, so this is how one GPU can show that the wrappers work on NCCL.
+
+    Args:
+        kind: 'ddp' or 'fsdp'.
     """
-    strategy, sharded = launch._strategy, launch.ModelParallelStrategy
-    launch._strategy = lambda name, world_size, *rest: strategy(name, 2, *rest)
-    launch.ModelParallelStrategy = lambda shard, **sizes: sharded(shard, **{**sizes, "data_parallel_size": 1})  # type: ignore
+    ungrouped: Any = launch.Fabric
+
+    def grouped(**options: Any) -> Any:
+        bf16 = options["precision"] == "bf16-mixed"
+        return ungrouped(**{**options, "strategy": strategy_for(kind, 1, SHARDED_BLOCKS, bf16)})
+
+    launch.Fabric = grouped  # type: ignore[misc, assignment]
 
 
 def _redirect(output: str) -> None:

@@ -80,19 +80,17 @@ class Commands:
     def submit(
         self,
         arguments: list[str],
-        environment: Mapping[str, str] | None = None,
-        group: bool = False,
+        group: str = "",
         stop_when: Callable[[], bool] | None = None,
     ) -> Future[Outcome]:
         """Start a command as soon as there is room.
 
         Args:
             arguments: as on the command line; `--json` is added.
-            environment: variables that are set for it.
-            group: whether a single process forms a group as several would (see `child.form_groups`).
+            group: 'ddp' or 'fsdp': its one process forms a group as several would (see `child.form_group`).
             stop_when: asked all the time; the first time that it says yes, the command gets a SIGTERM.
         """
-        options = [dict(environment or {}), group, self.threads]
+        options = [group, self.threads]
         return self.pool.submit(self._run, "call", [*arguments, "--json"], options, stop_when)
 
     def run(self, arguments: list[str]) -> Outcome:

@@ -10,42 +10,46 @@ from gpu_check.setting import Setting
 
 FIRST = 5
 """Steps whose losses are compared. Later ones differ more and more, since training amplifies rounding."""
-BOUNDS = {"fp32": 2e-4, "tf32": 1e-2, "bf16": 3e-2, "compiled, fp32": 2e-4, "micro-batches, fp32": 2e-4}
+BOUNDS = {"32-true": 2e-4, "tf32": 1e-2, "bf16-mixed": 3e-2, "micro-batches": 2e-4, "compiled": 2e-4}
 """Largest relative difference to the CPU's losses in fp32. On an H200, fp32 gave 2e-7 and bf16 2e-5."""
 RESUMED, NOISE_FACTOR = 1e-4, 10
 """Largest relative difference of a run that was stopped and continued to one that was not, over all losses: this, or so
-many times the difference of two equal runs."""
+many times the difference of two equal runs. With --deterministic there must be none."""
 GROUPED = 3e-2
 """The same for a group, in --precision auto."""
 STOP_AFTER = 3
-"""Steps that are logged by then."""
+"""Steps that are logged when a run is stopped."""
 INTERRUPTED = 130
 """Exit code of a command that was stopped and has saved."""
-EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
-"""Without it, 32-true takes TF32 on a GPU."""
+DETERMINISTIC = "--deterministic"
 
 Running = dict[str, Future[Outcome]]
 
 
 def correctness(setting: Setting, report: Report) -> None:
-    """The first losses by device, precision and compilation; and a run that is stopped and continued."""
-    first, whole = _start_first(setting), _start_whole(setting)
+    """The first losses by precision, in parts and compiled; and runs that are stopped and continued."""
+    first, runs = _start_first(setting), _start_runs(setting)
     reference = _losses(first.pop("cpu").result(), _folder(setting, "cpu"))
     report.check("the CPU's first losses", len(reference) == FIRST, f"{FIRST} losses", f"{len(reference)} losses")
     for name, future in first.items():
         _compare(setting, report, f"first losses, {name} and the CPU", reference, name, future, BOUNDS[name])
-    _check_continued(setting, report, whole)
+    whole, again = (_losses(runs[name].result(), _folder(setting, name)) for name in ("whole", "again"))
+    noise = apart(whole, again)
+    report.figure("two equal runs differ by", noise)
+    _check_continued(setting, report, whole, "stopped", runs["stopped"], max(RESUMED, NOISE_FACTOR * noise))
+    exact = _losses(runs["deterministic"].result(), _folder(setting, "deterministic"))
+    _check_continued(setting, report, exact, "deterministic, stopped", runs["deterministic, stopped"], 0.0)
 
 
 def groups(setting: Setting, report: Report) -> None:
     """DDP and FSDP2 in a group of one process, which is NCCL's on a GPU: the losses of a run without a group."""
 
-    def start(name: str, *options: str, group: bool) -> Future[Outcome]:
+    def start(name: str, *options: str, group: str = "") -> Future[Outcome]:
         call = setting.pretrain(_folder(setting, name), *options, "--no-resume", steps=FIRST, precision="auto")
         return setting.commands.submit(call, group=group)
 
-    alone = start("alone", group=False)
-    grouped = {name: start(name, "--strategy", name, group=True) for name in ("ddp", "fsdp")}
+    alone = start("alone")
+    grouped = {name: start(name, "--strategy", name, group=name) for name in ("ddp", "fsdp")}
     reference = _losses(alone.result(), _folder(setting, "alone"))
     for name, future in grouped.items():
         _compare(setting, report, f"{name} in a group of one", reference, name, future, GROUPED)
@@ -61,25 +65,23 @@ def apart(curve: list[float], other: list[float]) -> float:
 def _start_first(setting: Setting) -> Running:
     """Runs of a few steps."""
     micro_batch = str(setting.sizes.small_batch // 4)
-    variants: dict[str, tuple[str, list[str], dict[str, str]]] = {
-        "cpu": ("32-true", ["--device", "cpu"], {}),
-        "fp32": ("32-true", [], EXACT),
-        "tf32": ("32-true", [], {}),
-        "bf16": ("bf16-mixed", [], {}),
-        "micro-batches, fp32": ("32-true", ["--micro-batch", micro_batch], EXACT),
-        "compiled, fp32": ("32-true", ["--compile"], EXACT),
+    variants = {
+        "cpu": ("32-true", ["--device", "cpu"]),
+        "32-true": ("32-true", []),
+        "tf32": ("tf32", []),
+        "bf16-mixed": ("bf16-mixed", []),
+        "micro-batches": ("32-true", ["--micro-batch", micro_batch]),
+        "compiled": ("32-true", ["--compile"]),
     }
-    return {
-        name: setting.commands.submit(
-            setting.pretrain(_folder(setting, name), *options, "--no-resume", steps=FIRST, precision=precision),
-            environment,
-        )
-        for name, (precision, options, environment) in variants.items()
+    calls = {
+        name: setting.pretrain(_folder(setting, name), *options, "--no-resume", steps=FIRST, precision=precision)
+        for name, (precision, options) in variants.items()
     }
+    return {name: setting.commands.submit(call) for name, call in calls.items()}
 
 
-def _start_whole(setting: Setting) -> Running:
-    """Two equal runs that end, and one that is stopped."""
+def _start_runs(setting: Setting) -> Running:
+    """Two equal runs that end, and one that is stopped; the same with deterministic kernels."""
 
     def start(name: str) -> Future[Outcome]:
         metrics = _folder(setting, name) / "metrics.jsonl"
@@ -87,25 +89,29 @@ def _start_whole(setting: Setting) -> Running:
         def has_begun() -> bool:
             return metrics.exists() and len(metrics.read_bytes().splitlines()) >= STOP_AFTER
 
-        stop_when = has_begun if name == "stopped" else None
-        return setting.commands.submit([*setting.small_run(_folder(setting, name)), "--no-resume"], stop_when=stop_when)
+        stop_when = has_begun if "stopped" in name else None
+        return setting.commands.submit([*_call(setting, name), "--no-resume"], stop_when=stop_when)
 
-    return {name: start(name) for name in ("whole", "again", "stopped")}
+    return {name: start(name) for name in ("whole", "again", "stopped", "deterministic", "deterministic, stopped")}
 
 
-def _check_continued(setting: Setting, report: Report, running: Running) -> None:
-    stopped = running["stopped"].result()
-    report.check("a SIGTERM stops", stopped.code == INTERRUPTED, f"exit code {INTERRUPTED}", stopped.ending)
-    continued = setting.commands.run(setting.small_run(_folder(setting, "stopped")))
-    curve, again = (_losses(running[name].result(), _folder(setting, name)) for name in ("whole", "again"))
-    noise = apart(curve, again)
-    bound = max(RESUMED, NOISE_FACTOR * noise)
-    report.figure("two equal runs differ by", noise)
-    difference = apart(curve, _losses(continued, _folder(setting, "stopped")))
+def _call(setting: Setting, name: str) -> list[str]:
+    call = setting.small_run(_folder(setting, name))
+    return [*call, DETERMINISTIC] if name.startswith("deterministic") else call
+
+
+def _check_continued(
+    setting: Setting, report: Report, whole: list[float], name: str, future: Future[Outcome], bound: float
+) -> None:
+    """A run that is stopped saves itself, and the same call then reaches the losses of one that was not."""
+    stopped = future.result()
+    code = f"exit code {INTERRUPTED}"
+    report.check(f"{name} by SIGTERM", stopped.code == INTERRUPTED, code, stopped.ending, stopped.details)
+    continued = setting.commands.run(_call(setting, name))
+    difference = apart(whole, _losses(continued, _folder(setting, name)))
     expected = f"losses within {shown(bound)} of a run that was not stopped"
-    report.check(
-        "stopped and continued", difference <= bound, expected, _seen(difference, continued), continued.details
-    )
+    seen = _seen(difference, continued)
+    report.check(f"{name} and continued", difference <= bound, expected, seen, continued.details)
 
 
 def _compare(

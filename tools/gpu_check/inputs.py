@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fastmae.tokens.format import read_store_info
 from gpu_check.report import Report
 from gpu_check.setting import Setting
 
@@ -55,6 +56,8 @@ def _tokenise(setting: Setting, report: Report) -> None:
         images = outcome.result.get("images", 0)
         expected = f"{setting.sizes.images} images"
         seen = f"{images} images" if outcome.code == 0 else outcome.ending
+        if outcome.code == 0:
+            seen += f", by the teacher in {read_store_info(setting.store(codec)).teacher.get('precision', '32-true')}"
         report.check(f"tokenize, {codec}", images == setting.sizes.images, expected, seen, outcome.details)
         rates[codec] = outcome.result.get("images_per_second") or rates.get(codec, 0.0)
     file.write_text(json.dumps(rates))

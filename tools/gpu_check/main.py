@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastmae.runtime.device import cores
-from gpu_check.benches import bench_count, bench_step
+from gpu_check.benches import bench_count, bench_loader, bench_step, bench_store
 from gpu_check.commands import Commands
 from gpu_check.correctness import correctness, groups
 from gpu_check.detection import detection
@@ -66,6 +66,8 @@ STAGES = {
     "count": Stage(bench_count, 20),
     "bench": Stage(bench_step, 60),
     "more-speed": Stage(more_speed, 30, ("inputs",)),
+    "store": Stage(bench_store, 40, ("inputs",)),
+    "loader": Stage(bench_loader, 60, ("inputs",)),
     "studies": Stage(studies, 60, ("inputs",)),
     "detection": Stage(detection, 150),
 }

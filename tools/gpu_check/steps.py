@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastmae.runtime.arithmetic import float32_products
 
 from fastmae.config import PretrainConfig
 from fastmae.pretraining.plan import make_plan
 from fastmae.pretraining.pretrain import pretraining_task
 from fastmae.runtime.device import synchronise
 from fastmae.runtime.seeding import seed_everything
-from fastmae.runtime.workers import worker_count
 from fastmae.training.meter import Meter
 from fastmae.training.run import Run, launch_processes, set_up, train_batches, train_step
 from gpu_check.setting import Setting
 
 WARMUP, LEAST, MOST = 3, 3, 200
 """Steps before the timed ones; and how many are timed."""
+AHEAD = 12
+"""More batches than are loaded ahead."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,7 @@ class Steps:
 
     def loaded_rate(self, seconds: float, fixed_rate: float) -> float:
         """Views per second with the loader. What it has loaded ahead is used up first."""
-        ahead = 2 * worker_count(self.run.config.workers) + 4
-        self._seconds(ahead, fixed=False)
+        self._seconds(AHEAD, fixed=False)
         number = min(MOST, max(LEAST, round(seconds * fixed_rate / self.run.settings.batch_size)))
         return number * self.run.settings.batch_size / self._seconds(number, fixed=False)
 
@@ -108,8 +109,8 @@ def steps_of(setting: Setting, trial: Trial) -> Iterator[Steps]:
         torch.cuda.reset_peak_memory_stats()
     plan = make_plan(config)
     task = pretraining_task(config, plan)
-    steps = Steps(set_up(config, task, plan.settings, *launch_processes(config, task, plan.settings)))
     try:
-        yield steps
+        with float32_products(torch.device(setting.device), tf32=True):  # as in `pretrain --precision auto`
+            yield Steps(set_up(config, task, plan.settings, *launch_processes(config, task, plan.settings)))
     finally:
         torch.compiler.reset()  # or the next trial's sizes would be compiled as sizes that vary

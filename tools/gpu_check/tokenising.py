@@ -1,13 +1,13 @@
 """How fast images are tokenised, beside what limits it: the bare teacher, and the decoding on all cores."""
 
 import time
-from contextlib import nullcontext
 from statistics import median
 
 import torch
+from fastmae.offline.middle_images import MiddleImages
+from fastmae.offline.settle import use_precision
 
 from fastmae.images.sources import open_source
-from fastmae.offline.fill import MiddleImages
 from fastmae.runtime.device import synchronise
 from fastmae.runtime.wording import counted
 from fastmae.runtime.workers import worker_count
@@ -20,8 +20,7 @@ from gpu_check.setting import Setting
 ROUNDS = 5
 BATCH_SIZE = 32
 SHARE = Goal(0.8)
-PRECISIONS = {"fp32": "highest", "tf32": "high", "bf16": "high"}
-"""Precision -> torch's precision of matrix products in fp32."""
+PRECISIONS = ("32-true", "tf32", "bf16-mixed")
 
 
 def tokenising(setting: Setting, report: Report) -> None:
@@ -42,14 +41,11 @@ def _bare_teacher(setting: Setting, report: Report) -> float:
     teacher = load_teacher(f"timm/{sizes.teacher}", sizes.middle, sizes.middle // 16, weights).to(setting.device)
     pixels = torch.randint(0, 256, (sizes.teacher_batch, 3, sizes.middle, sizes.middle), dtype=torch.uint8)
     pixels = pixels.to(setting.device)
-    before, rate = torch.get_float32_matmul_precision(), 0.0
-    for precision, products in PRECISIONS.items():
-        torch.set_float32_matmul_precision(products)
-        autocast = torch.autocast(setting.device, torch.bfloat16) if precision == "bf16" else nullcontext()
-        with autocast:
-            rate = len(pixels) / _seconds(teacher, pixels)
+    rate = 0.0
+    for precision in PRECISIONS:
+        use_precision(teacher, precision)
+        rate = len(pixels) / _seconds(teacher, pixels)
         report.figure(f"the bare teacher in {precision}", rate, "images/s")
-    torch.set_float32_matmul_precision(before)
     return rate
 
 
@@ -71,5 +67,6 @@ def _decoding_rate(setting: Setting) -> float:
     images = MiddleImages.of_store(store, info, {0: open_source(setting.photos)})
     ranges = [each for shard in range(info.shards) for each in images.batches_of(shard, BATCH_SIZE)]
     start = time.perf_counter()
-    count = sum(len(batch) for batch in images.load(ranges, min(worker_count(-1), len(ranges))))
-    return count / (time.perf_counter() - start)
+    for _ in images.load(ranges, min(worker_count(-1), len(ranges))):
+        pass
+    return info.images / (time.perf_counter() - start)
