@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LIMIT = 150.0
+LIMIT = 300.0
 """Seconds after which a command is taken to hang, and killed."""
 POLL = 0.005
 
