@@ -61,6 +61,8 @@ def bench_store(setting: Setting, report: Report) -> None:
     for row in outcome.result.get("rows", []):
         name = f"the host's time for an image, {row['codec']}"
         report.figure(name, row["host_ms_per_image"], "ms", HOST_MILLISECONDS)
+    if outcome.code == 0:
+        report.figure("tokenize, fp16 / the bare teacher, by bench store", outcome.result["building"]["ratio"])
     for precision, cosine in outcome.result.get("precisions", {}).items():
         report.figure(f"cosine of tokens in {precision} to fp32's", cosine, "", COSINE)
 

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastmae.tokens.format import read_store_info
+from gpu_check.commands import Outcome
 from gpu_check.report import Report
 from gpu_check.setting import Setting
 
@@ -33,9 +34,10 @@ def inputs(setting: Setting, report: Report) -> None:
     """Make everything that is not there yet. A folder that is kept (`--work`) serves the next call."""
     done = setting.work / "inputs.json"
     if not done.exists():
-        for part in (setting.photos, setting.labelled, setting.work / "boxes", setting.work / "masks"):
+        for part in (setting.photos, setting.many, setting.labelled, setting.work / "boxes", setting.work / "masks"):
             shutil.rmtree(part, ignore_errors=True)
         _write_photos(setting)
+        _link_photos(setting)
         _write_objects(setting.work)
         for name in {setting.sizes.teacher, "vit_tiny_patch16_224"}:
             torch.manual_seed(0)
@@ -45,28 +47,28 @@ def inputs(setting: Setting, report: Report) -> None:
 
 
 def _tokenise(setting: Setting, report: Report) -> None:
-    rates: dict[str, float] = {}
-    file = setting.work / "tokenise.json"
-    if file.exists():
-        rates = json.loads(file.read_text())
     for codec, options in CODECS.items():
-        call = ["tokenize", str(setting.photos), str(setting.store(codec)), "--codec", codec, *options]
-        size = ["--middle-size", str(setting.sizes.middle), "--device", setting.device]
-        outcome = setting.commands.run([*call, *setting.teacher, *size])
+        outcome = tokenise(setting, codec, options, setting.photos, setting.store(codec))
         images = outcome.result.get("images", 0)
         expected = f"{setting.sizes.images} images"
         seen = f"{images} images" if outcome.code == 0 else outcome.ending
         if outcome.code == 0:
             seen += f", by the teacher in {read_store_info(setting.store(codec)).teacher.get('precision', '32-true')}"
         report.check(f"tokenize, {codec}", images == setting.sizes.images, expected, seen, outcome.details)
-        rates[codec] = outcome.result.get("images_per_second") or rates.get(codec, 0.0)
-    file.write_text(json.dumps(rates))
 
 
-def tokenise_rates(setting: Setting) -> dict[str, float]:
-    """Images per second of `fastmae tokenize`, by codec, as measured when the stores were made."""
-    rates: dict[str, float] = json.loads((setting.work / "tokenise.json").read_text())
-    return rates
+def tokenise(setting: Setting, codec: str, options: list[str], photos: Path, store: Path) -> Outcome:
+    """Run `fastmae tokenize` with the setting's teacher; `options` are those of the codec."""
+    call = ["tokenize", str(photos), str(store), "--codec", codec, *options, *setting.teacher]
+    return setting.commands.run([*call, "--middle-size", str(setting.sizes.middle), "--device", setting.device])
+
+
+def _link_photos(setting: Setting) -> None:
+    for photo in setting.photos.rglob("*.jpg"):
+        for number in range(setting.sizes.copies):
+            link = setting.many / str(number) / photo.relative_to(setting.photos)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(photo, link)
 
 
 def _write_photos(setting: Setting) -> None:

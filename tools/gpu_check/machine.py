@@ -10,7 +10,7 @@ from fastmae.bench.table import machine
 from gpu_check.report import Report
 from gpu_check.setting import Setting
 
-PACKAGES = ("torchvision", "timm", "transformers", "lightning-fabric", "lightning", "numpy", "pillow", "simplejpeg")
+PACKAGES = ("torchvision", "timm", "transformers", "lightning-fabric", "faiss-cpu", "numpy", "pillow", "simplejpeg")
 SHARED_MEMORY = Path("/dev/shm")
 
 

@@ -58,7 +58,7 @@ STAGES = {
     "imports": Stage(imports, 10),
     "inputs": Stage(inputs, 30),
     "correctness": Stage(correctness, 50, ("inputs",)),
-    "tokenising": Stage(tokenising, 10, ("inputs",)),
+    "tokenising": Stage(tokenising, 35, ("inputs",)),
     "inside": Stage(inside, 20, ("inputs",)),
     "groups": Stage(groups, 25, ("inputs",)),
     "commands": Stage(every_command, 50, ("inputs",)),

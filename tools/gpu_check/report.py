@@ -206,7 +206,7 @@ def shown(value: float) -> str:
     """A number for people: 4,836; 93.2; 1.92; 2.1e-07."""
     if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    if 0.99 < value < 1:  # a cosine
+    if 0.999 <= value < 1:  # a cosine
         return f"{value:.5f}"
     return f"{value:.1e}" if abs(value) < 0.01 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 

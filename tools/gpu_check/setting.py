@@ -14,6 +14,7 @@ class Sizes:
 
     Attributes:
         images: photos in the stores.
+        copies: how often each photo counts where tokenising is timed, so that the start of its processes hardly does.
         photo: width and height of a photo in pixels.
         middle: side of the middle images in pixels.
         view: side of a view in pixels.
@@ -28,6 +29,7 @@ class Sizes:
     """
 
     images: int
+    copies: int
     photo: tuple[int, int]
     middle: int
     view: int
@@ -41,7 +43,7 @@ class Sizes:
     workers: int
 
 
-FULL = Sizes(4096, (500, 375), 352, 224, "vit_base_patch16_224", {}, 64, 400, (256, 1024), 128, 5.0, 2)
+FULL = Sizes(4096, 6, (500, 375), 352, 224, "vit_base_patch16_224", {}, 64, 400, (256, 1024), 128, 5.0, 2)
 TOY_ENCODER: dict[str, Any] = {
     "encoder": "vit_tiny_patch16_224",
     "encoder_depth": 2,
@@ -49,7 +51,7 @@ TOY_ENCODER: dict[str, Any] = {
     "decoder_width": 32,
     "decoder_heads": 2,
 }
-TOY = Sizes(48, (96, 72), 64, 32, "vit_tiny_patch16_224", TOY_ENCODER, 8, 60, (4, 8), 8, 0.05, 0)
+TOY = Sizes(48, 2, (96, 72), 64, 32, "vit_tiny_patch16_224", TOY_ENCODER, 8, 60, (4, 8), 8, 0.05, 0)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class Setting:
     def photos(self) -> Path:
         """The unlabelled photos."""
         return self.work / "photos"
+
+    @property
+    def many(self) -> Path:
+        """The same photos several times over, as links."""
+        return self.work / "many"
 
     @property
     def labelled(self) -> Path:
