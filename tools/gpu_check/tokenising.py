@@ -9,7 +9,6 @@ import torch
 
 from fastmae.images.sources import open_source
 from fastmae.offline.middle_images import MiddleImages
-from fastmae.offline.settle import use_precision
 from fastmae.runtime.device import synchronise
 from fastmae.runtime.wording import counted
 from fastmae.runtime.workers import worker_count
@@ -53,7 +52,7 @@ def _bare_teacher(setting: Setting, report: Report) -> float:
     pixels = pixels.to(setting.device)
     rate = 0.0
     for precision in PRECISIONS:
-        use_precision(teacher, precision)
+        teacher.precision = precision
         rate = len(pixels) / _seconds(teacher, pixels)
         report.figure(f"the bare teacher in {precision}", rate, "images/s")
     return rate
