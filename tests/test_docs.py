@@ -20,6 +20,7 @@ README, CONTRIBUTING = DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md
 OTHER_PROGRAMS_OPTIONS = {
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun
     *("--ntasks", "--gpus-per-task"),  # srun
+    "--folder",  # tools/rehearse_scale.py
 }
 
 

@@ -52,6 +52,16 @@ def test_rates_ratios_and_shares_are_consistent_and_the_markdown_file_names_the_
         shares = [row[f"share_{part}"] for part in ("decode", "copy", "tokens", "draws", "rest")]
         assert sum(share for share in shares if share is not None) == pytest.approx(1, abs=0.01)
         assert (row["first_pass_images_per_second"] is None) == (row is mae or "normalised" in row["method"])
+        if row is mae:
+            assert row["delivered_views_per_second"] is row["reader_views_per_second"] is None
+            continue
+        assert row["delivered_views_per_second"] > 0
+        ratio = row["delivered_views_per_second"] / row["reader_views_per_second"]
+        assert 0.2 < row["delivered_over_reader"] < 2  # of sizes at which a view takes little more than its message
+        assert row["delivered_over_reader"] == pytest.approx(ratio, rel=0.5)
+        assert row["main_process_milliseconds_per_view"] > 0
+        if "normalised" not in row["method"]:
+            assert row["reader_views_per_second"] == pytest.approx(rate, rel=0.001)
     assert mae["share_copy"] is mae["share_tokens"] is mae["share_draws"] is None
     assert all((row["share_decode"] == 0) == ("raw" in row["method"]) for row in ours)
     text = file.read_text()

@@ -33,6 +33,11 @@ def small():
     return Steps.launched(config), {method.name: method for method in methods(config)}
 
 
+def test_the_table_names_tf32():
+    config = parse("bench step", [*SMALL, "--precision", "tf32"])
+    assert Steps.launched(config).precision == "tf32"
+
+
 @pytest.mark.slow
 def test_times_ratios_shares_and_sizes_are_consistent_and_the_markdown_file_names_the_settings(tmp_path, capsys):
     file = tmp_path / "step.md"

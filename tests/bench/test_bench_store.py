@@ -48,6 +48,7 @@ def test_sizes_distortion_and_knn_of_labelled_images_are_consistent(photos, benc
         decode, slowest, fastest = (row[f"decode_tokens_per_second{suffix}"] for suffix in ("", "_min", "_max"))
         assert slowest <= decode <= fastest
         assert 0 <= row["knn"] <= 100
+        assert 0 < row["host_ms_per_image_min"] <= row["host_ms_per_image"] <= row["host_ms_per_image_max"]
     assert (rows["fp32"]["cosine"], rows["fp32"]["relative_error"], rows["fp32"]["cosine_patch_norm"]) == (1, 0, 1)
     assert rows["fp16"]["cosine"] == pytest.approx(1, abs=1e-5)
     assert 0 < rows["fp16"]["relative_error"] < 1e-3
@@ -58,7 +59,11 @@ def test_sizes_distortion_and_knn_of_labelled_images_are_consistent(photos, benc
     rate, teacher_rate = (building[f"{name}_images_per_second"] for name in ("tokenize", "teacher"))
     assert building["ratio"] == pytest.approx(rate / teacher_rate, rel=0.02)
     assert building["images"] == 10
+    assert list(result["precisions"]) == ["bf16-mixed"]
+    assert 0.99 < result["precisions"]["bf16-mixed"] < 1
+    assert result["settings"]["precision"] == "32-true"
     text = file.read_text()
+    assert f"bf16-mixed {result['precisions']['bf16-mixed']:.5f}" in text
     assert all(f"| {codec} |" in text for codec in rows)
     assert all(f"- {name}: {value}" in text for name, value in result["settings"].items())
     assert f"Recommended: {result['recommended']} ({result['rule']})" in text
@@ -73,6 +78,14 @@ def test_without_labels_there_is_no_knn_and_no_codec_learns_on_a_measured_image(
     few, _ = bench(photos / "train" / "china", "--codecs", "fp16", "--codec-images", "4", "--limit", "12")
     assert few["images"] == 8
     assert few["recommended"] == "fp16"
+
+
+def test_the_precision_of_the_teacher_can_be_chosen(photos, bench):
+    exact, _ = bench(photos / "val", "--codecs", "fp16")
+    mixed, _ = bench(photos / "val", "--codecs", "fp16", "--precision", "bf16-mixed")
+    assert mixed["settings"]["precision"] == "bf16-mixed"
+    assert mixed["precisions"] == exact["precisions"]
+    assert mixed["rows"][0]["relative_error"] != exact["rows"][0]["relative_error"]
 
 
 def test_distortion_equals_its_formulas_in_whatever_batches_tokens_come():
@@ -109,6 +122,7 @@ def test_the_smallest_codec_that_keeps_cosine_and_knn_is_recommended():
         (["--codecs", "fp16,"], "int8"),
         (["--codecs", "fp16,pq200"], "pq200"),
         (["--middle-size", "100"], "--middle-size 100"),
+        (["--precision", "tf32"], "--precision tf32"),
         (["--out", "."], "--out ."),
     ],
 )

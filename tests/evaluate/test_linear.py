@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmae.cli import run
-from fastmae.evaluate.linear import FeatureBatches, build_probe, lars
+from fastmae.evaluate.linear import FeatureRows, build_probe, cached_step, lars
 
 CPU = ["--workers", "0", "--device", "cpu"]
 
@@ -33,11 +33,19 @@ def test_the_probe_standardises_over_the_batch_without_parameters():
     assert torch.allclose(probe(features), standard @ probe[1].weight.T + probe[1].bias, atol=1e-5)
 
 
-def test_features_in_memory_are_read_a_batch_at_a_time():
-    dataset = FeatureBatches(torch.arange(12.0).view(6, 2), torch.arange(6))
-    features, labels = dataset.__getitems__([(0, 3), (7, 1)])
-    assert features.tolist() == [[6.0, 7.0], [2.0, 3.0]]
-    assert labels.tolist() == [3, 1]
+def test_features_in_memory_are_read_a_batch_at_a_time_where_they_are():
+    rows = FeatureRows(6).__getitems__([(0, 3), (7, 1)])
+    assert rows.tolist() == [3, 1]
+    features, labels, scores = torch.arange(12.0).view(6, 2), torch.tensor([0, 2, 0, 1, 0, 0]), []
+
+    def model(inputs):
+        assert inputs.tolist() == [[6.0, 7.0], [2.0, 3.0]]
+        scores.append(torch.stack([inputs[:, 0], inputs[:, 1], -inputs[:, 0]], dim=1))
+        return scores[0]
+
+    loss = cached_step(features, labels)(model, rows)["loss"]
+    log_shares = scores[0] - scores[0].exp().sum(1, keepdim=True).log()
+    assert loss.item() == pytest.approx(-(log_shares[0, 1] + log_shares[1, 2]).item() / 2)
 
 
 @pytest.mark.parametrize(

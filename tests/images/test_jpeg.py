@@ -1,4 +1,5 @@
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -27,6 +28,17 @@ def test_every_part_is_decoded_bit_for_bit_as_in_the_whole(size, channels):
             top, left = (int(offset) for offset in random.integers(0, size - side + 1, 2))
             part = jpeg.decode_part(data, top, left, side, size, channels)
             assert np.array_equal(part, whole[:, top : top + side, left : left + side])
+
+
+def test_parts_decoded_in_two_threads_do_not_share_memory():
+    data = jpeg.encode(picture(96, 3), 90).numpy()
+    here = jpeg.decode_part(data, 0, 0, 64, 96, 3)
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(jpeg.decode_part, data, 32, 32, 64, 96, 3).result()
+    whole = jpeg.decode(data, 3)
+    assert np.array_equal(here, whole[:, :64, :64])
+    assert np.array_equal(there, whole[:, 32:, 32:])
+    assert not np.shares_memory(here, there)
 
 
 def test_any_jpeg_reader_can_read_the_whole():

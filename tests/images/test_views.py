@@ -27,6 +27,14 @@ def test_a_draw_depends_only_on_seed_epoch_and_index():
     assert not any((other == first.ids_shuffle).all() for other in others)
 
 
+def test_draws_are_those_of_numpys_generator_seeded_with_the_tuple():
+    for key in ((0, 0, 0), (5, 3, 1_281_166), (2**31 - 1, 70_000, 2**31 - 2)):
+        draw, rng = draw_view(*key, 22, 14, True), np.random.default_rng(key)
+        assert [draw.row, draw.col] == rng.integers(0, 9, size=2).tolist()
+        assert draw.flipped == (rng.random() < 0.5)
+        assert (draw.ids_shuffle == rng.permutation(196)).all()
+
+
 def test_ids_shuffle_is_a_permutation_and_every_patch_is_visible_equally_often():
     visible = np.zeros(16)
     for index in range(4000):

@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from fastmae.errors import InputError
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
-from fastmae.probes.embed import WholeImages, embed_images, embed_with_encoder
+from fastmae.probes.embed import WholeImages, embed_images, embed_with_encoder, room_for
 
 PIXELS = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -53,6 +53,12 @@ def test_the_features_do_not_depend_on_the_batch_size(encoder, tokens):
     for batch_size in (2, 5):
         features = embed_images(dataset, embed, torch.device("cpu"), batch_size, 0, "features", quiet=True)
         assert torch.allclose(features, tokens[:, 1:].mean(1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("free", "home"), [(5 * 192 * 4 * 2, "meta"), (5 * 192 * 4 * 2 - 1, "cpu")])
+def test_features_stay_on_their_device_if_they_take_at_most_half_of_its_free_memory(free, home, monkeypatch):
+    monkeypatch.setattr("fastmae.probes.embed.free_bytes", lambda device: free)
+    assert room_for(5, torch.empty(2, 192, device="meta")).device.type == home
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmae.probes import neighbours
-from fastmae.probes.neighbours import knn_accuracy
+from fastmae.probes.neighbours import knn_accuracy, nearest_neighbours
 
 
 def ranked_classes(train, labels, query, classes, k, temperature):
@@ -19,9 +19,10 @@ def ranked_classes(train, labels, query, classes, k, temperature):
     return sorted(range(classes), key=lambda c: -votes[c])
 
 
-@pytest.mark.parametrize("chunk", [1024, 7])
-def test_the_accuracies_equal_the_formula_in_loops_whatever_the_chunk_size(chunk, monkeypatch):
+@pytest.mark.parametrize(("chunk", "bank_chunk"), [(1024, 1 << 14), (7, 1 << 14), (1024, 11), (7, 5)])
+def test_the_accuracies_equal_the_formula_in_loops_whatever_the_chunk_sizes(chunk, bank_chunk, monkeypatch):
     monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    monkeypatch.setattr(neighbours, "BANK_CHUNK", bank_chunk)
     generator = torch.Generator().manual_seed(0)
     train, val = torch.randn(60, 5, generator=generator), torch.randn(40, 5, generator=generator)
     labels, truth = torch.randint(0, 8, (60,), generator=generator), torch.randint(0, 8, (40,), generator=generator)
@@ -46,3 +47,14 @@ def test_a_very_low_temperature_does_not_overflow():
 def test_k_may_exceed_the_training_images_and_there_may_be_fewer_than_five_classes():
     train, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
     assert knn_accuracy(train, labels, train, labels, 2, 20, 0.07) == (100.0, 100.0)
+
+
+@pytest.mark.parametrize("bank_chunk", [1 << 14, 13, 3])
+def test_the_neighbours_are_those_of_one_search_over_everything_nearest_first(bank_chunk, monkeypatch):
+    monkeypatch.setattr(neighbours, "BANK_CHUNK", bank_chunk)
+    generator = torch.Generator().manual_seed(3)
+    train, val = torch.randn(50, 6, generator=generator), torch.randn(9, 6, generator=generator)
+    cosines, rows = nearest_neighbours(train, val, 4, torch.device("cpu"))
+    expected = torch.nn.functional.cosine_similarity(val[:, None], train[None], dim=2).sort(dim=1, descending=True)
+    assert torch.equal(rows, expected.indices[:, :4])
+    assert torch.allclose(cosines, expected.values[:, :4], atol=1e-6)

@@ -1,3 +1,4 @@
+import gc
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,16 @@ class Failing(Dataset):
         if index == 2:
             self.failure()
         return index
+
+
+class Frozen(Dataset):
+    """Whether Python's collector leaves alone what the process got from its parent."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return gc.get_freeze_count() > 10_000
 
 
 class Squares(Dataset):
@@ -104,8 +115,8 @@ print(int(next(kept)))
 
 def test_minus_one_chooses_the_number_of_workers_by_the_cores(monkeypatch):
     assert worker_count(0) == 0
-    for cores, expected in ((1, 1), (2, 1), (6, 5), (64, 8)):
-        monkeypatch.setattr(workers, "cores", lambda cores=cores: cores)
+    for cores, expected in ((1, 1), (2, 1), (6, 4), (64, 62)):
+        monkeypatch.setattr(workers, "own_cores", lambda cores=cores: cores)
         assert worker_count(-1) == expected
 
 
@@ -141,3 +152,8 @@ def test_batches_for_a_gpu_are_pinned():
     batch = next(batches(Squares(), torch.device("cuda:0"), 0, batch_size=4))
     assert batch.device.type == "cpu"
     assert batch.is_pinned()
+
+
+def test_the_memory_that_a_worker_shares_with_its_parent_is_not_collected():
+    assert [batch.tolist() for batch in batches(Frozen(), CPU, 1, batch_size=1)] == [[True], [True]]
+    assert gc.get_freeze_count() == 0

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from fastmae.errors import InputError
-from fastmae.tokens.codec import code_layout, learns, load_codec, parse_codec
+from fastmae.tokens.codec import code_layout, learns, load_codec, parse_codec, peak_of
 from fastmae.tokens.learn import deal, learn_codec, learn_from, share_variance
 
 C = 48
@@ -405,6 +405,33 @@ def test_an_images_decoded_tokens_have_its_own_mean(tokens_of_images):
     assert not torch.allclose(decoded, tokens, atol=0.1)
     view = codec.decode_grids(codes[:, 1:4, 2:5].flatten(1, 2), means)
     torch.testing.assert_close(view, decoded[:, 1:4, 2:5].flatten(1, 2))
+
+
+@pytest.mark.parametrize("name", ["pq12", "pq13"])
+def test_large_blocks_of_tokens_as_on_an_accelerator_give_the_same_codes(name, codecs):
+    tokens, quantiser = correlated(500, seed=8), codecs[name].quantiser
+    codes = quantiser.encode_in_blocks(tokens, 400)
+    assert (codes == quantiser.encode(tokens)).float().mean() > 0.999  # a near-tie may be decided otherwise
+    decoded = codecs[name].decode(codes).reshape(5, 100, C).mean(1)
+    torch.testing.assert_close(quantiser.mean_by_product(codes.reshape(5, 10, 10, -1)), decoded, atol=5e-3, rtol=1e-3)
+
+
+def test_what_cannot_be_encoded_is_told_from_the_largest_magnitude(codecs):
+    tokens = torch.tensor([[1.0, -65519.0], [3.0, 2.0]])
+    assert float(peak_of(tokens)) == 65519
+    assert float(peak_of(torch.empty(0, 2))) == 0
+    assert torch.isfinite(tokens.half()).all()
+    codecs["fp16"].check_peak(65519.0)
+    for name, peak in (
+        ("fp16", 65520.0),
+        ("fp16", float(peak_of(torch.tensor([1.0, float("nan")])))),
+        ("fp32", np.inf),
+    ):
+        with pytest.raises(InputError, match="the teacher's features"):
+            codecs[name].check_peak(peak)
+    codecs["pq12"].check_peak(1e6)
+    with pytest.raises(InputError, match="fp16"):
+        codecs["pq12"].check_means(torch.tensor([[np.inf]], dtype=torch.float16))
 
 
 def test_a_codec_that_stores_no_means_encodes_grids_as_they_are(tokens_of_images):

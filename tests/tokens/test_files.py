@@ -251,6 +251,34 @@ def test_no_more_shards_are_evicted_than_must(tmp_path):
     assert sorted(held(tmp_path)) == names[2:66]
 
 
+def test_the_files_of_a_cache_are_counted_again_only_when_the_room_that_was_left_is_used_up(tmp_path, monkeypatch):
+    counted = []
+    contents = files_module._BoundedFolder._contents
+    monkeypatch.setattr(
+        files_module._BoundedFolder, "_contents", lambda *args: counted.append(args[1].name) or contents(*args)
+    )
+    names = [f"shards/{number:05d}.safetensors" for number in range(300)]
+    for name in names:
+        with fsspec.open(f"memory://{tmp_path.name}/{name}", "wb") as file:
+            file.write(bytes(100))
+    files = RemoteFiles(f"memory://{tmp_path.name}", tmp_path / "cache", 25600)
+    files.pin("v1", dict.fromkeys(names, 100))
+    for name in names[:256]:
+        files.path(name)
+    assert counted == ["00000.safetensors"]
+    files.path(names[256])
+    assert counted == ["00000.safetensors", "00256.safetensors"]
+    assert sorted(held(tmp_path)) == names[3:257]  # one had to go, and two more that take 1/128 of the limit
+    for name in names[257:259]:
+        files.path(name)
+    assert len(counted) == 2
+    assert sorted(held(tmp_path)) == names[3:259]
+    smaller = RemoteFiles(f"memory://{tmp_path.name}", tmp_path / "cache", 12800)
+    smaller.pin("v1", dict.fromkeys(names, 100))
+    smaller.path(names[259])  # what was noted under another limit says nothing
+    assert sorted(held(tmp_path)) == names[133:260]
+
+
 def complete_and_arriving_bytes(folder):
     """Bytes of the complete files in a folder, and of the downloads under way."""
     total = Counter()

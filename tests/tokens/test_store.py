@@ -216,3 +216,20 @@ def test_a_shard_lists_the_checksum_of_each_of_its_tensors(vit_store):
         assert set(header.checksums) == set(file.keys())
         for name in file.keys():  # noqa: SIM118 - safe_open has keys() but can't be iterated
             assert header.checksums[name] == checksum(file.get_tensor(name).tobytes())
+
+
+def test_two_stores_hold_the_same_images_if_they_were_made_from_one_list_and_skipped_the_same(
+    photos, vit_teacher, tmp_path
+):
+    images = tmp_path / "images"
+    shutil.copytree(photos / "val", images)
+    stores = [tmp_path / name for name in ("first", "second", "third")]
+    options = [*vit_teacher, "--middle-size", "32", "--workers", "0"]
+    for store in stores[:2]:
+        assert run(["tokenize", str(images), str(store), *options]) == 0
+    min(images.rglob("*.*g")).write_bytes(b"<html>")
+    assert run(["tokenize", str(images), str(stores[2]), *options]) == 0
+    first, second, third = map(TokenStore, stores)
+    assert first.info.images_sha256 == third.info.images_sha256
+    assert first.holds_the_images_of(second)
+    assert not first.holds_the_images_of(third)

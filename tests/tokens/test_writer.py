@@ -150,8 +150,8 @@ def test_after_a_full_disk_the_same_command_completes_the_store(
     import resource
     import subprocess
 
-    def limit():  # every write beyond 200 kB fails; a shard has 440 kB
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    def limit():  # every write beyond 300 kB fails; a shard has 440 kB
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
     args = ["tokenize", str(photos / "train"), str(tmp_path / "s"), "--teacher-weights", str(vit_weights), *ARGS]
     done = subprocess.run([*fastmae_command, *args], preexec_fn=limit, capture_output=True, text=True, check=False)

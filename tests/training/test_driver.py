@@ -64,6 +64,37 @@ def test_an_interrupted_run_continues_where_it_stopped_and_reaches_the_same_loss
     assert torch.equal(continued.network.weight, unbroken.network.weight)
 
 
+def test_determinism_may_be_asked_for_when_a_run_continues_and_ends_with_the_call(
+    sums_task, options, settings, tmp_path
+):
+    unbroken = sums_task(out=tmp_path / "unbroken")
+    train(options(), unbroken, settings)
+    with pytest.raises(InterruptedRunError):
+        train(options(), stopping_after(7, sums_task()), settings)
+    asked = []
+
+    def noting(model, batch):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return unbroken.step(model, batch)
+
+    continued = sums_task(step=noting)
+    train(options(deterministic=True), continued, settings)
+    assert asked == [True] * 5
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert losses(continued) == losses(unbroken)
+
+
+def test_a_step_without_a_deterministic_kernel_stops_the_run_with_one_line(sums_task, options, settings):
+    def step(model, batch):
+        numbers, sums = batch
+        doubled = torch.zeros(len(sums)).put_(torch.arange(len(sums)), 2 * sums)
+        return sums_task().step(model, (numbers, doubled))
+
+    with pytest.raises(InputError, match=r"--deterministic: .* put_ .*leave --deterministic out$"):
+        train(options(deterministic=True), sums_task(step=step), settings)
+    train(options(), sums_task(step=step), settings)
+
+
 def test_a_finished_run_is_not_trained_again(sums_task, options, settings):
     result = train(options(), sums_task(), settings)
 

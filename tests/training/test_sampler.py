@@ -26,6 +26,13 @@ def test_each_epoch_and_each_seed_has_an_order_of_its_own():
     assert first_epochs(1)[0] != first
 
 
+def test_the_full_shuffle_is_numpys_permutation_of_seed_and_epoch():
+    order = ShuffleOrder([30, 0, 70], seed=3)
+    for epoch in (0, 5):
+        assert order.epoch(epoch).dtype == np.int32
+        assert (order.epoch(epoch) == np.random.default_rng((3, epoch)).permutation(100)).all()
+
+
 def test_a_resumed_sampler_continues_with_the_same_batches():
     whole = list(StepSampler(10, 4, 9, seed=2))
     assert list(StepSampler(10, 4, 9, seed=2, start_step=5)) == whole[5:]

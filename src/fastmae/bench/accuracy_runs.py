@@ -115,7 +115,8 @@ class AccuracyMeasure:
             for split in ("train", "val")
         )
         features = (train, self.data.train_labels, val, self.data.val_labels, len(self.data.classes))
-        knn, linear = knn_accuracy(*features)[0], linear_accuracy(*features)[0]
+        knn = knn_accuracy(*features, device=self.device)[0]
+        linear = linear_accuracy(*features, device=self.device)[0]
         return {"knn": round(knn, 3), "linear": round(linear, 3), "measuring": round(time.monotonic() - start, 2)}
 
 

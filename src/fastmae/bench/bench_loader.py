@@ -2,10 +2,11 @@
 
 MAE's side is what its authors' training script does with torchvision: Pillow decodes the whole file, then
 RandomResizedCrop to the view's size (scale 0.2 to 1, bicubic), flip, ToTensor and Normalize, and the images are stacked
-into a batch. Our side is `StoreViews.__getitems__`, which loader workers call.
+into a batch. Our side is the reader alone, `StoreViews.fill`, which loader workers call, and what such a worker
+delivers to the training process through `ring_batches`, in the same rounds.
 
-There is one process with one thread and no workers. The files are in the system's cache, so the work is the CPU's alone
-and CPU seconds are those of the clock on an idle machine. On a busy machine they are still the same.
+Each process has one thread. The files are in the system's cache, so the work is the CPU's alone and CPU seconds are
+those of the clock on an idle machine. On a busy machine they are still the same.
 """
 
 import tempfile
@@ -39,18 +40,27 @@ PARTS = ("decode", "pixels", "tokens", "draws")
 SHARES = ("decode", "copy", "tokens", "draws", "rest")
 """The parts that are reported."""
 
+DELIVERY = (
+    *("delivered_views_per_second", "reader_views_per_second", "delivered_over_reader"),
+    "main_process_milliseconds_per_view",
+)
+
 NOTES = (
-    "One process, one thread, no loader workers. In every round each row loads all images once, in random order; the "
-    "median over the rounds is given with the slowest and the fastest. Seconds are CPU time of this process, so other "
-    "work on the machine does not count. The files of both sides are in the system's cache: no disk is measured.",
-    "MAE's rows end in a stacked float32 batch. fastmae's rows end in a stacked uint8 batch with tokens as the codec "
-    "stores them, and with positions, flips and masks drawn. `pretrain` moves that batch to the device, which "
-    "normalises and decodes; 'normalised here' adds the normalisation on this core.",
+    "In every round each row loads all images once, in random order; the median over the rounds is given with the "
+    "slowest and the fastest. Seconds are CPU time, so other work on the machine does not count. The files of both "
+    "sides are in the system's cache: no disk is measured.",
+    "The columns from images/s to 'rest' are the reader alone: one process, one thread, no loader workers. MAE's rows "
+    "end in a stacked float32 batch. fastmae's rows end in a uint8 batch, in memory that is there already, with tokens "
+    "as the codec stores them, and with positions, flips and masks drawn. `pretrain` moves that batch to the device, "
+    "which normalises and decodes; 'normalised here' adds the normalisation on this core.",
     "'first pass': the same from a store that was just opened, when each shard is mapped and the checksum of every "
     "record is verified.",
     "Shares are of the median time: decode (of the whole file, or of the view's part of the stored JPEG), copy (of the "
     "pixels into the batch, mirrored if the view is flipped), tokens (reading them into the batch) and draws. Each is "
     "timed by itself in the same rounds; the rest is what remains.",
+    "'delivered images/s': views that one loader worker delivers to the training process in a second of its CPU time, "
+    "the system's share included, and that rate over the reader's. 'main ms' is the CPU time that the training process "
+    "itself spends on a view.",
 )
 
 Seconds = dict[tuple[str, str], list[float]]
@@ -76,8 +86,8 @@ def bench_loader(config: BenchLoaderConfig) -> dict[str, Any]:
         stores = _build_stores(config, folder, source, entries, teacher.to(own_device(config.device)), codecs)
         torch.manual_seed(config.seed)  # of MAE's transforms
         with one_thread():
-            seconds = _measure(config, source, entries, stores)
-    rows = _rows(seconds, len(entries), list(stores))
+            seconds, delivered = _measure(config, source, entries, stores)
+    rows = _rows(seconds, len(entries), delivered, list(stores))
     settings = machine() | {
         "images": f"{len(entries)} of {config.images}",
         "sizes": f"views of {config.image_size} px out of {config.middle_size}, patches of {config.patch_size}",
@@ -129,7 +139,10 @@ def _build_stores(
     return stores
 
 
-def _measure(config: BenchLoaderConfig, source: Source, entries: list[bytes], stores: dict[str, TokenStore]) -> Seconds:
+def _measure(
+    config: BenchLoaderConfig, source: Source, entries: list[bytes], stores: dict[str, TokenStore]
+) -> tuple[Seconds, int]:
+    """The seconds, and the number of views that a worker delivers in a round."""
     size = config.image_size // config.patch_size
     draws = ViewDraws(size, True, "random", visible_patches(size**2, PretrainConfig.mask_ratio), config.seed)
     batches = Batches(len(entries), config.batch_size, config.seed)
@@ -139,16 +152,30 @@ def _measure(config: BenchLoaderConfig, source: Source, entries: list[bytes], st
         (MAE, "decode"): lambda number: batches.seconds(number, mae.decode_batch),
     }
     for name, store in stores.items():
-        turns |= {(name, work): turn for work, turn in StoreTurns(store, draws, batches).turns().items()}
-    return interleave(turns, config.rounds)
+        store_turns = StoreTurns(store, draws, batches)
+        delivery = store_turns.delivery(1 + config.rounds)  # the first warms up
+        turns |= {(name, work): turn for work, turn in (store_turns.turns() | delivery.turns()).items()}
+    return interleave(turns, config.rounds), delivery.views_per_round
 
 
-def _rows(seconds: Seconds, images: int, stores: list[str]) -> list[dict[str, Any]]:
-    rows = [_row(seconds, images, MAE, MAE, "views")]
+def _rows(seconds: Seconds, images: int, delivered: int, stores: list[str]) -> list[dict[str, Any]]:
+    rows = [_row(seconds, images, MAE, MAE, "views") | dict.fromkeys(DELIVERY)]
     for store in stores:
-        rows.append(_row(seconds, images, f"fastmae: {store}", store, "views"))
-        rows.append(_row(seconds, images, f"fastmae: {store}, normalised here", store, "normalised"))
+        delivery = _delivery(seconds, images, delivered, store)
+        rows.append(_row(seconds, images, f"fastmae: {store}", store, "views") | delivery)
+        rows.append(_row(seconds, images, f"fastmae: {store}, normalised here", store, "normalised") | delivery)
     return rows
+
+
+def _delivery(seconds: Seconds, images: int, delivered: int, store: str) -> dict[str, float]:
+    """Of a store: the rate of a worker, that of the reader alone, their ratio, and the training process's own time.
+
+    The ratio is the median of those of the rounds.
+    """
+    worker, main, reader = (seconds[store, work] for work in ("delivered", "received", "views"))
+    ratios = [reader_s / images / (worker_s / delivered) for reader_s, worker_s in zip(reader, worker, strict=True)]
+    values = (delivered / median(worker), images / median(reader), median(ratios), 1000 * median(main) / delivered)
+    return {name: round(value, 4) for name, value in zip(DELIVERY, values, strict=True)}
 
 
 def _row(seconds: Seconds, images: int, method: str, contender: str, work: str) -> dict[str, Any]:
@@ -171,6 +198,9 @@ def _row(seconds: Seconds, images: int, method: str, contender: str, work: str) 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     first_pass = row["first_pass_images_per_second"]
+    delivered, _, ratio, main = (row[name] for name in DELIVERY)
+    if first_pass is None:  # of the row above already, or none
+        delivered = None
     shares = {part: row[f"share_{part}"] for part in SHARES}
     return {
         "method": row["method"],
@@ -180,4 +210,6 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "x MAE": f"{row['times_mae']:.1f}",
         "first pass images/s": "-" if first_pass is None else format_rate(first_pass),
         **{part: "-" if share is None else f"{100 * share:.0f} %" for part, share in shares.items()},
+        "delivered images/s": "-" if delivered is None else f"{format_rate(delivered)} ({100 * ratio:.0f} %)",
+        "main ms": "-" if delivered is None else f"{main:.3f}",
     }

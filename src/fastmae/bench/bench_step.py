@@ -39,6 +39,7 @@ from fastmae.bench.step_counts import count_steps
 from fastmae.bench.table import Table, machine
 from fastmae.bench.timing import format_rate, interleave, same_every_round
 from fastmae.config import BenchStepConfig
+from fastmae.runtime.arithmetic import computes_as_asked
 from fastmae.runtime.device import device_name, memory_hint
 
 FP16_BYTES = 2
@@ -81,6 +82,7 @@ class StepMeasurement:
     memory: float
 
 
+@computes_as_asked
 def bench_step(config: BenchStepConfig) -> dict[str, Any]:
     """Measure all rows, or count what they do, and publish the table.
 

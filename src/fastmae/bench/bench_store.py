@@ -1,4 +1,5 @@
-"""`fastmae bench store`: disk space and distortion of each codec, from one pass of the teacher; and the building rate.
+"""`fastmae bench store`: disk space and distortion of each codec, from one pass of the teacher; what precisions do to
+its tokens; and the cost of building a store.
 
 With labels, codecs learn on train/, their distortion is measured on val/, and the mean decoded features of train/
 classify those of val/ by k-NN. Without labels, at most every second image is for learning and the others are measured.
@@ -15,6 +16,7 @@ import torch
 
 from fastmae.bench.building import building_rate
 from fastmae.bench.codecs import VIEWS, RoundTrip, time_codecs, view_size
+from fastmae.bench.host_cost import host_costs
 from fastmae.bench.options import check_codecs_fit, check_out, check_sizes, codec_names
 from fastmae.bench.sample import IMAGENET_IMAGES, Split, split_images
 from fastmae.bench.stores import part_of, store_info
@@ -23,15 +25,19 @@ from fastmae.bench.timing import Rate, format_rate, format_spread
 from fastmae.config import BenchStoreConfig, KnnConfig
 from fastmae.errors import InputError
 from fastmae.images.image_list import ImageList, write_list
-from fastmae.images.middle import MiddleImage
 from fastmae.images.sources import Source, open_source
+from fastmae.offline.codec_choice import MIN_COSINE
 from fastmae.offline.estimate import RECORD_BYTES, bytes_per_image
-from fastmae.offline.fill import ImageRange, LoaderOptions, MiddleImages, run_teacher, sample_tokens
+from fastmae.offline.middle_images import ImageRange, LoaderOptions, MiddleImages
+from fastmae.offline.options import check_precision
+from fastmae.offline.sample import sample_tokens, tokens_on_cpu
+from fastmae.offline.settle import fastest, first_pixels
 from fastmae.probes.neighbours import knn_accuracy
-from fastmae.runtime.device import own_device
+from fastmae.runtime.device import own_device, resolve_device
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher, load_teacher
+from fastmae.teachers.precision import precision_cosines
 from fastmae.tokens.codec import Codec, learns, load_codec
 from fastmae.tokens.learn import learn_from
 
@@ -39,7 +45,7 @@ LEARNING, HELD_OUT = 0, 1
 """Numbers of the two image lists, as parts of a store."""
 TIMED_GRIDS = 64
 """Images whose tokens are kept, to time the codecs on."""
-MIN_COSINE, MAX_KNN_LOSS = 0.95, 0.3
+MAX_KNN_LOSS = 0.3
 RULE = (
     f"the smallest codec with a cosine of at least {MIN_COSINE} and, if there are labels, a kNN at most {MAX_KNN_LOSS} "
     "points below fp16's"
@@ -53,6 +59,8 @@ NOTES = (
     "predicts.",
     "Encoding is timed on the CPU over whole grids, as when a shard is written; decoding on the device, in a batch of "
     f"{VIEWS} views. Medians over rounds in which all codecs take turns.",
+    "Host: CPU time of the main process's threads per image, without decoding, teacher and codec, as beside an "
+    "accelerator: images from the loading processes, checksums, shards on disk.",
 )
 
 
@@ -97,6 +105,7 @@ def bench_store(config: BenchStoreConfig) -> dict[str, Any]:
     check_sizes(config.patch_size, config.middle_size)
     names, qualities = codec_names(config.codecs), _jpeg_qualities(config.jpeg_qualities)
     check_out(config.out)
+    check_precision(config.precision, resolve_device(config.device))
     source, loading = open_source(config.images), LoaderOptions(config.batch_size, config.workers)
     with tempfile.TemporaryDirectory(prefix="fastmae-") as temporary:
         folder = Path(temporary)
@@ -106,15 +115,20 @@ def bench_store(config: BenchStoreConfig) -> dict[str, Any]:
         check_codecs_fit(names, teacher)
         teacher = teacher.to(own_device(config.device))
         images = _middle_images(config, source, folder, split, teacher, qualities[0])
+        precisions = _settle_precision(config, images, teacher)
         codecs = _learn_codecs(config, names, images, teacher, loading)
         measurement = _measure(images, codecs, qualities, split.labelled, teacher, loading)
         seconds = time_codecs(codecs, measurement.held_out.grids, teacher.mean.device, config.rounds)
         codec = next((codec for codec in codecs if codec.name == "fp16"), codecs[0])
         info = replace(images.info, codec=codec.name)
+        costs = host_costs(
+            folder, info, codecs, measurement.held_out.grids, source, split.held_out, loading, config.rounds
+        )
         building = building_rate(folder, info, codec, source, split.held_out, teacher, loading, config.rounds)
-    trips = zip(measurement.round_trips, seconds, strict=True)
-    rows = [_row(images, measurement, trip, encode, decode) for trip, (encode, decode) in trips]
-    return _publish(config, rows, building, measurement, _settings(config, images, split, measurement, teacher))
+    trips = zip(measurement.round_trips, seconds, costs, strict=True)
+    rows = [_row(images, measurement, trip, encode, decode) | cost for trip, (encode, decode), cost in trips]
+    settings = _settings(config, images, split, measurement, teacher)
+    return _publish(config, rows, {"building": building, "precisions": precisions}, measurement, settings)
 
 
 def recommended(rows: Sequence[dict[str, Any]]) -> str | None:
@@ -154,6 +168,15 @@ def _middle_images(
     return MiddleImages(info, lists, {LEARNING: source, HELD_OUT: source})
 
 
+def _settle_precision(config: BenchStoreConfig, images: MiddleImages, teacher: Teacher) -> dict[str, float]:
+    """Set the teacher's precision; returns the cosine of each precision's tokens to fp32's, by its name."""
+    pixels = first_pixels(images, config.batch_size).to(teacher.mean.device)
+    cosines = precision_cosines(teacher, pixels) if len(pixels) else {}
+    automatic = config.precision == "auto"
+    teacher.precision = fastest(cosines, teacher.mean.device) if automatic else config.precision
+    return {name: round(cosine, 6) for name, cosine in cosines.items()}
+
+
 def _learn_codecs(
     config: BenchStoreConfig, names: list[str], images: MiddleImages, teacher: Teacher, loading: LoaderOptions
 ) -> list[Codec]:
@@ -162,7 +185,8 @@ def _learn_codecs(
     if any(learns(name) for name in names):
         count = _codec_images(config, images)
         with Progress("learn", "images", total=_images_learned_from(config, images)) as progress:
-            tokens, means = sample_tokens(images, teacher, loading, count, config.seed, progress)
+            sample = sample_tokens(images, teacher, loading, count, config.seed, progress)
+        tokens, means = sample.tokens, sample.means
     return [
         learn_from(name, tokens, means, config.seed) if learns(name) else load_codec(name, teacher.token_dim, {})
         for name in names
@@ -204,15 +228,15 @@ def _run_teacher_over(
     ranges = _ranges(images, part, loading.batch_size)
     with Progress("measure", "images", total=images.info.parts[part].images) as progress:
         for batch in images.load(ranges, min(worker_count(loading.workers), len(ranges))):
-            output = run_teacher(teacher, batch, images, loading).to_host()
-            if len(output.tokens):
+            tokens = tokens_on_cpu(teacher, batch)
+            if len(tokens):
                 for round_trip in round_trips:
-                    round_trip.add(output.tokens, with_distortion=part == HELD_OUT)
+                    round_trip.add(tokens, with_distortion=part == HELD_OUT)
                 if len(grids) < TIMED_GRIDS:
-                    grids = torch.cat([grids.reshape(-1, *output.tokens.shape[1:]), output.tokens])[:TIMED_GRIDS]
-            keys += [key for key, image in batch if isinstance(image, MiddleImage)]
-            pixel_bytes += sum(pixels.numel() for pixels in output.pixels)
-            progress.advance(len(batch))
+                    grids = torch.cat([grids.reshape(-1, *tokens.shape[1:]), tokens])[:TIMED_GRIDS]
+            keys += batch.decoded_keys
+            pixel_bytes += batch.stored_bytes
+            progress.advance(len(batch.images))
     if not keys:
         count = images.info.parts[part].images
         raise InputError(f"{images.sources[part].path}: none of {count} images could be decoded")
@@ -229,10 +253,9 @@ def _mean_pixel_bytes(images: MiddleImages, quality: int, loading: LoaderOptions
     recoded = MiddleImages(replace(images.info, jpeg_quality=quality), images.lists, images.sources)
     ranges = _ranges(recoded, HELD_OUT, loading.batch_size)
     sizes = [
-        image.jpeg.numel()
+        size
         for batch in recoded.load(ranges, min(worker_count(loading.workers), len(ranges)))
-        for _, image in batch
-        if isinstance(image, MiddleImage) and image.jpeg is not None
+        for size in batch.jpeg_sizes
     ]
     return sum(sizes) / len(sizes)
 
@@ -292,6 +315,7 @@ def _settings(
         "images": f"{config.images}; {measured}; codecs learnt on {_images_learned_from(config, images)} others",
         "sizes": f"middle images of {config.middle_size} px, patches of {config.patch_size}",
         "teacher": f"{config.teacher}, block {teacher.block}, {grid}",
+        "precision": teacher.precision,
         "batches": f"{config.batch_size} images",
         "rounds": str(config.rounds),
     }
@@ -300,22 +324,24 @@ def _settings(
 def _publish(
     config: BenchStoreConfig,
     rows: list[dict[str, Any]],
-    building: dict[str, Any],
+    measured: dict[str, dict[str, Any]],
     measurement: Measurement,
     settings: dict[str, str],
 ) -> dict[str, Any]:
-    """Publish the table and return the command's JSON."""
+    """Publish the table and return the command's JSON; `measured` are the parts of it that have no rows."""
     choice, count = recommended(rows), len(measurement.held_out.keys)
     pixel_bytes = {str(quality): round(size) for quality, size in measurement.pixel_bytes.items()}
-    notes = [*NOTES, f"Recommended: {choice or 'none of these'} ({RULE}).", _building_note(building)]
+    notes = [*NOTES, f"Recommended: {choice or 'none of these'} ({RULE}).", _building_note(measured["building"])]
     if measurement.train is not None:
-        notes[-2] += f" One of the {count} images of val/ is {100 / count:.2f} points of kNN."
+        notes[len(NOTES)] += f" One of the {count} images of val/ is {100 / count:.2f} points of kNN."
+    cosines = ", ".join(f"{name} {cosine:.5f}" for name, cosine in measured["precisions"].items())
+    notes.append(f"Cosine of the teacher's tokens to fp32's, by its precision: {cosines or 'none on this device'}.")
     Table("Token stores", settings, [_cells(row, pixel_bytes) for row in rows], notes).publish(config.out)
     return {
         "rows": rows,
         "recommended": choice,
         "rule": RULE,
-        "building": building,
+        **measured,
         "pixel_bytes_per_image": pixel_bytes,
         "images": count,
         "settings": settings,
@@ -348,4 +374,6 @@ def _cells(row: dict[str, Any], pixel_bytes: dict[str, int]) -> dict[str, str]:
         "encode Mtokens/s": f"{row['encode_tokens_per_second'] / 1e6:.2f}",
         "decode Mtokens/s": f"{decode['']:.2f}",
         "decode min-max": f"{decode['_min']:.2f}-{decode['_max']:.2f}",
+        "host ms": f"{row['host_ms_per_image']:.2f}",
+        "host min-max": f"{row['host_ms_per_image_min']:.2f}-{row['host_ms_per_image_max']:.2f}",
     }

@@ -10,9 +10,9 @@ import torch
 from fastmae.bench.sample import evenly_spaced
 from fastmae.bench.stores import begin_store
 from fastmae.bench.timing import Rate, interleave, same_every_round, seconds_of
-from fastmae.images.middle import MiddleImage
 from fastmae.images.sources import Source
-from fastmae.offline.fill import LoaderOptions, MiddleImages, build_shards
+from fastmae.offline.fill import build_shards
+from fastmae.offline.middle_images import LoaderOptions, MiddleImages
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher
@@ -38,7 +38,8 @@ def building_rate(
 ) -> dict[str, Any]:
     """Time the building of a store and the bare teacher side by side, on the same images.
 
-    The bare teacher gets its images decoded, on its device, in batches of the same size.
+    The bare teacher gets its images decoded, on its device, in batches of the same size. It computes in its own
+    precision, as for the store.
 
     Args:
         folder: where stores are built and removed again.
@@ -100,5 +101,4 @@ def _decoded_batches(images: MiddleImages, teacher: Teacher, loading: LoaderOpti
     shards = range(images.info.shards)
     ranges = [image_range for shard in shards for image_range in images.batches_of(shard, loading.batch_size)]
     loaded = images.load(ranges, min(worker_count(loading.workers), len(ranges)))
-    decoded = [[image.pixels for _, image in batch if isinstance(image, MiddleImage)] for batch in loaded]
-    return [torch.stack(pixels).to(teacher.mean.device) for pixels in decoded if pixels]
+    return [batch.pixels.to(teacher.mean.device) for batch in loaded if len(batch.pixels)]

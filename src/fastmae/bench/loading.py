@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,13 +11,14 @@ from PIL import Image
 from torch.utils.data import default_collate
 from torchvision import transforms
 
+from fastmae.bench.delivery import Delivery
 from fastmae.bench.timing import Turn, seconds_of
 from fastmae.images import jpeg
 from fastmae.images.sources import Source
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, Draw, ViewDraws, normalise
 from fastmae.tokens import TokenStore
 from fastmae.tokens.format import shard_path
-from fastmae.tokens.loader import LAYOUTS, StoreViews
+from fastmae.tokens.loader import StoreViews, ViewBatch
 from fastmae.tokens.shard import MappedShard
 
 
@@ -80,6 +82,12 @@ class Batches:
         order = np.random.default_rng((self.seed, number)).permutation(self.images).tolist()
         return [order[start : start + self.size] for start in range(0, self.images, self.size)]
 
+    def full_batches_of_round(self, number: int) -> list[list[int]]:
+        """As `of_round`; the last batch is filled up with the first images of the round."""
+        *full, last = self.of_round(number)
+        order = [index for batch in (*full, last) for index in batch]
+        return [*full, np.resize([*last, *order], self.size).tolist()]
+
     def seconds(self, number: int, work: Callable[[list[int]], object]) -> float:
         """CPU seconds of a piece of work over all batches of a round."""
         batches = self.of_round(number)
@@ -109,7 +117,8 @@ class StoreTurns:
         """The turns by name.
 
         'views' is the loading of batches; 'normalised' adds their normalisation; 'first' is 'views' from a store that
-        was just opened. 'decode', 'pixels' (which includes 'decode'), 'tokens' and 'draws' are parts of 'views'.
+        was just opened. 'decode', 'pixels' (which includes 'decode'), 'tokens' and 'draws' are parts of 'views'. All
+        write into the same batch again and again, as a loader worker does.
         """
         return {
             "views": self._views,
@@ -121,16 +130,33 @@ class StoreTurns:
             "draws": self._draws,
         }
 
+    def delivery(self, rounds: int) -> Delivery:
+        """The loading of the same images in that many rounds, by a worker."""
+        numbers = range(rounds)
+        visits = [[_visits(n, batch) for batch in self.batches.full_batches_of_round(n)] for n in numbers]
+        return Delivery(StoreViews([[self.store]], self.draws), visits)
+
+    @cached_property
+    def _batch(self) -> ViewBatch:
+        views, size = StoreViews([[self.store]], self.draws), self.batches.size
+        return views.batch_in(torch.zeros(views.batch_bytes(size), dtype=torch.uint8), size)
+
     def _views(self, number: int) -> float:
-        views = StoreViews([[self.store]], self.draws)
-        return self.batches.seconds(number, lambda batch: views.__getitems__(_visits(number, batch)))
+        views, out = StoreViews([[self.store]], self.draws), self._batch
+        return self.batches.seconds(number, lambda batch: views.fill(out, 0, _visits(number, batch)))
 
     def _normalised(self, number: int) -> float:
-        views = StoreViews([[self.store]], self.draws)
-        return self.batches.seconds(number, lambda batch: normalise(views.__getitems__(_visits(number, batch)).pixels))
+        views, out = StoreViews([[self.store]], self.draws), self._batch
+
+        def load(batch: list[int]) -> None:
+            views.fill(out, 0, _visits(number, batch))
+            normalise(out.pixels[: len(batch)])
+
+        return self.batches.seconds(number, load)
 
     def _first_pass(self, number: int) -> float:
-        return StoreTurns(TokenStore(self.store.folder), self.draws, self.batches)._views(number)
+        views, out = StoreViews([[TokenStore(self.store.folder)]], self.draws), self._batch
+        return self.batches.seconds(number, lambda batch: views.fill(out, 0, _visits(number, batch)))
 
     def _decode(self, number: int) -> float:
         info, views, size = self.store.info, self._drawn_views(number), self.draws.size
@@ -150,12 +176,9 @@ class StoreTurns:
         return self.batches.seconds(number, decode)
 
     def _pixels(self, number: int) -> float:
-        store, views, size = self.store, self._drawn_views(number), self.draws.size
-        side = store.info.patch_size * size
+        store, views, size, pixels = self.store, self._drawn_views(number), self.draws.size, self._batch.pixels.numpy()
 
         def read_pixels(batch: list[int]) -> None:
-            shape = (len(batch), store.info.channels, side, side)
-            pixels = torch.empty(shape, dtype=torch.uint8, memory_format=LAYOUTS[store.info.pixels]).numpy()
             for row, index in enumerate(batch):
                 view = views[index]
                 store.read_pixels(index, view.row, view.col, size, view.flipped, pixels[row])
@@ -164,11 +187,9 @@ class StoreTurns:
 
     def _tokens(self, number: int) -> float:
         store, views, size = self.store, self._drawn_views(number), self.draws.size
-        dtype = torch.from_numpy(np.empty(0, store.code_dtype)).dtype
+        codes, means = self._batch.tokens[0].unflatten(1, (size, size)).numpy(), self._batch.means[0].numpy()
 
         def read_codes(batch: list[int]) -> None:
-            codes = torch.empty(len(batch), size, size, store.code_dim, dtype=dtype).numpy()
-            means = np.empty((len(batch), store.mean_dim), np.float16)
             for row, index in enumerate(batch):
                 view = views[index]
                 store.read_codes(index, view.row, view.col, size, view.flipped, codes[row], means[row])

@@ -198,7 +198,9 @@ class Steps:
     @property
     def precision(self) -> str:
         """The precision that `auto` became."""
-        return str(self.fabric.strategy.precision.precision)
+        return (
+            self.config.precision if self.config.precision == "tf32" else str(self.fabric.strategy.precision.precision)
+        )
 
     def step(self, method: Method) -> Step:
         """The step of a row."""
@@ -254,7 +256,7 @@ class Steps:
         optimizer: Any = self.fabric.setup_optimizers(
             torch.optim.AdamW(groups, lr=options.base_lr, betas=options.betas)
         )
-        batch, pixel_scale = self._batch(method), PixelScale(IMAGENET_MEAN, IMAGENET_STD, self.fabric.device)
+        batch, pixel_scale = self._batch(method), PixelScale(IMAGENET_MEAN, IMAGENET_STD)
 
         def run() -> None:
             self.fabric.backward(model(pixel_scale(batch.pixels), batch.ids_shuffle))
@@ -286,6 +288,8 @@ class Steps:
             raise InputError(f"--teachers {method.teacher}: timm can't build it ({first_line(error)})") from error
         size = self._teacher_input_size
         teacher = Teacher(f"timm/{method.teacher}", network, size, size // self.config.patch_size)
+        if self.config.precision == "tf32":  # 16-bit precisions reach the teacher through autocast
+            teacher.precision = "tf32"
         return OnlineTokens([teacher], [patch_norm], self.grid, exact_flips=False)
 
     @property

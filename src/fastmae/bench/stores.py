@@ -9,7 +9,9 @@ import torch
 from fastmae.config import TokenizeConfig
 from fastmae.images.image_list import ListInfo, write_list
 from fastmae.images.sources import Source
-from fastmae.offline.fill import LoaderOptions, MiddleImages, build_shards, sample_tokens
+from fastmae.offline.fill import build_shards
+from fastmae.offline.middle_images import LoaderOptions, MiddleImages
+from fastmae.offline.sample import sample_tokens
 from fastmae.runtime.progress import Progress
 from fastmae.teachers import Teacher
 from fastmae.tokens import TokenStore
@@ -36,11 +38,11 @@ class CachedTeacher:
         return getattr(self.teacher, name)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """`Teacher.forward`, with the tokens on the CPU."""
+        """`Teacher.forward`; between calls the tokens lie on the CPU."""
         key = checksum(pixels.cpu().numpy().tobytes())
         if key not in self.tokens:
             self.tokens[key] = self.teacher(pixels).cpu()
-        return self.tokens[key]
+        return self.tokens[key].to(pixels.device)
 
 
 def store_info(
@@ -122,5 +124,5 @@ def _learn_codec(
     if not learns(info.codec):
         return load_codec(info.codec, info.token_dim, {})
     with Progress(f"learn {info.codec}", "images", total=count, quiet=True) as progress:
-        tokens, means = sample_tokens(images, teacher, loading, count, seed, progress)
-    return learn_from(info.codec, tokens, means, seed)
+        sample = sample_tokens(images, teacher, loading, count, seed, progress)
+    return learn_from(info.codec, sample.tokens, sample.means, seed)

@@ -53,4 +53,4 @@ class AblateConfig(Common):
     patch_size: Annotated[int | None, Range(ge=1, le=1024)] = None
     """As in tokenize, instead of the file's."""
     workers: Annotated[int, WORKERS] = -1
-    """Loading processes of a run; -1: one less than its share of the cores, at least 1 and at most 8."""
+    """Loading processes of a run; -1: its share of the cores but two, at least one."""

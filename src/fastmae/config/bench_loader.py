@@ -35,6 +35,6 @@ class BenchLoaderConfig(Common):
     teacher_block: Annotated[int | None, BLOCK] = None
     """As in tokenize."""
     workers: Annotated[int, WORKERS] = -1
-    """Decoding processes while the stores are built (which is not timed); -1: one less than the cores, at most 8."""
+    """Decoding processes while the stores are built (which is not timed); -1: all cores but two, at least one."""
     out: Path | None = None
     """Markdown file for the table."""

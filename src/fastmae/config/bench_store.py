@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common
+from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common, Precision
 from fastmae.config.options import options
 from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, WORKERS, Range
 
@@ -29,6 +29,8 @@ class BenchStoreConfig(Common):
     """As in tokenize."""
     teacher_block: Annotated[int | None, BLOCK] = None
     """As in tokenize."""
+    precision: Precision = "auto"
+    """As in tokenize. The cosine of each precision's tokens to fp32's is measured in any case."""
     jpeg_qualities: str = "90"
     """JPEG quality of the stored pixels. Several, separated by commas, give the bytes of each; the teacher sees the
     first."""
@@ -37,7 +39,7 @@ class BenchStoreConfig(Common):
     batch_size: Annotated[int, AT_LEAST_1] = 32
     """Images per forward pass of the teacher."""
     workers: Annotated[int, WORKERS] = -1
-    """Decoding processes; -1: one less than the cores, at most 8."""
+    """Decoding processes; -1: all cores but two, at least one."""
     rounds: Annotated[int, AT_LEAST_1] = 3
     """Timed rounds; in each, every row has its turn. Medians are reported."""
     out: Path | None = None

@@ -9,7 +9,7 @@ from fastmae.config.ranges import SEED, Range
 DEFAULT_TEACHER = "timm/vit_base_patch16_224.dino"
 OFFLINE_TEACHER = "efficientnet-lite0"
 """A teacher whose weights come with a package."""
-Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+Precision = Literal["auto", "32-true", "tf32", "bf16-mixed", "16-mixed"]
 PIXELS = Range(ge=1, le=16384)
 """A side in pixels."""
 BLOCK = Range(ge=-1024, le=1023)

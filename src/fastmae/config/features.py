@@ -30,11 +30,12 @@ class FeaturesConfig(Common):
     image_size: Annotated[int | None, PIXELS] = None
     """Side of the images in pixels. Default: the encoder's own."""
     precision: Precision = "auto"
-    """auto: bf16-mixed on a GPU that supports it, 16-mixed on other GPUs, 32-true elsewhere."""
+    """auto: bf16-mixed on a GPU that supports it, 16-mixed on other GPUs, 32-true elsewhere. tf32: float32, but NVIDIA
+    GPUs since Ampere round the factors of matrix products and convolutions to 10 bits."""
     batch_size: Annotated[int, AT_LEAST_1] = 64
     """Images per forward pass."""
     workers: Annotated[int, WORKERS] = -1
-    """Decoding processes; -1: one less than the cores, at most 8."""
+    """Decoding processes; -1: all cores but two, at least one."""
     strict: bool = False
     """Stop at the first image that can't be decoded instead of skipping it."""
     weights: Path | None = None

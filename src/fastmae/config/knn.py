@@ -37,4 +37,4 @@ class KnnConfig(Common):
     batch_size: Annotated[int, AT_LEAST_1] = 64
     """Images per forward pass."""
     workers: Annotated[int, WORKERS] = -1
-    """Decoding processes; -1: one less than the cores, at most 8."""
+    """Decoding processes; -1: all cores but two, at least one."""

@@ -27,8 +27,8 @@ class LinearConfig(SupervisedConfig):
     """crop: random crops and flips, with a forward pass of the encoder for each (as MAE); none: features are computed
     once, which takes minutes."""
     solver: Literal["lars", "logistic"] = "lars"
-    """lars: MAE's optimizer; logistic: scikit-learn's logistic regression, run to convergence on features computed
-    once."""
+    """lars: MAE's optimizer; logistic: logistic regression, run to convergence on features computed once (by
+    scikit-learn; on a GPU, the same objective there)."""
 
     def check(self) -> None:
         """Refuse options that contradict each other."""

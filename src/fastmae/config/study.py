@@ -33,7 +33,7 @@ class StudyConfig(Common):
     flip: bool = True
     """As in pretrain."""
     workers: Annotated[int, WORKERS] = -1
-    """Loading processes; -1: one less than the cores, at most 8."""
+    """Loading processes; -1: all cores but two, at least one."""
 
     def tokenize_options(self, images: Path, store: Path, teacher: str) -> TokenizeConfig:
         """The options for tokenising the images."""

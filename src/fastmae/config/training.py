@@ -13,7 +13,7 @@ class TrainingConfig(Common):
 
     may_change: ClassVar[tuple[str, ...]] = (
         *("config", "print_config", "json", "resume", "device", "devices", "workers", "save_every", "log_every"),
-        *("micro_batch", "checkpoint_activations"),
+        *("micro_batch", "checkpoint_activations", "deterministic"),
     )
     """Options that may change when a run is continued: they change where and how fast it trains, but not what."""
 
@@ -32,13 +32,17 @@ class TrainingConfig(Common):
     """Most images that a device takes at once; a larger share of the batch is accumulated over several passes.
     0: no limit."""
     precision: Precision = "auto"
-    """auto: bf16-mixed on a GPU that supports it, 16-mixed on other GPUs, 32-true elsewhere."""
+    """auto: bf16-mixed on a GPU that supports it, 16-mixed on other GPUs, 32-true elsewhere. tf32: float32, but NVIDIA
+    GPUs since Ampere round the factors of matrix products and convolutions to 10 bits; 32-true never does."""
+    deterministic: bool = False
+    """Take only kernels that give the same bits each time, so that a run on GPUs can be repeated, and continued after a
+    kill, with exactly the same losses. Slower. Without it they agree to rounding. CPUs need no such kernels."""
     checkpoint_activations: bool = False
     """Recompute the activations of the encoder blocks in the backward pass: less memory, about a third more time."""
     devices: Annotated[int, AT_LEAST_1] = 1
     """Processes on this machine, one device each; or start them with torchrun or srun."""
     workers: Annotated[int, WORKERS] = -1
-    """Loading processes per device; -1: one less than the cores, at most 8."""
+    """Loading processes per device; -1: its share of the cores but two, at least one."""
     save_every: Annotated[float, AT_LEAST_0] = 10.0
     """Minutes between checkpoints."""
     log_every: Annotated[int, AT_LEAST_1] = 10

@@ -19,4 +19,4 @@ class VerifyConfig(Common):
     batch_size: Annotated[int, AT_LEAST_1] = 32
     """Images per forward pass of the teacher during a repair. The same bytes need the same size as in tokenize."""
     workers: Annotated[int, WORKERS] = -1
-    """Decoding processes; -1: one less than the cores, at most 8."""
+    """Decoding processes; -1: all cores but two, at least one."""

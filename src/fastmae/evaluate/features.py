@@ -26,11 +26,12 @@ from fastmae.images.image_list import ImageList
 from fastmae.images.middle import resized_pixels
 from fastmae.images.reading import Skipped, read_or_skip
 from fastmae.images.sources import Source
-from fastmae.images.views import normalise
+from fastmae.images.views import PixelScale
 from fastmae.offline.estimate import nearest_folder
 from fastmae.offline.listing import ListedImages, listed_images
 from fastmae.probes.embed import check_pool, pooled, tokens_of
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.arithmetic import computes_as_asked
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import remove_parts, write_whole
 from fastmae.runtime.fabric import Fabric
@@ -126,6 +127,7 @@ EmbedBatch = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 """uint8 [B, K, S, S] on the CPU -> float32 [B, D], and with --dense [B, g, g, D], on the device."""
 
 
+@computes_as_asked
 def features(config: FeaturesConfig) -> dict[str, Any]:
     """Embed the images and write the file; the command's JSON.
 
@@ -171,12 +173,12 @@ def batch_embedder(opened: OpenedEncoder, pool: str, block: int | None, dense: b
     """
     network, device = opened.network.to(fabric.device), fabric.device
     check_pool(network, pool)
-    tokens = tokens_of(network, block)
+    tokens, pixel_scale = tokens_of(network, block), PixelScale(opened.mean, opened.std)
 
     @torch.inference_mode()
     def embed(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         with fabric.autocast():
-            patches, prefix = tokens(normalise(pixels.to(device, non_blocking=True), opened.mean, opened.std))
+            patches, prefix = tokens(pixel_scale(pixels.to(device, non_blocking=True)))
         patches, prefix = patches.float(), prefix.float()
         side = math.isqrt(patches.shape[1])
         return pooled(network, patches, prefix, pool), patches.unflatten(1, (side, side)) if dense else None

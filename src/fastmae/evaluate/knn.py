@@ -43,7 +43,7 @@ class FeatureExtractor:
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """The features of a labelled folder.
+    """The features of a labelled folder, on the device if there is room for them.
 
     Attributes:
         train: float32 [n, D].
@@ -52,6 +52,7 @@ class LabelledFeatures:
         val_labels: int64 [m].
         classes: number of classes.
         image_size: side of the embedded images in pixels.
+        device: where they were computed.
     """
 
     train: torch.Tensor
@@ -60,6 +61,7 @@ class LabelledFeatures:
     val_labels: torch.Tensor
     classes: int
     image_size: int
+    device: torch.device
 
 
 def knn(config: KnnConfig) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def knn(config: KnnConfig) -> dict[str, Any]:
         features.classes,
         config.k,
         config.temperature,
+        features.device,
     )
     source = config.run if config.features == "encoder" else f"{config.run}, {config.features}"
     log.info(
@@ -120,7 +123,9 @@ def labelled_features(config: KnnConfig, data: LabelledFolder | None = None) -> 
         )
         for split, paths in (("train", data.train), ("val", data.val))
     )
-    return LabelledFeatures(train, data.train_labels, val, data.val_labels, len(data.classes), extractor.image_size)
+    return LabelledFeatures(
+        train, data.train_labels, val, data.val_labels, len(data.classes), extractor.image_size, device
+    )
 
 
 def feature_extractor(config: KnnConfig, device: torch.device) -> FeatureExtractor:

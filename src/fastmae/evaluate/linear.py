@@ -22,13 +22,14 @@ from fastmae.probes.embed import EmbedNormalised, embed_images, pooled_features
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.probes.logistic import linear_accuracy
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.arithmetic import computes_as_asked, float32_products
 from fastmae.runtime.device import own_device
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.processes import this_process
 from fastmae.runtime.wording import counted, weight_count
 from fastmae.runtime.workers import as_is
 from fastmae.training.driver import train
-from fastmae.training.task import ParameterGroups, Task
+from fastmae.training.task import ParameterGroups, Step, Task
 
 log = logging.getLogger(__name__)
 IMAGENET = Recipe(images=1_281_167, epochs=90, batch_size=16384, lr=6.4, warmup_epochs=10, lr_power=0.0)
@@ -43,6 +44,7 @@ BATCH_SIZE = 64
 """Images per forward pass while features are computed."""
 
 
+@computes_as_asked
 def linear(config: LinearConfig) -> dict[str, Any] | None:
     """Probe the encoder; the command's JSON (None in all processes but the first).
 
@@ -59,7 +61,7 @@ def linear(config: LinearConfig) -> dict[str, Any] | None:
     splits = ("val",) if config.augment == "crop" else ("train", "val")
     features = {split: _features(config, data, opened, embed, split) for split in splits}
     if config.solver == "logistic":
-        result: dict[str, Any] | None = _logistic(data, features)
+        result: dict[str, Any] | None = _logistic(data, features, own_device(config.device))
         method = "logistic regression"
     else:
         with TemporaryDirectory() as temporary:  # without --out, only the figures of the probe are kept
@@ -106,7 +108,7 @@ def probing_task(
         augmentation = crop_augmentation(opened)
         dataset = LabelledImages(data.train, data.train_labels, opened.channels, augmentation, config.seed)
     else:
-        dataset = FeatureBatches(features["train"], data.train_labels)
+        dataset = FeatureRows(len(data.train))
     weights = sum(parameter.numel() for parameter in probe.parameters())
     return Task(
         name="linear",
@@ -114,7 +116,7 @@ def probing_task(
         headline=f"linear: {weight_count(weights)}",
         network=probe,
         dataset=dataset,
-        step=partial(_step, embed=embed if augmented else None),
+        step=augmented_step(embed) if augmented else cached_step(features["train"], data.train_labels),
         parameter_groups=partial(_parameter_groups, probe, config.weight_decay),
         description={"probed": opened.describe(), "data": data.describe()},
         evaluate=partial(_measure, data=data, features=features["val"], out=out),
@@ -124,23 +126,23 @@ def probing_task(
     )
 
 
-class FeatureBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Features and labels in memory. A batch is read at once, which is faster than one row at a time.
+class FeatureRows(Dataset[torch.Tensor]):
+    """Rows of the features that were computed once. A batch is its rows, int64 [B]; the step reads the features.
+
+    So features stay where they are, on a GPU say, which loading processes can't read.
 
     Args:
-        features: float32 [n, D].
-        labels: int64 [n].
+        images: number of images.
     """
 
-    def __init__(self, features: torch.Tensor, labels: torch.Tensor):
-        self.features, self.labels = features, labels
+    def __init__(self, images: int):
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.images
 
-    def __getitems__(self, visits: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = torch.tensor([index for _, index in visits])
-        return self.features[indices], self.labels[indices]
+    def __getitems__(self, visits: list[tuple[int, int]]) -> torch.Tensor:
+        return torch.tensor([index for _, index in visits])
 
 
 def build_probe(dim: int, classes: int) -> nn.Sequential:
@@ -164,14 +166,31 @@ def _parameter_groups(probe: nn.Sequential, weight_decay: float) -> ParameterGro
     ]
 
 
-def _step(
-    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], embed: EmbedNormalised | None
-) -> Mapping[str, torch.Tensor]:
-    inputs, labels = batch
-    if embed is not None:
-        with torch.no_grad():
-            inputs = embed(inputs).float()
-    return {"loss": F.cross_entropy(model(inputs).float(), labels)}
+def augmented_step(embed: EmbedNormalised) -> Step:
+    """A step on images, float32 [B, K, S, S], and labels, int64 [B]."""
+
+    def step(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        images, labels = batch
+        with torch.no_grad(), float32_products(images.device, tf32=False):
+            features = embed(images).float()
+        return _loss(model, features, labels)
+
+    return step
+
+
+def cached_step(features: torch.Tensor, labels: torch.Tensor) -> Step:
+    """A step on rows, int64 [B], of features that were computed once, float32 [n, D], and of labels, int64 [n]."""
+    labels = labels.to(features.device)
+
+    def step(model: nn.Module, rows: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        at = rows.to(features.device)  # the CPU, where the GPU has no room for the features
+        return _loss(model, features[at].to(rows.device), labels[at].to(rows.device))
+
+    return step
+
+
+def _loss(model: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    return {"loss": F.cross_entropy(model(features).float(), labels)}
 
 
 def _measure(
@@ -192,8 +211,8 @@ def _features(
     return embed_images(images, embed, device, BATCH_SIZE, config.workers, f"features {split}")
 
 
-def _logistic(data: LabelledFolder, features: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _logistic(data: LabelledFolder, features: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
     top1, top5 = linear_accuracy(
-        features["train"], data.train_labels, features["val"], data.val_labels, len(data.classes)
+        features["train"], data.train_labels, features["val"], data.val_labels, len(data.classes), device
     )
     return {"top1": round(top1, 3), "top5": round(top5, 3)}

@@ -5,6 +5,7 @@ file of its own, b"\\x01" and a location follow. Keys never contain the bytes 0 
 sorts them by key.
 """
 
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from fastmae.errors import InputError
@@ -64,5 +65,10 @@ def label_of(key: str) -> str:
 
     A tar counts as a top level too.
     """
-    folder = PurePosixPath(key).parent.name
+    folder = _name_of_folder(key.rpartition("/")[0])
     return "" if folder.lower().endswith(".tar") else folder
+
+
+@lru_cache(maxsize=1 << 10)  # images that follow each other mostly lie in one folder
+def _name_of_folder(folder: str) -> str:
+    return PurePosixPath(folder).name

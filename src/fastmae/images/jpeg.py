@@ -7,6 +7,8 @@ block and a part is bit for bit what the whole shows there. Any JPEG reader can 
 """
 
 import io
+import threading
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -30,9 +32,16 @@ def encode(pixels: torch.Tensor, quality: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
-def decode(jpeg: np.ndarray, channels: int) -> np.ndarray:
-    """uint8 [bytes] -> uint8 [K, H, W]. Teacher and student both get stored pixels from this one decoder."""
-    pixels_hwc = decode_jpeg(jpeg, colorspace="GRAY" if channels == 1 else "RGB", fastupsample=True)
+def decode(jpeg: np.ndarray, channels: int, buffer: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [bytes] -> uint8 [K, H, W]. Teacher and student both get stored pixels from this one decoder.
+
+    Args:
+        jpeg: the JPEG.
+        channels: number of channels, K.
+        buffer: memory to decode into, uint8 [at least H W K]; None: new memory.
+    """
+    colours = "GRAY" if channels == 1 else "RGB"
+    pixels_hwc = decode_jpeg(jpeg, colorspace=colours, fastupsample=True, buffer=buffer)
     return pixels_hwc.transpose(2, 0, 1)
 
 
@@ -51,7 +60,7 @@ def decode_part(jpeg: np.ndarray, top: int, left: int, side: int, size: int, cha
         channels: number of channels, K.
 
     Returns:
-        uint8 [K, side, side].
+        uint8 [K, side, side], in memory that this thread's next call writes anew.
     """
     block = 8 if channels == 1 else 16
     first_row, first_col = top // block, left // block
@@ -62,31 +71,56 @@ def decode_part(jpeg: np.ndarray, top: int, left: int, side: int, size: int, cha
     width = min(size, end_col * block) - first_col * block
     cut[sides_at : sides_at + 4] = (height >> 8, height & 255, width >> 8, width & 255)
     top_in_cut, left_in_cut = top - first_row * block, left - first_col * block
-    return decode(cut, channels)[:, top_in_cut : top_in_cut + side, left_in_cut : left_in_cut + side]
+    pixels = decode(cut, channels, _scratch.of_size(height * width * channels))
+    return pixels[:, top_in_cut : top_in_cut + side, left_in_cut : left_in_cut + side]
+
+
+class _Scratch(threading.local):
+    """Memory that each thread decodes into. It stays in the core's cache, which makes a view a sixth faster."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(0, np.uint8)
+
+    def of_size(self, count: int) -> np.ndarray:
+        """uint8 [at least count]."""
+        if len(self.memory) < count:
+            self.memory = np.empty(count, np.uint8)
+        return self.memory
+
+
+_scratch = _Scratch()
 
 
 def _cut_blocks(jpeg: np.ndarray, header_end: int, rows: range, cols: range, blocks_per_row: int) -> np.ndarray:
     """The header and the blocks of these rows and columns, with their restart markers renumbered."""
-    ends = _block_ends(jpeg, header_end, rows.stop * blocks_per_row)
-    blocks = np.arange(rows.start, rows.stop)[:, None] * blocks_per_row + np.arange(cols.start, cols.stop)
-    starts = np.concatenate([[header_end], ends])[blocks]
-    ends = ends[blocks]
+    # edges[i] is where block i begins, and where the one before it ends.
+    edges = _block_edges(jpeg, header_end, rows.stop * blocks_per_row)
+    ends = edges[1:].reshape(rows.stop, blocks_per_row)[rows.start :, cols.start : cols.stop]
+    row_starts = edges[rows.start * blocks_per_row + cols.start :: blocks_per_row][: len(rows)]
     # The blocks of a row lie side by side in the file: one copy for each row.
-    row_spans = zip(starts[:, 0].tolist(), ends[:, -1].tolist(), strict=True)
-    cut = np.concatenate([jpeg[:header_end], *(jpeg[start:end] for start, end in row_spans)])
-    marker_bytes = header_end + np.cumsum(ends - starts) - 1  # the last byte of each block
-    cut[marker_bytes] = FIRST_RESTART + np.arange(len(marker_bytes)) % RESTARTS
+    row_spans = zip(row_starts.tolist(), ends[:, -1].tolist(), strict=True)
+    cut = np.concatenate([jpeg[:header_end], *[jpeg[start:end] for start, end in row_spans]])
+    row_lengths = ends[:, -1] - row_starts
+    row_starts_in_cut = header_end + np.cumsum(row_lengths) - row_lengths
+    marker_bytes = ends + (row_starts_in_cut - row_starts - 1)[:, None]  # the last byte of each block
+    cut[marker_bytes] = _restart_markers(len(rows), len(cols))
     cut[-1] = EOI
     return cut
 
 
-def _block_ends(jpeg: np.ndarray, header_end: int, length: int) -> np.ndarray:
-    """Ends of the first `length` blocks, each including the marker that follows the block.
+@lru_cache(maxsize=16)
+def _restart_markers(rows: int, cols: int) -> np.ndarray:
+    """The second bytes of the markers behind the blocks of an image, uint8 [rows, cols]."""
+    return (FIRST_RESTART + np.arange(rows * cols) % RESTARTS).astype(np.uint8).reshape(rows, cols)
+
+
+def _block_edges(jpeg: np.ndarray, header_end: int, length: int) -> np.ndarray:
+    """The end of the header, and those of the first `length` blocks, each including the marker behind the block.
 
     In compressed data a zero follows each byte 255, so anything else after a 255 is a marker.
     """
     after_ff = np.flatnonzero(jpeg[header_end:-1] == MARKER) + (header_end + 1)
-    return after_ff[jpeg[after_ff] != 0][:length] + 1
+    return np.concatenate([[header_end], after_ff[jpeg[after_ff] != 0][:length] + 1])
 
 
 def _parse_header(jpeg: np.ndarray) -> tuple[int, int]:

@@ -54,6 +54,9 @@ class ViewDraws:
     visible: int
     seed: int
 
+    def __post_init__(self) -> None:
+        assert 0 <= self.seed < 2**32
+
     def draw(self, epoch: int, index: int, grids: Sequence[int]) -> Draw:
         """Draw the view of one image in one epoch.
 
@@ -62,12 +65,12 @@ class ViewDraws:
             index: index of the image.
             grids: side of each of the image's middle images, in patches.
         """
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng(np.array([self.seed, epoch, index], np.uint32))  # a tuple takes longer
         scale = int(rng.integers(len(grids))) if len(grids) > 1 else 0
-        row, col = rng.integers(0, grids[scale] - self.size + 1, size=2)
-        flipped = bool(rng.random() < 0.5) and self.flip
+        row, col = rng.integers(0, grids[scale] - self.size + 1, size=2).tolist()
+        flipped = rng.random() < 0.5 and self.flip
         ids_shuffle = rng.permutation(self.size**2) if self.mask == "random" else self._block_order(rng)
-        return Draw(scale, int(row), int(col), flipped, ids_shuffle)
+        return Draw(scale, row, col, flipped, ids_shuffle)
 
     def _block_order(self, rng: np.random.Generator) -> np.ndarray:
         """A patch order whose masked part is made of rectangles (BEiT, Algorithm 1).
@@ -92,20 +95,19 @@ class ViewDraws:
 
 
 class PixelScale:
-    """Normalises pixels, with constants that are put on the device once.
+    """Normalises pixels. Its constants move to the pixels' device once, so that later calls wait for nothing.
 
     Args:
         mean: mean of each channel, of values in [0, 1].
         std: standard deviation of each channel, of values in [0, 1].
-        device: where the pixels will be.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"):
-        scale = 1 / (255 * torch.tensor(std))
-        self.scale, self.shift = scale.to(device), (-torch.tensor(mean) * 255 * scale).to(device)
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        self.scale = 1 / (255 * torch.tensor(std))
+        self.shift = -torch.tensor(mean) * 255 * self.scale
 
     def to(self, device: torch.device | str) -> None:
-        """Move the constants to another device."""
+        """Move the constants to a device; nothing happens if they are there."""
         self.scale, self.shift = self.scale.to(device), self.shift.to(device)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -117,6 +119,7 @@ class PixelScale:
         Returns:
             float32 [..., K, H, W], in the memory layout of `pixels`.
         """
+        self.to(pixels.device)
         channels_last = pixels.dim() == 4 and pixels.stride(1) == 1 < pixels.shape[1]
         if channels_last:  # as rows [B, H, W * K], which takes a fifth of the time
             rows = pixels.permute(0, 2, 3, 1).flatten(2).float()
@@ -130,4 +133,4 @@ def normalise(
     pixels: torch.Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
 ) -> torch.Tensor:
     """`PixelScale` for pixels uint8 [..., K, H, W] on any device; a loop over batches keeps a `PixelScale` instead."""
-    return PixelScale(mean, std, pixels.device)(pixels)
+    return PixelScale(mean, std)(pixels)

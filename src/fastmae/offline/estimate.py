@@ -14,10 +14,11 @@ import numpy as np
 from fastmae.config import TokenizeConfig
 from fastmae.errors import InputError
 from fastmae.images.image_list import ImageList
-from fastmae.images.middle import MiddleImage
-from fastmae.offline.fill import LoaderOptions, MiddleImages, run_teacher, stored_pixels
 from fastmae.offline.listing import ListedImages
+from fastmae.offline.middle_images import LoaderOptions, MiddleImages
 from fastmae.offline.options import build_teacher, describe_store
+from fastmae.offline.sample import tokens_on_cpu
+from fastmae.offline.settle import begun_store, settle
 from fastmae.runtime.device import own_device
 from fastmae.runtime.progress import duration
 from fastmae.teachers import Teacher
@@ -68,11 +69,16 @@ def dry_run(config: TokenizeConfig, sizes: list[int], listed: ListedImages, netw
     sample_size = min(SAMPLE_IMAGES, num_images)
     total_bytes = seconds = image_bytes = 0.0
     all_codebooks = 0
+    begun: StoreInfo | None = None
     for size in sizes:
         teacher = build_teacher(config, size, *deepcopy(network))
         info = describe_store(config, size, teacher, listed.part)
-        images = MiddleImages(info, {0: ImageList(listed.file)}, {0: listed.source})
         options = LoaderOptions(config.batch_size, config.workers, config.strict)
+        begun = begun or begun_store(config.store, config.store / str(size))
+        few = replace(config, codec_images=min(config.codec_images, sample_size))
+        info, _ = settle(few, info, listed, teacher, begun)
+        begun = begun or info
+        images = MiddleImages(info, {0: ImageList(listed.file)}, {0: listed.source})
         sample = measure_sample(images, teacher, options, sample_size)
         image_bytes += bytes_per_image(info, sample.pixel_bytes)
         total_bytes += bytes_per_image(info, sample.pixel_bytes) * sample.decoded * num_images
@@ -83,7 +89,7 @@ def dry_run(config: TokenizeConfig, sizes: list[int], listed: ListedImages, netw
     codebooks = f" and {all_codebooks / 1e6:.1f} MB of codebooks" if all_codebooks else ""
     log.info(
         f"{num_images} images x {image_bytes / 1e3:.1f} kB{codebooks} = {total_bytes / 1e9:.3g} GB "
-        f"({config.codec} tokens, {config.pixels} pixels), {'MORE THAN' if total_bytes > free else 'of'} the "
+        f"({info.codec} tokens, {config.pixels} pixels), {'MORE THAN' if total_bytes > free else 'of'} the "
         f"{free / 1e9:.3g} GB that are free at {config.store}; about {duration(seconds)} on this "
         f"{own_device(config.device).type} alone, {num_images / seconds:.1f} images/s; measured on {sample_size} of "
         "them; nothing was written"
@@ -93,6 +99,8 @@ def dry_run(config: TokenizeConfig, sizes: list[int], listed: ListedImages, netw
         "skipped": 0,
         "grid": sizes[0] // config.patch_size,
         "token_dim": info.token_dim,
+        "codec": info.codec,
+        "precision": teacher.precision,
         "bytes": round(total_bytes),
         "bytes_per_image": round(image_bytes),
         "images_per_second": round(num_images / seconds, 2),
@@ -110,18 +118,21 @@ def measure_sample(
         InputError: none of the images can be decoded.
     """
     ranges = images.evenly_spaced(num_images, min(options.batch_size, max(1, num_images // 4)))
-    start, untimed, outputs = time.monotonic(), 0, []
+    start, untimed = time.monotonic(), 0
+    tried = decoded = pixel_bytes = 0
     for batch in images.load(ranges, options.workers):
-        outputs.append(run_teacher(teacher, batch, images, options).to_host())
-        if len(outputs) == 1 < len(ranges):
-            start, untimed = time.monotonic(), len(batch)
-    pixel_bytes = [pixels.numel() for output in outputs for pixels in output.pixels]
-    if not pixel_bytes:
+        images.check_strict(batch, options.strict)
+        tokens_on_cpu(teacher, batch)
+        if not tried and len(ranges) > 1:
+            start, untimed = time.monotonic(), len(batch.images)
+        tried += len(batch.images)
+        decoded += len(batch.pixels)
+        pixel_bytes += batch.stored_bytes
+    if not decoded:
         raise InputError(f"{images.origin}: none of the {num_images} images tried could be decoded")
-    tried = sum(len(output.images) for output in outputs)
     return SampleMeasurement(
-        pixel_bytes=sum(pixel_bytes) / len(pixel_bytes),
-        decoded=len(pixel_bytes) / tried,
+        pixel_bytes=pixel_bytes / decoded,
+        decoded=decoded / tried,
         images_per_second=(tried - untimed) / (time.monotonic() - start),
     )
 
@@ -134,9 +145,9 @@ def check_disk(folder: Path, images: MiddleImages, num_images: int) -> None:
     """
     info = images.info
     sample_size = min(SAMPLE_IMAGES // 4, info.parts[min(images.sources)].images)
-    sample = [image for batch in images.evenly_spaced(sample_size, SAMPLE_IMAGES) for _, image in images[batch]]
-    pixel_bytes = [stored_pixels(image).numel() for image in sample if isinstance(image, MiddleImage)]
-    mean_pixel_bytes = sum(pixel_bytes) / max(1, len(pixel_bytes))
+    sample = [images[image_range] for image_range in images.evenly_spaced(sample_size, SAMPLE_IMAGES)]
+    pixel_bytes = sum(batch.stored_bytes for batch in sample)
+    mean_pixel_bytes = pixel_bytes / max(1, sum(len(batch.pixels) for batch in sample))
 
     def needed_with(codec: str) -> float:
         with_codec = replace(info, codec=codec)

@@ -61,6 +61,7 @@ def store_summary(store: TokenStore, images_per_second: float | None) -> dict[st
         "skipped": store.skipped,
         "grid": store.grid,
         "token_dim": store.token_dim,
+        "codec": store.info.codec,
         "bytes": num_bytes,
         "bytes_per_image": round(num_bytes / len(store)),
         "images_per_second": images_per_second,

@@ -3,13 +3,19 @@ this process's share of the shards, and the teacher and store description that f
 
 from typing import Any, NamedTuple
 
+import torch
+
 from fastmae.config import TokenizeConfig
 from fastmae.errors import InputError
-from fastmae.runtime.device import own_device
+from fastmae.runtime.device import own_device, resolve_device
 from fastmae.runtime.processes import this_process
 from fastmae.teachers import Teacher
+from fastmae.teachers.precision import AUTOCAST_DTYPES
 from fastmae.tokens.codec import parse_codec
 from fastmae.tokens.format import Part, StoreInfo
+
+AUTO = "auto"
+"""The value of an option that is settled by measuring (`settle`)."""
 
 
 class Share(NamedTuple):
@@ -32,7 +38,9 @@ def check_options(config: TokenizeConfig) -> None:
     teacher_channels(config)
     if config.pixels == "jpeg" and config.channels not in (1, 3):
         raise InputError(f"--channels {config.channels}: a JPEG holds 1 or 3; take --pixels raw")
-    parse_codec(config.codec)
+    if config.codec != AUTO:
+        parse_codec(config.codec)
+    check_precision(config.precision, resolve_device(config.device))
     if not str(config.store.absolute()).isprintable():
         raise InputError(
             f"{str(config.store)!r}: safetensors and Parquet take no such path; give one in UTF-8 without control "
@@ -40,6 +48,18 @@ def check_options(config: TokenizeConfig) -> None:
         )
     if config.images.is_dir() and config.store.resolve().is_relative_to(config.images.resolve()):
         raise InputError(f"{config.store}: lies inside the images' folder; take a place outside {config.images}")
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that a device does not have.
+
+    Raises:
+        InputError: names the option.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise InputError("--precision tf32: only CUDA GPUs have it; give bf16-mixed or 32-true")
+    if precision in AUTOCAST_DTYPES and not torch.amp.is_autocast_available(device.type):
+        raise InputError(f"--precision {precision}: not available on {device}; give 32-true")
 
 
 def middle_sizes(config: TokenizeConfig) -> list[int]:
@@ -129,7 +149,7 @@ def build_teacher(config: TokenizeConfig, middle_size: int, network: Any, weight
 
 
 def describe_store(config: TokenizeConfig, middle_size: int, teacher: Teacher, part: Part) -> StoreInfo:
-    """The description of a new store of one middle size."""
+    """The description of a new store of one middle size, with the codec still 'auto' if that is what was asked for."""
     return StoreInfo(
         teacher=teacher.describe(),
         token_dim=teacher.token_dim,

@@ -15,19 +15,10 @@ import xxhash
 
 from fastmae.config import VerifyConfig
 from fastmae.errors import InputError
-from fastmae.images.middle import MiddleImage
-from fastmae.images.reading import Skipped
 from fastmae.images.sources import open_source
-from fastmae.offline.fill import (
-    ImageRange,
-    LoaderOptions,
-    MiddleImages,
-    build_shards,
-    count_images,
-    stored_codec,
-    stored_pixels,
-)
+from fastmae.offline.fill import build_shards, count_images, stored_codec
 from fastmae.offline.listing import restore_list
+from fastmae.offline.middle_images import DecodedBatch, ImageRange, LoaderOptions, MiddleImages
 from fastmae.runtime.device import own_device
 from fastmae.runtime.durable import write_whole
 from fastmae.runtime.progress import Progress
@@ -46,6 +37,7 @@ from fastmae.tokens.format import (
     shard_path,
 )
 from fastmae.tokens.manifest import Manifest, store_text
+from fastmae.tokens.shard_file import as_bytes
 from fastmae.tokens.writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -133,7 +125,8 @@ def _check_images(images: MiddleImages, folder: Path, shards: list[int], options
             ranges += images.batches_of(shard, options.batch_size)
     changed: list[str] = []
     for batch in images.load(ranges, options.workers):
-        changed += [key for key, image in batch if _pixel_checksum(image) != expected[key]]
+        actual = _checksums_of(batch)
+        changed += [image.key for image in batch.images if actual.get(image.key) != expected[image.key]]
     if changed:
         names = ", ".join(changed[:SHOWN_IMAGES]) + (", ..." if len(changed) > SHOWN_IMAGES else "")
         raise InputError(
@@ -158,10 +151,10 @@ def _pixel_checksums(file: Path, shard: int) -> dict[str, int | None]:
     return {image.path: int(checksums[image.row, PIXELS]) if image.row >= 0 else None for image in header.images}
 
 
-def _pixel_checksum(image: MiddleImage | Skipped) -> int | None:
-    if isinstance(image, Skipped):
-        return None
-    return xxhash.xxh3_64_intdigest(stored_pixels(image).contiguous().numpy().tobytes())
+def _checksums_of(batch: DecodedBatch) -> dict[str, int]:
+    """Checksum of the stored pixels of each image that was decoded, by its key."""
+    digests = (xxhash.xxh3_64_intdigest(as_bytes(pixels.numpy())) for pixels in batch.stored_pixels())
+    return dict(zip(batch.decoded_keys, digests, strict=True))
 
 
 def _read_manifest(folder: Path) -> Manifest | None:

@@ -1,17 +1,19 @@
 """`fastmae tokenize`: images and a frozen teacher in, a token store out (Sec. 3.2). This file is the sequence:
 
 1. list the images (`listing`) and load the teacher (`teachers`)
-2. open the store, new or begun earlier
-3. learn the codec's codebooks from a sample, where the codec has some
-4. build the shards that are missing (`fill`)
-5. finish the store, once no process has shards left to build
+2. settle the teacher's precision and the codec, where that is left to the command (`settle`)
+3. open the store, new or begun earlier
+4. learn the codec's codebooks from a sample, where the codec has some
+5. build the shards that are missing (`fill`)
+6. finish the store, once no process has shards left to build
 
 What the options mean is in `options`, what `--dry-run` measures in `estimate`.
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
@@ -26,10 +28,13 @@ from fastmae.config import TokenizeConfig
 from fastmae.errors import InputError, InterruptedRunError
 from fastmae.images.image_list import ImageList
 from fastmae.offline.estimate import check_disk, dry_run
-from fastmae.offline.fill import LoaderOptions, MiddleImages, build_shards, count_images, sample_tokens, stored_codec
+from fastmae.offline.fill import build_shards, count_images, stored_codec
 from fastmae.offline.inspect import store_summary, summary_over_scales
 from fastmae.offline.listing import ListedImages, check_lists, keep_list, listed_images, sources_of
+from fastmae.offline.middle_images import LoaderOptions, MiddleImages
 from fastmae.offline.options import Share, build_teacher, check_options, describe_store, middle_sizes, process_share
+from fastmae.offline.sample import sample_tokens
+from fastmae.offline.settle import begun_store, settle
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import holds_anything, write_json
 from fastmae.runtime.progress import Progress
@@ -118,12 +123,20 @@ def _build_store(
 ) -> dict[str, Any]:
     """Build the store of one middle size, or this process's share of it; returns the summary of what it built.
 
-    `info` describes the store if it is new. All middle sizes share the codebooks of the store `codebooks_from`.
+    `info` describes the store if it is new. All middle sizes share the precision, the codec and the codebooks of the
+    store `codebooks_from`.
     """
+    with _resumable(config):
+        begun = begun_store(folder, codebooks_from)
+        info, learnt = settle(config, info, listed, teacher, begun)
+        if begun is None and (begun := begun_store(folder)) is not None:  # another process has begun it meanwhile
+            info, _ = settle(config, info, listed, teacher, begun)
     # A call that is refused must leave nothing behind, so a new store is checked before it is begun.
     if not (folder / STORE_FILE).exists():
         check_disk(folder, MiddleImages(info, {0: ImageList(listed.file)}, {0: listed.source}), info.images)
     writer = _open_store(config, info, folder, listed)
+    if learnt is not None and learnt.name == info.codec and learns(info.codec):
+        writer.keep_codebooks(learnt)
 
     shards = share.shards(writer.info.shards)
     missing = [shard for shard in writer.missing_shards() if shard in shards]
@@ -192,8 +205,8 @@ def _announce(info: StoreInfo, teacher: Teacher, num_shards: int, world_size: in
     share = f"; {num_shards} of its shards here, {world_size} processes" if world_size > 1 else ""
     log.info(
         f"teacher {teacher.spec}, block {teacher.block}{averaged}, norm {teacher.norm}, looks at "
-        f"{teacher.input_size} px; {info.images} images -> {teacher.grid} x {teacher.grid} tokens of "
-        f"{teacher.token_dim} ({info.codec}){share}"
+        f"{teacher.input_size} px in {teacher.precision}; {info.images} images -> {teacher.grid} x {teacher.grid} "
+        f"tokens of {teacher.token_dim} ({info.codec}){share}"
     )
 
 
@@ -211,15 +224,22 @@ def _build_missing(
     total, left = count_images(writer.info, shards), count_images(writer.info, missing)
     if left < writer.info.images:  # less than a whole store, which was checked before it was begun
         check_disk(writer.folder, images, left)
+    with _resumable(config):
+        codec = _prepare_codec(config, writer, images, teacher, options, codebooks_from)
+        start = time.monotonic()
+        with Progress("tokenize", "images", total=total, done=total - left) as progress:
+            build_shards(writer, codec, missing, images, teacher, options, progress)
+    return round(left / (time.monotonic() - start), 2)
+
+
+@contextlib.contextmanager
+def _resumable(config: TokenizeConfig) -> Iterator[None]:
+    """Say what to do after an interruption, or when the device's memory is full."""
     try:
         with memory_hint(f"give --batch-size {max(1, config.batch_size // 2)}, and the same call continues"):
-            codec = _prepare_codec(config, writer, images, teacher, options, codebooks_from)
-            start = time.monotonic()
-            with Progress("tokenize", "images", total=total, done=total - left) as progress:
-                build_shards(writer, codec, missing, images, teacher, options, progress)
+            yield
     except KeyboardInterrupt as stop:
         raise InterruptedRunError("interrupted; finished shards are kept, and the same call continues") from stop
-    return round(left / (time.monotonic() - start), 2)
 
 
 def _prepare_codec(
@@ -251,8 +271,8 @@ def _prepare_codec(
     num_images = min(config.codec_images, info.parts[min(images.sources)].images)
     total = sum(len(positions) for _, positions in images.evenly_spaced(num_images, options.batch_size))
     with Progress(f"learn {info.codec}", "images", total=total) as progress:
-        tokens, means = sample_tokens(images, teacher, options, num_images, config.seed, progress)
-    writer.keep_codebooks(learn_from(info.codec, tokens, means, config.seed))
+        sample = sample_tokens(images, teacher, options, num_images, config.seed, progress)
+    writer.keep_codebooks(learn_from(info.codec, sample.tokens, sample.means, config.seed))
     return stored_codec(writer.folder, info)  # another process may have kept its codebooks first
 
 
@@ -293,6 +313,7 @@ def _summary_of_share(writer: StoreWriter, shards: range, images_per_second: flo
         "skipped": len(images) - decoded,
         "grid": writer.info.grid,
         "token_dim": writer.info.token_dim,
+        "codec": writer.info.codec,
         "bytes": num_bytes,
         "bytes_per_image": round(num_bytes / max(1, decoded)),
         "images_per_second": images_per_second,

@@ -144,5 +144,5 @@ class StudentKnn:
             embed_images(part, embed, device, BATCH_SIZE, workers, "k-NN features", quiet=True)
             for part in (images.train, images.val)
         )
-        top1, top5 = knn_accuracy(train, images.train_labels, val, images.val_labels, images.classes)
+        top1, top5 = knn_accuracy(train, images.train_labels, val, images.val_labels, images.classes, device=device)
         return {"knn_top1": round(top1, 3), "knn_top5": round(top5, 3)}

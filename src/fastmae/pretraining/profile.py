@@ -12,6 +12,7 @@ from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
 from fastmae.pretraining.plan import Plan
 from fastmae.pretraining.step import PretrainStep
+from fastmae.runtime.arithmetic import computes_as_asked
 from fastmae.runtime.device import synchronise
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import bare
@@ -59,6 +60,7 @@ class StageClock:
         self.seconds[name] += time.perf_counter() - start
 
 
+@computes_as_asked
 def profile(config: PretrainConfig, plan: Plan, task: Task, timed_steps: int = TIMED_STEPS) -> dict[str, Any]:
     """Time the stages of steps of a student that is thrown away.
 

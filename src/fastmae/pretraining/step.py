@@ -34,7 +34,8 @@ class PretrainStep:
         loss: compares prediction and target.
         mean: mean of the student's input, one value per channel (of values in [0, 1]).
         std: its standard deviation.
-        autocast: precision of an online teacher; by default fp32, in which target and loss are computed too.
+        autocast: precision of an online teacher that has none of its own; by default fp32, in which target and loss
+            are computed too.
 
     Attributes:
         pixel_scale: normalises the student's input.

@@ -13,8 +13,10 @@ from fastmae.config import TokenizeConfig
 from fastmae.errors import InputError
 from fastmae.images.decode import UndecodableError
 from fastmae.images.middle import resized_pixels
-from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, normalise
+from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, PixelScale
 from fastmae.probes.labelled import LabelledFolder
+from fastmae.runtime.arithmetic import float32_products
+from fastmae.runtime.device import free_bytes
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.workers import batches
 from fastmae.student.encoder import Encoder, is_plain_vit
@@ -27,6 +29,8 @@ EmbedNormalised = Callable[[torch.Tensor], torch.Tensor]
 """float32 [B, K, S, S], normalised -> float32 [B, D]."""
 
 CHECKED_SIZE, CHECKED_BATCH_SIZE = 32, 64
+FEATURES_SHARE = 0.5
+"""Share of the device's free memory that the features of a data set may take."""
 
 
 class WholeImages(Dataset[torch.Tensor]):
@@ -89,8 +93,8 @@ def embed_with_encoder(
     Raises:
         InputError: the encoder has no class token, or no such block.
     """
-    embed_normalised = pooled_features(encoder, pool, block)
-    return lambda pixels: embed_normalised(normalise(pixels, mean, std))
+    embed_normalised, pixel_scale = pooled_features(encoder, pool, block), PixelScale(mean, std)
+    return lambda pixels: embed_normalised(pixel_scale(pixels))
 
 
 def pooled_features(encoder: Encoder, pool: str, block: int | None = None) -> EmbedNormalised:
@@ -187,7 +191,9 @@ def embed_images(
     label: str,
     quiet: bool = False,
 ) -> torch.Tensor:
-    """The features of a data set's images: float32 [n, D], on the CPU.
+    """The features of a data set's images: float32 [n, D], on the device if there is room for them.
+
+    On the device, no batch makes the host wait.
 
     Args:
         images: gives, for each index, what `embed` takes for one image; or a tuple that starts with it.
@@ -201,10 +207,23 @@ def embed_images(
     Raises:
         InputError: a file that can't be decoded.
     """
-    features = []
-    with Progress(label, "images", total=len(images), quiet=quiet) as progress:  # type: ignore[arg-type]
+    count, done = len(images), 0  # type: ignore[arg-type]
+    features = torch.empty(0)
+    # In float32 proper: the figures are then the same on any device.
+    with float32_products(device, tf32=False), Progress(label, "images", total=count, quiet=quiet) as progress:
         for batch in batches(images, device, workers, batch_size=batch_size):
             pixels = batch[0] if isinstance(batch, list | tuple) else batch
-            features.append(embed(pixels.to(device, non_blocking=True)).float().cpu())
-            progress.advance(len(pixels))
-    return torch.cat(features)
+            vectors = embed(pixels.to(device, non_blocking=True)).float()
+            if not done:
+                features = room_for(count, vectors)
+            features[done : done + len(vectors)] = vectors
+            done += len(vectors)
+            progress.advance(len(vectors))
+    return features
+
+
+def room_for(count: int, vectors: torch.Tensor) -> torch.Tensor:
+    """Memory for the features of `count` images, given those of the first batch: on their device, or on the CPU."""
+    num_bytes = count * vectors[0].numel() * vectors.element_size()
+    fits = num_bytes <= FEATURES_SHARE * free_bytes(vectors.device)
+    return torch.empty(count, *vectors.shape[1:], device=vectors.device if fits else "cpu")

@@ -1,13 +1,17 @@
 """The device to compute on, the number of cores, and what to do when the device's memory is full."""
 
 import contextlib
+import logging
+import math
 import os
 from collections.abc import Iterator
 
 import torch
 
 from fastmae.errors import InputError, OneProcessError
-from fastmae.runtime.processes import this_process
+from fastmae.runtime.processes import local_processes, this_process
+
+log = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -70,6 +74,49 @@ def supports_bf16(device: torch.device) -> bool | None:
 def pins_memory(device: torch.device) -> bool:
     """Whether a copy from the CPU to this device is asynchronous only out of pinned (page-locked) memory."""
     return device.type not in ("cpu", "mps")  # MPS shares the CPU's memory
+
+
+def free_bytes(device: torch.device) -> float:
+    """Free memory of a GPU in bytes, with what torch keeps for reuse; infinite where this can't be asked."""
+    if device.type != "cuda":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+@contextlib.contextmanager
+def pinned_in_place(memory: torch.Tensor, device: torch.device) -> Iterator[None]:
+    """Pin memory where it is, for copies to an NVIDIA GPU (`pins_memory`), as long as the context lasts.
+
+    Where the driver can't (it may limit the amount), and for other accelerators, the memory stays as it is, and copies
+    out of it take longer.
+
+    Args:
+        memory: contiguous; other processes may write it meanwhile.
+        device: where its content will be copied.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudart = torch.cuda.cudart()
+    with torch.cuda.device(device):
+        pinned = int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0
+    if not pinned:
+        log.warning(f"{memory.nbytes / 1e9:.1f} GB could not be pinned, so copies to {device} take longer")
+        with contextlib.suppress(RuntimeError):  # the driver reports its last error once more, at the next operation
+            torch.zeros(1, device=device)
+    try:
+        yield
+    finally:
+        if pinned:
+            synchronise(device)  # a copy may still read it
+            cudart.cudaHostUnregister(memory.data_ptr())
+
+
+def own_cores() -> int:
+    """CPU cores of this process: its share of those that all processes of a run on this machine may use."""
+    bound = this_process().launcher == "srun" and cores() < (os.cpu_count() or 1)  # srun gave each its own
+    return cores() if bound else cores() // local_processes()
 
 
 def cores() -> int:

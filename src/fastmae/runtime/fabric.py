@@ -20,7 +20,8 @@ try:
         TorchElasticEnvironment,
     )
     from lightning_fabric.plugins.precision import MixedPrecision
-    from lightning_fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy, Strategy
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+    from lightning_utilities.core.apply_func import apply_to_collection
 finally:
     if _HIDDEN:
         del sys.modules["torchmetrics"]
@@ -28,6 +29,7 @@ finally:
 __all__ = [
     "CPUAccelerator",
     "ClusterEnvironment",
+    "DDPStrategy",
     "Fabric",
     "LightningEnvironment",
     "MixedPrecision",
@@ -36,4 +38,5 @@ __all__ = [
     "SingleDeviceStrategy",
     "Strategy",
     "TorchElasticEnvironment",
+    "apply_to_collection",
 ]

@@ -7,26 +7,25 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from fastmae.config import Precision
 from fastmae.errors import InputError, first_line
-from fastmae.runtime.device import cores, device_count, resolve_device, supports_bf16
+from fastmae.runtime.device import cores, device_count, own_device, resolve_device, supports_bf16
 from fastmae.runtime.fabric import (
     ClusterEnvironment,
     CPUAccelerator,
+    DDPStrategy,
     Fabric,
     LightningEnvironment,
     MixedPrecision,
     ModelParallelStrategy,
     SingleDeviceStrategy,
     SLURMEnvironment,
-    Strategy,
     TorchElasticEnvironment,
 )
-from fastmae.runtime.peers import CONTINUES, watch_peers
+from fastmae.runtime.peers import CONTINUES, prepare_to_watch, watch_peers
 from fastmae.runtime.processes import this_process
+from fastmae.runtime.strategy import strategy_for
 
 FabricPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -73,36 +72,66 @@ def launch(
             f"--device {device}: names one device, but there are {world_size} processes; "
             f"use --device {torch_device.type}"
         )
+    bound = bool(this_process().launcher) and torch_device.type == "cuda"  # srun may show each process its own GPU only
     available = cores() if torch_device.type == "cpu" else device_count(torch_device.type)
-    if devices > available:
+    if devices > available and not bound:
         raise InputError(f"--devices {devices}: this machine has {available} ({torch_device.type})")
     fabric_precision = _precision(precision, torch_device)
     if fabric_precision == "16-mixed" and strategy == "fsdp" and world_size > 1:
         raise InputError(
-            "--strategy fsdp: needs --precision bf16-mixed or 32-true, "
+            "--strategy fsdp: needs --precision bf16-mixed, tf32 or 32-true, "
             "since 16-mixed would scale the gradients of each shard on its own"
         )
     environment = ENVIRONMENTS[this_process().launcher]()
-    if torch_device.type not in KNOWN_TO_FABRIC:
-        fabric = _on_other_accelerator(torch_device, world_size, fabric_precision, environment)
-    else:
-        try:
+    try:
+        if torch_device.type not in KNOWN_TO_FABRIC:
+            fabric = _on_other_accelerator(torch_device, world_size, fabric_precision, environment)
+        else:
+            sharing = None
+            if world_size > 1:
+                sharing = strategy_for(strategy, world_size, blocks, fabric_precision == "bf16-mixed")
             fabric = Fabric(
                 accelerator=torch_device.type,
-                devices=devices if torch_device.index is None else [torch_device.index],
+                devices=_device_indices(torch_device, devices, bound, sharing),
                 num_nodes=nodes,
-                strategy=_strategy(strategy, world_size, blocks),
+                strategy=sharing or "auto",
                 precision=fabric_precision,
                 plugins=environment,
             )
-        except (ValueError, RuntimeError) as error:  # a SLURM job of unequal machines, say
-            raise InputError(f"--devices {devices}: the processes can't be set up ({first_line(error)})") from error
-    fabric.launch()
+    except (ValueError, RuntimeError) as error:  # a SLURM job of unequal machines, say
+        raise InputError(f"--devices {devices}: the processes can't be set up ({first_line(error)})") from error
+    if world_size > 1:
+        prepare_to_watch()
+    try:
+        fabric.launch()
+    except RuntimeError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise InputError(
+            f"{this_process().launcher or '--devices'} has started several processes for one GPU; start one for each"
+        ) from error
     watch_peers(fabric)
     torch.manual_seed(seed)
-    if torch_device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     return fabric
+
+
+def _device_indices(
+    device: torch.device, processes: int, bound: bool, sharing: DDPStrategy | ModelParallelStrategy | None
+) -> int | list[int]:
+    """The devices of this machine's processes, for Fabric: their number, or which one.
+
+    Args:
+        device: of the run.
+        processes: on this machine.
+        bound: whether a launcher gives each process a GPU, perhaps as the only one that it sees.
+        sharing: how several processes share the work.
+    """
+    if bound:
+        own = own_device(str(device))
+        if sharing is not None:
+            sharing.parallel_devices = [own] * processes  # Fabric takes the one at this process's number
+        return [own.index]
+    return processes if device.index is None else [device.index]
 
 
 def bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -164,25 +193,6 @@ def _processes(devices: int) -> tuple[int, int]:
     return process.local_world_size, process.world_size // process.local_world_size
 
 
-def _strategy(name: str, world_size: int, blocks: tuple[type, ...]) -> str | Strategy:
-    if world_size == 1:
-        return "auto"
-    if name == "ddp":
-        return "ddp"
-
-    def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        for module in model.modules():
-            if isinstance(module, blocks):
-                fully_shard(module, mesh=mesh["data_parallel"])
-        fully_shard(model, mesh=mesh["data_parallel"])
-        return model
-
-    # FSDP2. Fabric's FSDPStrategy is the older FSDP, which needs CUDA; this one also runs on gloo, so tests cover it.
-    return ModelParallelStrategy(
-        shard, data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
-    )
-
-
 def _on_other_accelerator(
     device: torch.device, world_size: int, precision: FabricPrecision, environment: ClusterEnvironment
 ) -> Fabric:
@@ -197,7 +207,7 @@ def _on_other_accelerator(
 
 def _precision(precision: Precision, device: torch.device) -> FabricPrecision:
     if precision != "auto":
-        return precision
+        return "32-true" if precision == "tf32" else precision  # how it rounds is `arithmetic`'s
     supported = supports_bf16(device)
     if supported is None:
         return "32-true"  # measured: faster than bf16 on CPUs without bf16 units

@@ -1,19 +1,22 @@
 """The processes of one run end together: if one is lost, one line says so, and no other process is left hanging."""
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from fastmae.errors import FailedCheckError, InputError, first_line
 from fastmae.runtime.fabric import Fabric
+from fastmae.runtime.heartbeat import Heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +27,24 @@ GRACE = 20.0
 """Seconds that a process gets to end by itself once another one has ended: after a signal or on bad input, all do."""
 CONTINUES = "saved work is kept, and the same call continues from it"
 _started: list[subprocess.Popen[bytes]] = []
+_heartbeats: list[Heartbeat] = []
+_ending = threading.Lock()
+"""Held by the thread that ends this process, so that one line is written."""
+
+
+def prepare_to_watch() -> None:
+    """Before the processes connect: an error of NCCL shall not abort this process with a stack trace.
+
+    The heartbeat reads NCCL's errors and reports them instead, which it can since torch 2.7.
+    """
+    if hasattr(getattr(dist, "ProcessGroupNCCL", None), "get_error"):
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
 
 
 def watch_peers(fabric: Fabric) -> None:
-    """Watch the processes that Fabric has started for `--devices`; at exit, close the connections and end them.
+    """Watch all processes by their heartbeats, and those that Fabric has started for `--devices` directly too.
+
+    At exit, the connections are closed and the started processes ended.
 
     This replaces Fabric's own observer, which checks every five seconds and ends this process by SIGKILL, without a
     message, even if all processes are about to end by themselves. The observer stops once its list of processes is
@@ -35,6 +52,9 @@ def watch_peers(fabric: Fabric) -> None:
     """
     if fabric.world_size == 1:
         return
+    heartbeat = Heartbeat(fabric.global_rank, fabric.world_size, _lost, failure=_communication_failure)
+    heartbeat.start()
+    _heartbeats.append(heartbeat)
     started = getattr(fabric.strategy.launcher, "procs", [])
     if started:
         _started.extend(started)
@@ -56,17 +76,31 @@ def ends_with_its_peers(function: Callable[P, Result]) -> Callable[P, Result]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Result:
         try:
-            return function(*args, **kwargs)
-        except RuntimeError as error:
-            if not _lost_a_peer(error):
-                raise
-            failed = _first_failed(GRACE)
-            if failed is None:
-                cause = f"another process of this run has ended or can't be reached ({first_line(error)})"
-                raise FailedCheckError(f"{cause}; {CONTINUES}") from None
-            raise (InputError if failed.returncode == 2 else FailedCheckError)(_fate(failed)) from None
+            with _lost_peers_reported():
+                return function(*args, **kwargs)
+        except (InputError, FailedCheckError) as error:
+            if dist.is_available() and dist.is_initialized():
+                atexit.register(_exit_in_any_case, 2 if isinstance(error, InputError) else 1)
+            raise
+        finally:
+            while _heartbeats:
+                _heartbeats.pop().stop()
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _lost_peers_reported() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not _lost_a_peer(error):
+            raise
+        failed = _first_failed(GRACE)
+        if failed is None:
+            cause = f"another process of this run has ended or can't be reached ({first_line(error)})"
+            raise FailedCheckError(f"{cause}; {CONTINUES}") from None
+        raise (InputError if failed.returncode == 2 else FailedCheckError)(_fate(failed)) from None
 
 
 def _lost_a_peer(error: RuntimeError) -> bool:
@@ -90,10 +124,41 @@ def _watch() -> None:
         if all(process.returncode == 0 for process in _started):
             return
     time.sleep(GRACE)
-    log.warning(f"fastmae: {_fate(failed)}")
+    _end(_fate(failed), 2 if failed.returncode == 2 else 1)
+
+
+def _lost(line: str) -> None:
+    """A process is gone, and this one may wait for it without an end."""
+    failed = _first_failed(GRACE / 4)  # which may have reported why
+    if failed is None:
+        _end(f"{line}; {CONTINUES}", 1)
+    else:
+        _end(_fate(failed), 2 if failed.returncode == 2 else 1)
+
+
+def _end(line: str, code: int) -> None:
+    _ending.acquire()
+    log.warning(f"fastmae: {line}")
     for process in _started:
         process.kill()
-    os._exit(2 if failed.returncode == 2 else 1)
+    os._exit(code)
+
+
+def _communication_failure() -> str:
+    """A line about an error that NCCL has met, or ''."""
+    for group in list(getattr(dist.distributed_c10d._world, "pg_map", ())):
+        backend: Any = group._get_backend(torch.device("cuda")) if dist.get_backend(group) == "nccl" else None
+        error = backend.get_error().name if hasattr(backend, "get_error") else "SUCCESS"
+        if error != "SUCCESS":
+            return f"NCCL has failed ({error.lower()}): another process has ended or can't be reached"
+    return ""
+
+
+def _exit_in_any_case(code: int) -> None:
+    """At exit after a failure, don't wait long: to close its connections, NCCL may wait for peers that don't come."""
+    timer = threading.Timer(1.5 * GRACE, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def _disconnect() -> None:

@@ -17,6 +17,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from fastmae.errors import InputError, first_line
+from fastmae.runtime.average_pool import average_pool
 from fastmae.student.encoder import Encoder, architecture_of
 
 TIMM_ERRORS = (AssertionError, AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
@@ -120,7 +121,7 @@ def to_grid(feature_map: torch.Tensor, side: int) -> torch.Tensor:
     bilinearly.
     """
     if min(feature_map.shape[-2:]) >= side:
-        resized = F.adaptive_avg_pool2d(feature_map, side)
+        resized = average_pool(feature_map, side)
     else:
         resized = F.interpolate(feature_map, size=(side, side), mode="bilinear", align_corners=False)
     return resized.flatten(2).transpose(1, 2)

@@ -23,7 +23,7 @@ from typing import Any
 from fastmae.errors import InterruptedRunError
 from fastmae.runtime.device import cores
 from fastmae.runtime.progress import duration
-from fastmae.runtime.workers import MOST_WORKERS
+from fastmae.runtime.workers import CORES_LEFT
 from fastmae.studies.worker import CRASHED, DONE
 from fastmae.training.stopping import StopRequest
 
@@ -258,5 +258,5 @@ def threads_of_a_job(at_once: int) -> int:
 
 
 def loading_workers(workers: int, at_once: int) -> int:
-    """`--workers` of each of several jobs: -1 is one less than its share of the cores, at least 1."""
-    return workers if workers >= 0 else max(1, min(MOST_WORKERS, cores() // at_once - 1))
+    """`--workers` of each of several jobs: -1 is its share of the cores but `CORES_LEFT`, at least 1."""
+    return workers if workers >= 0 else max(1, cores() // at_once - CORES_LEFT)

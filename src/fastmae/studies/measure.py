@@ -58,7 +58,8 @@ def _probed(job: dict[str, Any], data: LabelledFolder) -> dict[str, float]:
     options: dict[str, Any] = {name: job[name] for name in ("data", "device", "workers")}
     features = labelled_features(KnnConfig(run=job["pretrain"]["run"], **options), data)
     parts = (features.train, features.train_labels, features.val, features.val_labels, features.classes)
-    return {"knn": round(knn_accuracy(*parts)[0], 3), "linear": round(linear_accuracy(*parts)[0], 3)}
+    knn, linear = knn_accuracy(*parts, device=features.device), linear_accuracy(*parts, device=features.device)
+    return {"knn": round(knn[0], 3), "linear": round(linear[0], 3)}
 
 
 def _fine_tuned(job: dict[str, Any], data: LabelledFolder, out: Path) -> float:

@@ -17,6 +17,7 @@ from fastmae.errors import InputError, first_line
 from fastmae.teachers.checkpoint_file import load_checkpoint_file
 from fastmae.teachers.efficientnet_lite import LITES, load_efficientnet_lite
 from fastmae.teachers.huggingface import load_huggingface
+from fastmae.teachers.precision import FULL_PRECISION
 from fastmae.teachers.teacher import RGB, Teacher
 from fastmae.teachers.weights import load_strictly, read_weights
 
@@ -81,6 +82,7 @@ def teacher_of_store(description: dict[str, Any], middle_size: int, grid: int) -
     )
     if teacher.weights_sha256 != description["weights_sha256"]:
         raise InputError(f"{description['spec']}: its weights are not those that made the store (SHA-256 differs)")
+    teacher.precision = description.get("precision", FULL_PRECISION)
     return teacher
 
 

@@ -19,6 +19,7 @@ not stored: at C = 768, M = 48 they take 38 MB, the codebooks 5.5 MB.
 `quantisers` computes all this, `learn` fits int8 and pq<M> to a sample.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from fastmae.tokens.quantisers import ENTRIES, FloatCast, ProductQuantiser, Quan
 Family = Literal["fp32", "fp16", "int8", "pq"]
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.uint8, "pq": np.uint8}
 """Family -> dtype on disk. The paper's 0.94 TB for ImageNet is fp16 (Table 2)."""
+ROUNDED_TO_INFINITY = 65520.0
+"""The smallest number that becomes infinite in float16; 65504 is the largest that float16 holds."""
+NOT_FINITE = "the teacher's features hold NaN or infinity; check its weights file, or tap another --teacher-block"
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,9 @@ class Codec:
         Raises:
             InputError: tokens that are not finite, or beyond what fp16 can hold (65504).
         """
-        check_finite(tokens)
-        codes = self.quantiser.encode(tokens.detach().float().reshape(-1, self.token_dim))
-        return codes.reshape(*tokens.shape[:-1], self.code_dim).contiguous().cpu().numpy()
+        codes = self._quantised(tokens)
+        self.check_peak(float(peak_of(tokens)))
+        return codes.cpu().numpy()
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [..., C'] -> tokens, float32 [..., C], on the codes' device.
@@ -105,13 +109,44 @@ class Codec:
         Raises:
             InputError: as `encode`.
         """
+        codes, means = self.encode_unchecked(tokens)
+        self.check_peak(float(peak_of(tokens)))
+        self.check_means(means)
+        return codes.cpu().numpy(), means.cpu().numpy()
+
+    def encode_unchecked(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like `encode_grids`, with tensors on the tokens' device, and without waiting for it.
+
+        What comes of tokens that can't be encoded has no meaning: see `check_peak` and `check_means`.
+        """
         if not keeps_means(self.name):
-            return self.encode(tokens), np.zeros((len(tokens), 0), np.float16)
-        check_finite(tokens)
+            return self._quantised(tokens), tokens.new_zeros((len(tokens), 0), dtype=torch.float16)
         means = tokens.mean((1, 2))
-        codes = self.encode(tokens - means[:, None, None])
-        decoded_means = self.decode(torch.from_numpy(codes)).mean((1, 2))
-        return codes, FloatCast(torch.float16).encode(means - decoded_means).numpy()
+        codes = self._quantised(tokens - means[:, None, None])
+        return codes, (means - self._mean_of_decoded(codes)).half()
+
+    def check_peak(self, peak: float) -> None:
+        """Check by their largest magnitude that the codec can hold tokens.
+
+        Args:
+            peak: from `peak_of`.
+
+        Raises:
+            InputError: tokens that are not finite, or beyond what fp16 can hold (65504).
+        """
+        if not math.isfinite(peak):
+            raise InputError(NOT_FINITE)
+        if self.name == "fp16" and peak >= ROUNDED_TO_INFINITY:
+            raise InputError(f"the teacher's features reach {peak:.0f}, beyond fp16's 65504; use --codec fp32")
+
+    def check_means(self, means: torch.Tensor) -> None:
+        """Check the means that `encode_unchecked` returned.
+
+        Raises:
+            InputError: means beyond what fp16 can hold.
+        """
+        if not torch.isfinite(means).all():
+            raise InputError("the means of the teacher's features are beyond fp16's 65504; use --codec fp32")
 
     def decode_grids(self, codes: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
         """Decode whole images, or views of them.
@@ -127,6 +162,17 @@ class Codec:
         if not means.shape[1]:
             return tokens
         return tokens + means.float().view(len(means), *[1] * (tokens.dim() - 2), -1)
+
+    def _quantised(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens [..., C] -> codes [..., C'], on their device."""
+        codes = self.quantiser.encode(tokens.detach().float().reshape(-1, self.token_dim))
+        return codes.reshape(*tokens.shape[:-1], self.code_dim).contiguous()
+
+    def _mean_of_decoded(self, codes: torch.Tensor) -> torch.Tensor:
+        """Mean decoded token of each image: codes [n, grid, grid, C'] -> float32 [n, C]."""
+        if codes.device.type != "cpu" and isinstance(self.quantiser, ProductQuantiser):
+            return self.quantiser.mean_by_product(codes)
+        return self.decode(codes).mean((1, 2))
 
 
 def parse_codec(name: str) -> CodecName:
@@ -214,6 +260,14 @@ def load_codec(name: str, token_dim: int, tensors: Mapping[str, np.ndarray]) -> 
     return Codec(name, token_dim, FloatCast(torch.float32 if family == "fp32" else torch.float16))
 
 
+def peak_of(tokens: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude, float32 []: NaN if one of the numbers is, 0 if there are none."""
+    if not tokens.numel():
+        return tokens.new_zeros(())
+    low, high = torch.aminmax(tokens)
+    return torch.maximum(-low, high)
+
+
 def check_finite(tokens: torch.Tensor) -> None:
     """Check that all tokens are finite.
 
@@ -221,8 +275,7 @@ def check_finite(tokens: torch.Tensor) -> None:
         InputError: some are NaN or infinite.
     """
     if not torch.isfinite(tokens).all():
-        way_out = "check its weights file, or tap another --teacher-block"
-        raise InputError(f"the teacher's features hold NaN or infinity; {way_out}")
+        raise InputError(NOT_FINITE)
 
 
 def _checked(tensors: Mapping[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -29,6 +29,11 @@ PREFETCH_AT_MOST = 128
 LOCK_POLL = 0.01
 """Seconds between two attempts at a lock that another process holds."""
 LOCK_SUFFIX = ".lock"
+ROOM_FILE = f".room{LOCK_SUFFIX}"
+"""Beside the cache's lock, and like a lock not counted: the cache's limit, and how many bytes of it are free at least.
+Only when these are used up are the files counted again."""
+SPARE_SHARE = 128
+"""When shards are evicted, more of them go, up to this part of the limit: so the next files are taken in at once."""
 OPENING = "opening"
 """Folder, beside those of the store's versions, of the files that were fetched before the version was known."""
 
@@ -222,6 +227,7 @@ class _BoundedFolder:
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
+        self._counted = False
 
     def make_room(self, target: Path, size: int, spared: Collection[str] | None) -> None:
         """Evict shards, those used least recently first, until `target` fits beside all other files, with `size` bytes.
@@ -236,7 +242,8 @@ class _BoundedFolder:
             _NoRoomError: a prefetch would have to evict a spared file; nothing was evicted.
         """
         with _lock(self.folder / LOCK_SUFFIX):
-            self._evict(target, size, spared)
+            if not 0 < size <= self._known_room():
+                self._note_room(size + self._evict(target, size, spared))
 
     def take_in(self, part: Path, target: Path, spared: Collection[str] | None) -> None:
         """Make room once more, as others may have used it up meanwhile, and rename a complete download to `target`.
@@ -246,11 +253,32 @@ class _BoundedFolder:
             _NoRoomError: as `make_room`.
         """
         with _lock(self.folder / LOCK_SUFFIX):
-            self._evict(target, part.stat().st_size, spared)
+            size, room = part.stat().st_size, self._known_room()
+            if size > room:
+                room = size + self._evict(target, size, spared)
+            self._note_room(room - size)
             part.replace(target)
 
-    def _evict(self, target: Path, size: int, spared: Collection[str] | None) -> None:
+    def _known_room(self) -> int:
+        """Bytes that are free for certain; 0 when nothing is known, or a process with another limit has noted them.
+
+        Each process counts once itself, which also deletes what killed downloads have left.
+        """
+        if not self._counted:
+            return 0
+        try:
+            limit, room = (self.folder / ROOM_FILE).read_text(encoding="ascii").split()
+            return int(room) if int(limit) == self.limit else 0
+        except (OSError, ValueError):
+            return 0
+
+    def _note_room(self, room: int) -> None:
+        (self.folder / ROOM_FILE).write_text(f"{self.limit} {room}", encoding="ascii")
+
+    def _evict(self, target: Path, size: int, spared: Collection[str] | None) -> int:
+        """Count the files, and evict shards if `target` does not fit; returns the bytes that are free beside it."""
         shards, small_bytes, arriving_bytes = self._contents(target)
+        self._counted = True
         if small_bytes + size > self.limit:
             limit, need, small = (f"{count / 1e6:.4g} MB" for count in (self.limit, size, small_bytes))
             raise InputError(
@@ -261,11 +289,13 @@ class _BoundedFolder:
         evictable = [shard for shard in sorted(shards) if shard.path not in (spared or ())]
         if spared is not None and excess > sum(shard.size for shard in evictable):
             raise _NoRoomError
+        evicting = excess > 0
         for shard in evictable:
-            if excess <= 0:
-                return
+            if not evicting or (excess <= 0 and shard.size - excess > self.limit // SPARE_SHARE):
+                break
             Path(shard.path).unlink(missing_ok=True)
             excess -= shard.size
+        return -excess
 
     def _contents(self, target: Path) -> tuple[list[_CachedShard], int, int]:
         """The shards, and the bytes of all other complete files and of all downloads so far; `target` is left out."""

@@ -183,9 +183,7 @@ class StoreInfo:
     def differences(self, other: "StoreInfo") -> list[str]:
         """What differs from another description, as 'name: mine, not theirs'; where the images lie does not count."""
         mine, theirs = _flat(self), _flat(other)
-        return [
-            f"{name}: {mine.get(name)}, not {theirs.get(name)}" for name in mine if mine.get(name) != theirs.get(name)
-        ]
+        return [f"{name}: {mine[name]}, not {theirs.get(name)}" for name in mine if mine[name] != theirs.get(name)]
 
 
 @dataclass(frozen=True)
@@ -257,11 +255,15 @@ class ShardHeader:
         """
         way_out = "delete it and run tokenize again"
         try:
-            value = json.loads((metadata or {})[METADATA_KEY])
+            text = (metadata or {})[METADATA_KEY]
+            value = json.loads(text)
             header = cls(value["shard"], value["checksums"], [ImageRecord(*image) for image in value["images"]])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a shard of a token store; {way_out}") from error
-        if header.to_metadata() != metadata:
+        # The checksum covers the text before it, so nothing has to be written once more to compare.
+        body = text.rpartition(_CHECKSUM)[0] + "}"
+        as_written = f'{body[:-1]}{_CHECKSUM}"{checksum(body.encode())}"}}'
+        if metadata != {METADATA_KEY: as_written} or value.get("version") != FORMAT_VERSION:
             raise InputError(f"{path}: its header is damaged; {way_out}")
         return header
 
@@ -306,9 +308,13 @@ def _flat(info: StoreInfo) -> dict[str, Any]:
     flat = asdict(info)
     teacher = flat.pop("teacher")
     flat["images"] = " + ".join(f"{part['images']} (list {part['images_sha256'][:8]})" for part in flat.pop("parts"))
-    return {**{f"teacher {name}": value for name, value in teacher.items() if name != "weights_file"}, **flat}
+    # A description without a precision is of a teacher in fp32.
+    teacher = {"precision": "32-true"} | {name: teacher[name] for name in teacher if name != "weights_file"}
+    return {**{f"teacher {name}": value for name, value in teacher.items()}, **flat}
 
 
+_CHECKSUM = ', "checksum": '
+"""Begins the last key of a shard's metadata."""
 _BY_HAND = "; the file was changed by hand?"
 
 

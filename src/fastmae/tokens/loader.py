@@ -1,7 +1,8 @@
-"""From the store to the model: loader workers copy aligned views from the mapped shards straight into a batch."""
+"""From the store to the model: aligned views are copied from the mapped shards straight into the memory of a batch."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,8 @@ from fastmae.tokens.shard import DamagedError
 
 log = logging.getLogger(__name__)
 
-LAYOUTS = {"jpeg": torch.channels_last, "raw": torch.contiguous_format}
-"""Memory layout of a batch's pixels, by how the store keeps them: a decoded JPEG is channels last."""
+ALIGNMENT = 64
+"""Bytes of a cache line: each tensor of a batch begins at a multiple of it."""
 
 
 @dataclass
@@ -23,7 +24,7 @@ class ViewBatch:
     """A batch of views.
 
     Attributes:
-        pixels: uint8 [B, K, H, W].
+        pixels: uint8 [B, K, H, W]; channels last in memory where the store keeps JPEGs, as they are decoded.
         tokens: for each teacher's store, codes [B, N, C'], patches row by row; [] when tokens are not read.
         means: for each teacher's store, the images' mean tokens, float16 [B, C], or [B, 0] where it keeps none.
         ids_shuffle: int64 [B, N]: see `Draw.ids_shuffle`.
@@ -38,22 +39,15 @@ class ViewBatch:
     crop: torch.Tensor
     middle: torch.Tensor | None = None
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "ViewBatch":
+    def to(self, device: torch.device | str) -> "ViewBatch":
         """The batch on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "ViewBatch":
-        """The batch in pinned memory; a DataLoader with `pin_memory` calls this."""
-        return self._map(torch.Tensor.pin_memory)
-
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ViewBatch":
         return ViewBatch(
-            pixels=function(self.pixels),
-            tokens=[function(tokens) for tokens in self.tokens],
-            means=[function(means) for means in self.means],
-            ids_shuffle=function(self.ids_shuffle),
-            crop=function(self.crop),
-            middle=None if self.middle is None else function(self.middle),
+            pixels=self.pixels.to(device),
+            tokens=[tokens.to(device) for tokens in self.tokens],
+            means=[means.to(device) for means in self.means],
+            ids_shuffle=self.ids_shuffle.to(device),
+            crop=self.crop.to(device),
+            middle=None if self.middle is None else self.middle.to(device),
         )
 
 
@@ -99,7 +93,7 @@ class StoreViews(Dataset[ViewBatch]):
         return self.__getitems__([visit])
 
     def __getitems__(self, visits: Sequence[tuple[int, int]]) -> ViewBatch:
-        """The views of a whole batch of (epoch, index); a DataLoader prefers this to `__getitem__`."""
+        """The views of a whole batch of (epoch, index), in memory of its own."""
         return self.batch([(index, self.draws.draw(epoch, index, self.grids)) for epoch, index in visits])
 
     def batch(self, views: Sequence[tuple[int, Draw]]) -> ViewBatch:
@@ -108,29 +102,66 @@ class StoreViews(Dataset[ViewBatch]):
         Raises:
             DamagedError: an image is not what was written, and `on_damage` is 'stop', or no image is left.
         """
-        store, size, count = self.stores[0][0], self.draws.size, len(views)
-        channels, side, middle_side = store.info.channels, size * store.info.patch_size, store.info.middle_size
-        teachers = [scales[0] for scales in self.stores] if self.with_tokens else []
-        # Allocate the batch, then let the store write each view into its place in it.
-        layout = LAYOUTS[store.info.pixels]
-        pixels = torch.empty(count, channels, side, side, dtype=torch.uint8, memory_format=layout)
-        codes = [np.empty((count, size, size, teacher.code_dim), teacher.code_dtype) for teacher in teachers]
-        means = [np.empty((count, teacher.mean_dim), np.float16) for teacher in teachers]
-        middle = torch.empty(count, channels, middle_side, middle_side, dtype=torch.uint8) if self.with_middle else None
-        pixel_rows = pixels.numpy()  # the same memory
-        for number, (index, draw) in enumerate(views):
-            outputs = [(code[number], mean[number]) for code, mean in zip(codes, means, strict=True)]
-            read_index = self._read(index, draw, pixel_rows[number], outputs)
+        batch = self.batch_in(torch.empty(self.batch_bytes(len(views)), dtype=torch.uint8), len(views))
+        self._write(batch, 0, views)
+        return batch
+
+    def batch_bytes(self, size: int) -> int:
+        """Bytes of memory that `batch_in` needs for `size` views."""
+        return sum(_aligned(math.prod(shape) * dtype.itemsize) for dtype, shape in self._tensors(size))
+
+    def batch_in(self, memory: torch.Tensor, size: int) -> ViewBatch:
+        """A batch whose tensors lie in given memory, with whatever values that holds.
+
+        Args:
+            memory: uint8 [at least `batch_bytes(size)`], aligned to 8 bytes.
+            size: number of views, B.
+        """
+        tensors, start = [], 0
+        for dtype, shape in self._tensors(size):
+            count = math.prod(shape) * dtype.itemsize
+            tensors.append(memory[start : start + count].view(dtype).view(shape))
+            start += _aligned(count)
+        pixels, ids_shuffle, crop, *others = tensors
+        if self.stores[0][0].info.pixels == "jpeg":
+            pixels = pixels.permute(0, 3, 1, 2)
+        middle = others.pop() if self.with_middle else None
+        return ViewBatch(pixels, others[::2], others[1::2], ids_shuffle, crop, middle)
+
+    def _tensors(self, size: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of a batch's tensors in the order in which they lie in memory."""
+        info, patches = self.stores[0][0].info, self.draws.size**2
+        side, channels = self.draws.size * info.patch_size, info.channels
+        view = (side, side, channels) if info.pixels == "jpeg" else (channels, side, side)
+        tensors = [(torch.uint8, (size, *view)), (torch.int64, (size, patches)), (torch.int64, (size, 3))]
+        for store in (scales[0] for scales in self.stores if self.with_tokens):
+            code_dtype = torch.from_numpy(np.empty(0, store.code_dtype)).dtype
+            tensors += [(code_dtype, (size, patches, store.code_dim)), (torch.float16, (size, store.mean_dim))]
+        if self.with_middle:
+            tensors.append((torch.uint8, (size, channels, info.middle_size, info.middle_size)))
+        return tensors
+
+    def fill(self, batch: ViewBatch, first: int, visits: Sequence[tuple[int, int]]) -> None:
+        """Write the views of some (epoch, index) into the rows of a batch from row `first` on.
+
+        Raises:
+            DamagedError: as `batch`.
+        """
+        self._write(batch, first, [(index, self.draws.draw(epoch, index, self.grids)) for epoch, index in visits])
+
+    def _write(self, batch: ViewBatch, first: int, views: Sequence[tuple[int, Draw]]) -> None:
+        rows, grid = slice(first, first + len(views)), (self.draws.size, self.draws.size)
+        pixels = batch.pixels[rows].numpy()  # the same memory
+        codes = [tokens[rows].unflatten(1, grid).numpy() for tokens in batch.tokens]
+        means = [mean[rows].numpy() for mean in batch.means]
+        middle = None if batch.middle is None else batch.middle[rows]
+        for row, (index, draw) in enumerate(views):
+            outputs = [(code[row], mean[row]) for code, mean in zip(codes, means, strict=True)]
+            read_index = self._read(index, draw, pixels[row], outputs)
             if middle is not None:
-                middle[number] = self.stores[0][draw.scale].pixels(read_index)
-        return ViewBatch(
-            pixels=pixels,
-            tokens=[torch.from_numpy(code).flatten(1, 2) for code in codes],
-            means=[torch.from_numpy(mean) for mean in means],
-            ids_shuffle=torch.from_numpy(np.stack([draw.ids_shuffle for _, draw in views])),
-            crop=torch.tensor([[draw.row, draw.col, int(draw.flipped)] for _, draw in views]),
-            middle=middle,
-        )
+                middle[row] = self.stores[0][draw.scale].pixels(read_index)
+        np.stack([draw.ids_shuffle for _, draw in views], out=batch.ids_shuffle[rows].numpy())
+        batch.crop[rows] = torch.tensor([[draw.row, draw.col, draw.flipped] for _, draw in views])
 
     def _read(
         self, index: int, draw: Draw, pixels: np.ndarray, outputs: Sequence[tuple[np.ndarray, np.ndarray]]
@@ -168,3 +199,7 @@ class StoreViews(Dataset[ViewBatch]):
         if str(error) not in self._warned:  # a shard that is gone as a whole is named once
             self._warned.add(str(error))
             log.warning(f"skipped image {key}: {str(error).split(';')[0]}")
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT

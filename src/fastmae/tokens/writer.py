@@ -4,7 +4,8 @@ A shard's bytes follow from the image list and the settings alone, and a shard i
 continued build writes just the missing shards, and the finished store is the same to the byte.
 """
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from fastmae.errors import InputError, first_line
 from fastmae.images.entries import label_of
 from fastmae.runtime.durable import holds_anything, remove_parts, write_new, write_whole
 from fastmae.tokens.codec import Codec, learns
+from fastmae.tokens.encoded import EncodedImages
 from fastmae.tokens.format import (
     CODEBOOKS_COPY,
     CODEBOOKS_FILE,
@@ -39,11 +41,25 @@ from fastmae.tokens.format import (
     shard_path,
 )
 from fastmae.tokens.manifest import Manifest, measure, read_header, store_text
+from fastmae.tokens.shard_file import SplitTensor, as_bytes, write_tensors
 
 ROW_GROUP = 1 << 16
 """Images in a row group of the index, which is held in memory while it is written."""
 SUMS = ("channel_sums", "pixel_sums")
 """Tensors of a shard with the sums from which the store's statistics are computed."""
+
+
+@dataclass(frozen=True)
+class StoredPixels:
+    """The pixels of some images as a shard stores them, in one or more parts.
+
+    Attributes:
+        parts: JPEG files, one after the other, uint8 [bytes]; or raw pixels, uint8 [n, K, S, S].
+        sizes: bytes of each JPEG, a list for each part; None for raw pixels.
+    """
+
+    parts: Sequence[torch.Tensor]
+    sizes: Sequence[Sequence[int]] | None
 
 
 class StoreWriter:
@@ -60,12 +76,11 @@ class StoreWriter:
     def __init__(self, folder: Path, info: StoreInfo):
         self.folder, self.info = folder, info
         begin_folder(folder)
-        if (folder / STORE_FILE).exists():
-            begun = read_store_info(folder)
-            _refuse_other_settings(folder, begun.differences(info))
-            self.info = begun  # the images may lie elsewhere by now; the store's bytes stay as they were begun
-        else:
-            self._write_info()
+        if not (folder / STORE_FILE).exists():
+            write_new(folder / STORE_FILE, store_text(info).encode())  # if several processes do, the first one's stays
+        begun = read_store_info(folder)
+        _refuse_other_settings(folder, begun.differences(info))
+        self.info = begun  # the images may lie elsewhere by now; the store's bytes stay as they were begun
         (folder / SHARDS_FOLDER).mkdir(exist_ok=True)
 
     def extend(self, part: Part) -> None:
@@ -92,42 +107,34 @@ class StoreWriter:
     def write_shard(
         self,
         shard: int,
-        codec: Codec,
-        tokens: torch.Tensor,
-        pixels: list[torch.Tensor],
+        tokens: Sequence[EncodedImages],
+        pixels: StoredPixels,
         pixel_sums: torch.Tensor,
         images: list[ImageRecord],
-        flipped_tokens: torch.Tensor | None = None,
+        flipped_tokens: Sequence[EncodedImages] = (),
     ) -> None:
-        """Write one shard, whole or not at all.
+        """Write one shard, whole or not at all. The bytes of tokens and pixels are not copied.
 
         Args:
             shard: the shard's number.
-            codec: encodes the tokens.
-            tokens: float32 [n, grid, grid, C], of the n images that could be decoded.
-            pixels: the middle images of the same: a JPEG file each, uint8 [bytes], or raw, uint8 [K, S, S].
+            tokens: encoded tokens of the n images that could be decoded, on the CPU, in one or more parts.
+            pixels: the middle images of the same, in one or more parts.
             pixel_sums: float64 [2, K], sum and sum of squares of each channel of the middle images, in [0, 1].
             images: all images of the shard, skipped ones included.
             flipped_tokens: like `tokens`, of the mirrored images, when the store keeps them.
         """
         # The order of the tensors is that of the checksums in the header, so it is part of the shard's bytes.
-        token_tensors, token_records = _encoded("", codec, tokens)
-        tensors = self._pixel_tensors(pixels) | token_tensors
-        records = [token_records, [image.numpy().tobytes() for image in pixels]]
-        if flipped_tokens is not None:
-            flipped_tensors, flipped_records = _encoded("flipped_", codec, flipped_tokens)
-            tensors |= flipped_tensors
-            records.append(flipped_records)
-        digests = [[xxhash.xxh3_64_intdigest(record) for record in column] for column in records]
-        tensors["record_checksums"] = np.array(digests, dtype=np.uint64).reshape(len(records), len(pixels)).T
+        tensors, pixel_records = _pixel_tensors(pixels)
+        columns = [_token_column("", tensors, tokens), [_digest(record) for record in pixel_records]]
+        if flipped_tokens:
+            columns.append(_token_column("flipped_", tensors, flipped_tokens))
+        record_checksums = np.array(columns, dtype=np.uint64).reshape(len(columns), -1).T
+        tensors["record_checksums"] = SplitTensor([np.ascontiguousarray(record_checksums)])
         # The sums are stored, so that finishing the store reads no tokens again.
-        flat = tokens.reshape(-1, self.info.token_dim).double()
-        tensors["channel_sums"] = torch.stack([flat.sum(0), flat.square().sum(0)]).numpy()
-        tensors["pixel_sums"] = pixel_sums.numpy()
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        header = ShardHeader(shard, {name: checksum(tensor.tobytes()) for name, tensor in tensors.items()}, images)
-        data = save(tensors, metadata=header.to_metadata())  # not save_file, which has a temporary file of its own
-        write_whole(shard_path(self.folder, shard), lambda aside: aside.write_bytes(data))
+        token_sums = torch.stack([part.sums.double() for part in tokens]).sum(0)
+        tensors["channel_sums"], tensors["pixel_sums"] = (SplitTensor.of([sums]) for sums in (token_sums, pixel_sums))
+        header = ShardHeader(shard, {name: tensor.checksum for name, tensor in tensors.items()}, images)
+        write_whole(shard_path(self.folder, shard), lambda aside: write_tensors(aside, tensors, header.to_metadata()))
 
     def finish(self) -> None:
         """Write the statistics, the index and the manifest of a store whose shards are complete."""
@@ -135,8 +142,7 @@ class StoreWriter:
             self._copy_codebooks()
         for folder in (self.folder, self.folder / SHARDS_FOLDER, self.folder / LISTS_FOLDER):
             remove_parts(folder)
-        self._write_statistics()
-        write_whole(self.folder / INDEX_FILE, self._write_index)
+        self._write_statistics_and_index()
         self._manifest().write(self.folder)
 
     def header(self, shard: int) -> ShardHeader:
@@ -154,30 +160,35 @@ class StoreWriter:
             problem = "differs from its copy, so one of them is damaged"
             raise InputError(f"{codebooks}: {problem}; `fastmae verify {self.folder} --repair`")
 
-    def _write_statistics(self) -> None:
+    def _write_statistics_and_index(self) -> None:
+        """Write both in one pass over the shards' headers."""
         token_sums, pixel_sums = np.zeros((2, self.info.token_dim)), np.zeros((2, self.info.channels))
         decoded = 0
-        for shard in range(self.info.shards):
-            header, shard_token_sums, shard_pixel_sums = self._read_back(shard)
-            token_sums += shard_token_sums
-            pixel_sums += shard_pixel_sums
-            decoded += sum(image.row >= 0 for image in header.images)
-        if not decoded:
-            source, first = self.info.parts[0].source, self.header(0).images[0]
-            raise InputError(f"{source}: not one image could be decoded (first: {first.path}: {first.status})")
+
+        def write_index(aside: Path) -> None:
+            nonlocal decoded
+            images: list[ImageRecord] = []
+            shards: list[int] = []
+            # Opened here, as pyarrow takes no path that is not UTF-8.
+            with aside.open("wb") as opened, pq.ParquetWriter(opened, INDEX_SCHEMA) as file:
+                for shard in range(self.info.shards):
+                    header, shard_token_sums, shard_pixel_sums = self._read_back(shard)
+                    np.add(token_sums, shard_token_sums, out=token_sums)
+                    np.add(pixel_sums, shard_pixel_sums, out=pixel_sums)
+                    decoded += sum(image.row >= 0 for image in header.images)
+                    images += header.images
+                    shards += [header.shard] * len(header.images)
+                    if len(images) >= ROW_GROUP or shard == self.info.shards - 1:
+                        file.write_table(_index_rows(images, shards))
+                        images, shards = [], []
+            if not decoded:
+                source, first = self.info.parts[0].source, self.header(0).images[0]
+                raise InputError(f"{source}: not one image could be decoded (first: {first.path}: {first.status})")
+
+        write_whole(self.folder / INDEX_FILE, write_index)
         statistics = _mean_and_std("", token_sums, decoded * self.info.grid**2)
         statistics |= _mean_and_std("pixel_", pixel_sums, decoded * self.info.middle_size**2)
         write_whole(self.folder / STATISTICS_FILE, lambda aside: aside.write_bytes(save(statistics)))
-
-    def _write_index(self, aside: Path) -> None:
-        columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
-        # Opened here, as pyarrow takes no path that is not UTF-8.
-        with aside.open("wb") as opened, pq.ParquetWriter(opened, INDEX_SCHEMA) as file:
-            for shard in range(self.info.shards):
-                _append(columns, self.header(shard))
-                if len(columns["path"]) >= ROW_GROUP or shard == self.info.shards - 1:
-                    file.write_table(pa.table(columns, schema=INDEX_SCHEMA))
-                    columns = {name: [] for name in INDEX_SCHEMA.names}
 
     def _manifest(self) -> Manifest:
         names = [STATISTICS_FILE, INDEX_FILE, *(list_name(part) for part in range(len(self.info.parts)))]
@@ -204,14 +215,6 @@ class StoreWriter:
             raise InputError(f"{path}: its sums are damaged; {way_out}")
         return header, token_sums, pixel_sums
 
-    def _pixel_tensors(self, pixels: list[torch.Tensor]) -> dict[str, np.ndarray]:
-        size = self.info.middle_size
-        if self.info.pixels == "raw":
-            empty = np.zeros((0, self.info.channels, size, size), np.uint8)
-            return {"pixels": torch.stack(pixels).numpy() if pixels else empty}
-        offsets = np.cumsum([0, *(len(jpeg) for jpeg in pixels)], dtype=np.int64)
-        return {"jpeg": torch.cat(pixels).numpy() if pixels else np.zeros(0, np.uint8), "jpeg_offsets": offsets}
-
 
 def begin_folder(folder: Path) -> None:
     """Make the folder of a store and the folder of its image lists.
@@ -233,22 +236,47 @@ def _refuse_other_settings(folder: Path, differences: list[str]) -> None:
         raise InputError(f"{folder}: was begun with other settings ({'; '.join(differences)}); {way_out}")
 
 
-def _encoded(prefix: str, codec: Codec, tokens: torch.Tensor) -> tuple[dict[str, np.ndarray], list[bytes]]:
-    """The shard's tensors of codes and, with codecs that store them, of means; and the bytes of each image's record."""
-    codes, means = codec.encode_grids(tokens)
-    tensors = {f"{prefix}tokens": codes}
+def _pixel_tensors(pixels: StoredPixels) -> tuple[dict[str, SplitTensor], Iterator[np.ndarray]]:
+    """The shard's tensors of pixels, and the bytes of each image's pixels."""
+    data = SplitTensor.of(pixels.parts)
+    if pixels.sizes is None:
+        return {"pixels": data}, data.digested_rows()
+    offsets = np.cumsum([0, *(size for sizes in pixels.sizes for size in sizes)], dtype=np.int64)
+    jpegs = (
+        jpeg
+        for part, sizes in zip(data.parts, pixels.sizes, strict=True)
+        for jpeg in np.split(part, np.cumsum(sizes)[:-1])[: len(sizes)]
+    )
+    return {"jpeg": data, "jpeg_offsets": SplitTensor([offsets])}, jpegs
+
+
+def _token_column(prefix: str, tensors: dict[str, SplitTensor], tokens: Sequence[EncodedImages]) -> list[int]:
+    """Add the tensors of codes and, with codecs that store them, of means; returns the checksum of each record."""
+    codes = SplitTensor.of([part.codes for part in tokens])
+    means = SplitTensor.of([part.means for part in tokens])
+    tensors[f"{prefix}tokens"] = codes
     if means.shape[1]:
         tensors[f"{prefix}token_means"] = means
-    return tensors, [code.tobytes() + mean.tobytes() for code, mean in zip(codes, means, strict=True)]
+    return [_digest(code, mean) for code, mean in zip(codes.digested_rows(), means.rows(), strict=True)]
 
 
-def _append(columns: dict[str, list], header: ShardHeader) -> None:
-    for image in header.images:
-        columns["path"].append(_as_utf8(image.path))
-        columns["label"].append(_as_utf8(label_of(image.path)))
-        columns["shard"].append(header.shard)
-        for name in ("row", "width", "height", "status"):
-            columns[name].append(getattr(image, name))
+def _digest(*arrays: np.ndarray) -> int:
+    """xxh3-64 of the arrays' bytes, one after the other."""
+    digest = xxhash.xxh3_64()
+    for array in arrays:
+        digest.update(as_bytes(array))
+    return digest.intdigest()
+
+
+def _index_rows(images: list[ImageRecord], shards: list[int]) -> pa.Table:
+    """Rows of the index, given the images and the shard of each."""
+    columns = {
+        "path": [_as_utf8(image.path) for image in images],
+        "label": [_as_utf8(label_of(image.path)) for image in images],
+        "shard": shards,
+        **{name: [getattr(image, name) for image in images] for name in ("row", "width", "height", "status")},
+    }
+    return pa.table(columns, schema=INDEX_SCHEMA)
 
 
 def _as_utf8(path: str) -> str:

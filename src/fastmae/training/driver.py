@@ -8,6 +8,7 @@ from typing import Any
 from fastmae.config import TrainingConfig
 from fastmae.errors import InputError
 from fastmae.runs.folder import CHECKPOINT_FILE, INPUTS_FILE, RunFolder, read_evaluations, read_metrics
+from fastmae.runtime.arithmetic import computes_as_asked
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import write_json
 from fastmae.runtime.fabric import Fabric
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @ends_with_its_peers
+@computes_as_asked
 def train(config: TrainingConfig, task: Task, settings: Settings) -> dict[str, Any] | None:
     """Train a run to its end, or continue it.
 

@@ -13,6 +13,8 @@ from fastmae.config import TrainingConfig
 from fastmae.errors import InputError
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch
+from fastmae.runtime.ring import FillsBatches, ring_batches
+from fastmae.runtime.transfer import copied_ahead, held_batches
 from fastmae.runtime.workers import batches
 from fastmae.training.optimiser import adamw
 from fastmae.training.sampler import StepSampler
@@ -117,9 +119,13 @@ def _optimizer(config: TrainingConfig, task: Task, settings: Settings, fabric: F
 
 
 def train_batches(run: Run) -> Iterator[Any]:
-    """This process's batches on its device, from the state's step to the last; `grad_accum_steps` of them per step."""
-    step_sampler = sampler(run)
-    return run.task.wrap_batches(map(run.fabric.to_device, loader(run, step_sampler)), step_sampler)
+    """This process's batches on its device, from the state's step to the last; `grad_accum_steps` of them per step.
+
+    On the CPU, a batch is valid until the next one is asked for: see `loader`.
+    """
+    step_sampler, device = sampler(run), run.fabric.device
+    loaded = loader(run, step_sampler, held_batches(device))
+    return run.task.wrap_batches(copied_ahead(loaded, device), step_sampler)
 
 
 def sampler(run: Run) -> StepSampler:
@@ -137,15 +143,18 @@ def sampler(run: Run) -> StepSampler:
     )
 
 
-def loader(run: Run, step_sampler: StepSampler) -> Iterator[Any]:
-    """This process's batches as the loading processes give them: on the CPU, pinned for a GPU."""
-    return batches(
-        run.task.dataset,
-        run.fabric.device,
-        run.config.workers,
-        batch_sampler=step_sampler,
-        collate=run.task.collate,
-    )
+def loader(run: Run, step_sampler: StepSampler, held: int = 1) -> Iterator[Any]:
+    """This process's batches as the loading processes give them: on the CPU, pinned for a GPU.
+
+    Args:
+        run: the run.
+        step_sampler: as `sampler` gives it.
+        held: how many of the latest batches must stay as they are. The memory of older ones is written anew.
+    """
+    task, device, workers = run.task, run.fabric.device, run.config.workers
+    if isinstance(task.dataset, FillsBatches):
+        return ring_batches(task.dataset, device, workers, step_sampler, step_sampler.micro_batch_size, held)
+    return batches(task.dataset, device, workers, batch_sampler=step_sampler, collate=task.collate)
 
 
 def train_step(run: Run, micro_batches: Iterable[Any]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastmae.errors import InputError
 from fastmae.evaluate.segmentation.upernet import UperNet, segmentation_loss, sync_batch_norms, tapped_blocks
+from fastmae.runtime.arithmetic import deterministic_kernels
 
 SMALL = {
     "embed_dim": 32,
@@ -99,6 +100,20 @@ def test_the_loss_is_the_cross_entropy_of_both_heads_over_the_pixels_that_are_no
     torch.testing.assert_close(losses["decode_loss"], expected[0])
     torch.testing.assert_close(losses["auxiliary_loss"], expected[1])
     torch.testing.assert_close(losses["loss"], expected[0] + 0.4 * expected[1])
+
+
+def test_deterministic_kernels_give_the_same_scores_and_losses_to_rounding():
+    torch.manual_seed(0)
+    network = small_network().eval()
+    images, masks = torch.randn(1, 3, 96, 64), torch.randint(0, 5, (1, 96, 64), dtype=torch.uint8)
+    masks[0, :9] = 255
+    expected = network(images)
+    expected_losses = segmentation_loss(expected, masks)
+    with deterministic_kernels(True):
+        scores = network(images)
+        losses = segmentation_loss(scores, masks)
+    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(losses, expected_losses)
 
 
 def test_a_batch_of_ignored_pixels_has_a_loss_of_0_and_no_gradient():

@@ -26,7 +26,7 @@ from fastmae.evaluate.segmentation.mean_iou import confusion_matrix, iou_table
 from fastmae.evaluate.segmentation.upernet import UperNet, segmentation_loss, sync_batch_norms, tapped_blocks
 from fastmae.evaluate.segmentation.validation import CLASS_PREFIX, Validation
 from fastmae.evaluate.stages import STRIDES, trainable_stages
-from fastmae.images.views import normalise
+from fastmae.images.views import PixelScale
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.device import resolve_device
 from fastmae.runtime.processes import is_first_process, this_process
@@ -126,12 +126,10 @@ class SegmentationStep:
     """A training step: normalises the crops and computes the loss of both heads.
 
     Attributes:
-        mean: of each channel, for values in [0, 1].
-        std: of each channel, for values in [0, 1].
+        pixel_scale: normalises the crops.
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    pixel_scale: PixelScale
 
     def __call__(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Scalars `loss`, `decode_loss`, `auxiliary_loss`.
@@ -141,7 +139,7 @@ class SegmentationStep:
             batch: crops uint8 [B, K, S, S] and masks uint8 [B, S, S].
         """
         images, masks = batch
-        return segmentation_loss(model(normalise(images, self.mean, self.std)), masks)
+        return segmentation_loss(model(self.pixel_scale(images)), masks)
 
 
 def make_task(
@@ -165,11 +163,11 @@ def make_task(
     read_pair = PairReader(data, len(classes), opened.channels)
     mean_colour = tuple(round(255 * value) for value in opened.mean)
     augment = Augmentation(sizes.crop, sizes.short_side, mean_colour)
+    pixel_scale = PixelScale(opened.mean, opened.std)
     validation = Validation(
         photos=WholePhotos(data.val, read_pair, sizes.short_side),
         class_names=classes,
-        mean=opened.mean,
-        std=opened.std,
+        pixel_scale=pixel_scale,
         patch_size=opened.patch_size,
         window=sizes.crop if config.inference == "slide" else None,
         workers=config.workers,
@@ -183,7 +181,7 @@ def make_task(
         headline=f"segment: {weight_count(sum(parameter.numel() for parameter in network.parameters()))}",
         network=network,
         dataset=TrainingCrops(data.train, read_pair, augment, config.seed),
-        step=SegmentationStep(opened.mean, opened.std),
+        step=SegmentationStep(pixel_scale),
         evaluate=validation,
         metric="miou",
         parameter_groups=partial(

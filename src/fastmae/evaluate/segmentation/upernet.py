@@ -20,6 +20,7 @@ from fastmae.errors import InputError
 from fastmae.evaluate.segmentation.inference import resize_scores
 from fastmae.evaluate.segmentation.masks import IGNORED
 from fastmae.evaluate.stages import Stages
+from fastmae.runtime.average_pool import AveragePool
 from fastmae.student.encoder import Encoder
 
 TAPS = (1 / 3, 1 / 2, 2 / 3, 1)
@@ -130,6 +131,8 @@ def sync_batch_norms(network: nn.Module, device: torch.device, processes: int) -
 
 def _cross_entropy(scores: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     resized = resize_scores(scores, (masks.shape[-2], masks.shape[-1]))
+    if torch.are_deterministic_algorithms_enabled():  # which GPUs have for rows of scores, but not for maps of them
+        resized, masks = resized.movedim(1, -1).flatten(0, -2), masks.flatten()
     total = F.cross_entropy(resized, masks, ignore_index=IGNORED, reduction="sum")
     num_pixels = (masks != IGNORED).sum()
     return total / num_pixels.clamp(min=1)  # a batch of ignored pixels has a loss of 0, not 0 / 0
@@ -155,5 +158,8 @@ def _heads(widths: Sequence[int], num_classes: int, channels: int) -> tuple[nn.M
     for head in heads:
         nn.init.normal_(head.classifier.weight, std=CLASSIFIER_STD)
         nn.init.zeros_(head.classifier.bias)
+        for module in head.modules():
+            if isinstance(module, nn.AdaptiveAvgPool2d):
+                module.__class__ = AveragePool  # its pools are in lists too, so they can't be replaced by name
         head.classifier = nn.Sequential(nn.Dropout2d(DROPOUT), head.classifier)
     return heads[0], heads[1]

@@ -13,7 +13,7 @@ from fastmae.evaluate.segmentation.datasets import WholePhotos
 from fastmae.evaluate.segmentation.inference import resize_scores, sliding_scores, whole_scores
 from fastmae.evaluate.segmentation.mean_iou import intersection_over_union, miou_and_accuracy
 from fastmae.evaluate.segmentation.pictures import Prediction, draw_predictions
-from fastmae.images.views import normalise
+from fastmae.images.views import PixelScale
 from fastmae.runtime.durable import write_whole
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import on_first_process, take_first_buffers
@@ -32,8 +32,7 @@ class Validation:
     Attributes:
         photos: the validation photos and masks.
         class_names: one for each class id.
-        mean: of each channel, for values in [0, 1].
-        std: of each channel, for values in [0, 1].
+        pixel_scale: normalises the photos.
         patch_size: side of a patch, in pixels.
         window: side of the sliding windows, in pixels; None for one forward pass of the whole photo.
         workers: number of loading processes; -1 for automatic.
@@ -44,8 +43,7 @@ class Validation:
 
     photos: WholePhotos
     class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    pixel_scale: PixelScale
     patch_size: int
     window: int | None
     workers: int
@@ -81,7 +79,7 @@ class Validation:
             photo: uint8 [K, h, w].
             size: (H, W); the scores are resized to it before the classes are compared.
         """
-        images = normalise(photo[None], self.mean, self.std)
+        images = self.pixel_scale(photo[None])
         if self.window is None:
             scores = whole_scores(network, images, self.patch_size)
         else:
