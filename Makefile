@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast lint format clean
+.PHONY: setup demo test test-fast gpu-check lint format clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ test: setup
 # The unit tests that take little time: under three minutes on two cores.
 test-fast: setup
 	$(PYTEST) -m "not slow" --ignore tests/end_to_end
+
+# On a machine with a GPU: what is right there, and how fast. `make gpu-check ARGS="--budget 600"` gives it more time.
+gpu-check: setup
+	$(BIN)/python tools/gpu_check $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check src tests tools

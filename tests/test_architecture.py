@@ -85,9 +85,15 @@ def test_the_tests_mirror_the_source():
         str(test.relative_to(TESTS))
         for test in TESTS.rglob("test_*.py")
         if test.parent not in (TESTS, TESTS / "end_to_end", TESTS / "simulated")
-        and not (SOURCE / test.relative_to(TESTS).with_name(test.name.removeprefix("test_"))).exists()
+        and not any(source.exists() for source in mirrored_by(test))
     ]
     assert sorted(missing) == sorted(TESTS_OF_SEVERAL_MODULES)
+
+
+def mirrored_by(test: Path) -> list[Path]:
+    """Where the source of a test file may be: a module of the package; a script, or a folder of them, in tools/."""
+    name = test.relative_to(TESTS).with_name(test.name.removeprefix("test_"))
+    return [SOURCE / name, TESTS.parent / name, TESTS.parent / name.with_suffix("")]
 
 
 TESTS_OF_SEVERAL_MODULES = {

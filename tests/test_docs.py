@@ -21,6 +21,7 @@ OTHER_PROGRAMS_OPTIONS = {
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun
     *("--ntasks", "--gpus-per-task"),  # srun
     "--folder",  # tools/rehearse_scale.py
+    *("--budget", "--stages", "--work", "--cpu", "--detect", "--count"),  # tools/gpu_check
 }
 
 
