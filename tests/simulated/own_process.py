@@ -1,8 +1,8 @@
 """Runs the test files that are marked `accelerator` in processes of their own, where torch has the device `sim`.
 
 torch can't forget a device, so the other tests must not share a process with these. pytest starts a second pytest for
-each such file and passes its reports on, test by test, as if it had run them itself. With xdist, give `--dist loadfile`: it
-starts one process per file, and not one in each worker.
+each such file and passes its reports on, test by test, as if it had run them itself. With xdist, give
+`--dist loadfile`: it starts one process per file, and not one in each worker.
 
 In the second process, torch finds the device as it finds that of any vendor's package: by an entry point, in
 `autoload/`. So do all processes that it starts.
