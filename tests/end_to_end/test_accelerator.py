@@ -99,7 +99,7 @@ def test_a_run_is_in_bf16_by_default_and_its_first_loss_near_that_in_fp32(name, 
     assert in_bf16[0] == pytest.approx(in_fp32[0], rel=0.02)
 
 
-@pytest.mark.parametrize("options", ["--codec fp32 --pixels raw", "--codec pq16"])
+@pytest.mark.parametrize("options", ["--codec fp32 --pixels raw", "--codec pq16 --precision 32-true"])
 def test_tokenize_makes_nearly_the_same_tokens_as_on_the_cpu(options, photos, vit_teacher, tmp_path, request):
     store = tmp_path / "sim.tokens"
     args = ["tokenize", str(photos / "train"), str(store), *vit_teacher, *options.split(), "--device", "sim"]

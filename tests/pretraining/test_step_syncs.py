@@ -3,7 +3,9 @@
 import pytest
 
 from fastmae.cli import run
+from fastmae.runtime import ring
 from fastmae.training import loop
+from simulated.device import pinned_in_place
 from simulated.syncs import SYNCS
 
 pytestmark = pytest.mark.accelerator
@@ -45,6 +47,7 @@ def syncs_between_log_entries(monkeypatch, tmp_path):
 
     def count(stores, options):
         monkeypatch.setattr(loop, "_log_entry", log_entry)
+        monkeypatch.setattr(ring, "pinned_in_place", pinned_in_place)
         assert run(["pretrain", *map(str, stores), str(tmp_path / "run"), *SHORT.split(), *options]) == 0
         _, between_entries = counted
         return between_entries

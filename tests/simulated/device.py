@@ -7,9 +7,10 @@ It is registered as torch's PrivateUse1 backend, which can't be undone: use it i
 """
 
 import collections
+import contextlib
 import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ FACTORIES = """empty.memory_format empty_strided arange arange.start arange.star
 """What makes tensors without being given any; torch builds its other such functions from these."""
 COPYING = (aten._to_copy.default, aten.copy_.default)
 
-_pinned: collections.Counter[int] = collections.Counter()
+_pinned: collections.Counter[tuple[int, int]] = collections.Counter()
+"""Addresses, first and behind the last, of memory that is pinned."""
 _libraries: list[torch.library.Library] = []
 
 
@@ -82,6 +84,9 @@ class SimTensor(torch.Tensor):
 
     def numpy(self, **_: Any) -> Any:
         raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy; use Tensor.cpu() first")
+
+    def record_stream(self, _: Any) -> None:
+        """Nothing: memory is not reused before Python frees it."""
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         return self.numpy()
@@ -190,8 +195,18 @@ def note_sync(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def is_pinned(tensor: torch.Tensor) -> bool:
-    """Whether a CPU tensor lies in memory that `pin_memory` has given."""
-    return _pinned[tensor.untyped_storage().data_ptr()] > 0
+    """Whether a CPU tensor lies in pinned memory."""
+    pinned = [addresses for addresses, count in list(_pinned.items()) if count]  # other threads pin, too
+    return any(start <= tensor.data_ptr() < end for start, end in pinned)
+
+
+@contextlib.contextmanager
+def pinned_in_place(memory: torch.Tensor, _device: torch.device) -> Iterator[None]:
+    """Pins memory where it is, as `fastmae.runtime.device.pinned_in_place` does for NVIDIA's GPUs."""
+    addresses = _addresses(memory)
+    _pinned[addresses] += 1
+    yield
+    _pinned[addresses] -= 1
 
 
 def on_sim(device: Any) -> bool:
@@ -224,6 +239,38 @@ def _fills(func: Any, args: Any, indices: list[torch.Tensor]) -> bool:
     return is_one_value and len(indices) == 1
 
 
+class SimStream:
+    """A stream, on which everything is done at once."""
+
+    def __init__(self, device: Any = None):
+        self.device = device
+
+    def wait_event(self, _: Any) -> None:
+        """It has happened already."""
+
+    def wait_stream(self, _: Any) -> None:
+        """It is done already."""
+
+    def synchronize(self) -> None:
+        SYNCS.note("synchronize() of a stream")
+
+
+class SimEvent:
+    """A point of a stream. When it is recorded, everything before it is done."""
+
+    def __init__(self, **_: Any):
+        self.recorded = False
+
+    def record(self, _: Any = None) -> None:
+        self.recorded = True
+
+    def query(self) -> bool:
+        return self.recorded
+
+    def synchronize(self) -> None:
+        SYNCS.note("synchronize() of an event")
+
+
 class SimModule(backend_registration._DummyBackendModule):
     """`torch.sim`, as `torch.cuda` is for CUDA."""
 
@@ -236,6 +283,14 @@ class SimModule(backend_registration._DummyBackendModule):
         def __enter__(self) -> None: ...
 
         def __exit__(self, *_: object) -> None: ...
+
+    Stream, Event = SimStream, SimEvent
+
+    def stream(self, _: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def current_stream(self, device: Any = None) -> SimStream:
+        return SimStream(device)
 
     def synchronize(self, _: Any = None) -> None:
         SYNCS.note("synchronize()")
@@ -296,9 +351,13 @@ def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = 
 
 def _pin_memory(tensor: torch.Tensor, _device: Any = None) -> torch.Tensor:
     copied = tensor.clone()
-    storage = copied.untyped_storage()
-    address = storage.data_ptr()
-    _pinned[address] += 1
-    # Counted, since another thread may have got the address before this hears of the end.
-    weakref.finalize(storage, _pinned.subtract, [address])
+    addresses = _addresses(copied)
+    _pinned[addresses] += 1
+    # Counted, since another thread may have got the memory before this hears of its end.
+    weakref.finalize(copied.untyped_storage(), _pinned.subtract, [addresses])
     return copied
+
+
+def _addresses(memory: torch.Tensor) -> tuple[int, int]:
+    start = memory.untyped_storage().data_ptr()
+    return start, start + memory.untyped_storage().nbytes()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from simulated.device import MixedDevicesError, SimTensor
+from simulated.device import MixedDevicesError, SimTensor, pinned_in_place
 from simulated.syncs import SYNCS
 
 pytestmark = pytest.mark.accelerator
@@ -164,11 +164,28 @@ def test_what_the_device_does_by_itself_is_not(go_on, on_device, reasons):
     assert reasons(lambda: go_on(on_device)) == []
 
 
-def test_memory_is_pinned_as_long_as_it_lives():
-    pinned = torch.ones(4).pin_memory()
+def test_memory_is_pinned_as_a_copy_or_for_a_while_in_place():
+    pinned, ordinary = torch.ones(4).pin_memory(), torch.ones(4)
     assert pinned.is_pinned()
     assert pinned[1:].is_pinned()
-    assert not torch.ones(4).is_pinned()
+    with pinned_in_place(ordinary, torch.device("sim")):
+        assert ordinary[1:].is_pinned()
+    assert not ordinary.is_pinned()
+
+
+def test_a_stream_has_done_its_work_when_it_was_given_it(on_device, reasons):
+    def copy_on_own_stream():
+        stream, end = torch.sim.Stream(device=on_device.device), torch.sim.Event()
+        assert not end.query()
+        with torch.sim.stream(stream):
+            on_device.to("cpu", non_blocking=True)
+            end.record(stream)
+        torch.sim.current_stream(on_device.device).wait_event(end)
+        on_device.record_stream(stream)
+        assert end.query()
+
+    assert reasons(copy_on_own_stream) == []
+    assert reasons(torch.sim.Event().synchronize) == ["synchronize() of an event"]
 
 
 def test_autocast_lowers_products_and_keeps_sums_and_norms_in_fp32(on_device):

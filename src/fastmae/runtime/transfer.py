@@ -2,13 +2,27 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from fastmae.runtime.fabric import apply_to_collection
 
 Batch = TypeVar("Batch")
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """What is moved as a whole: a tensor, or an object that Fabric doesn't look into."""
+
+    def to(self, device: torch.device, *, non_blocking: bool) -> "Movable":
+        """A copy on the device."""
+        ...
+
+    def record_stream(self, stream: Any) -> object:
+        """Its memory is not reused before the stream has done what it was given so far."""
+        ...
+
 
 AHEAD = 2
 """Batches that are copied before they are asked for."""
@@ -68,10 +82,10 @@ def _on_own_stream(batches: Iterable[Batch], device: torch.device, streams: Any)
 def _ready(copy: Batch, end: Any, stream: Any) -> Batch:
     """A copy that the stream may use: it waits for the copy's end, and the memory is not reused before it is done."""
     stream.wait_event(end)
-    apply_to_collection(copy, torch.Tensor, lambda tensor: tensor.record_stream(stream))
+    apply_to_collection(copy, Movable, lambda part: part.record_stream(stream))
     return copy
 
 
 def _on_device(batch: Batch, device: torch.device, non_blocking: bool) -> Batch:
-    moved: Batch = apply_to_collection(batch, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    moved: Batch = apply_to_collection(batch, Movable, lambda part: part.to(device, non_blocking=non_blocking))
     return moved

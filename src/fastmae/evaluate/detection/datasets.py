@@ -17,7 +17,6 @@ from fastmae.evaluate.detection import masks
 from fastmae.evaluate.detection.coco import Split
 from fastmae.evaluate.detection.masks import Size
 from fastmae.images.decode import UndecodableError, decode_bands
-from fastmae.runtime.device import pins_memory
 
 Objects = dict[str, torch.Tensor]
 """`boxes` float32 [N, 4] (left, top, right, bottom in pixels of the photo), `labels` int64 [N] from 1, `masks` uint8
@@ -107,9 +106,15 @@ class Targets:
     def __init__(self, objects: Sequence[Objects]):
         self.objects = list(objects)
 
-    def to(self, device: torch.device) -> "Targets":
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Targets":
         """The targets on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=pins_memory(device)))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory until the stream has done what it was given so far."""
+        for objects in self.objects:
+            for tensor in objects.values():
+                tensor.record_stream(stream)
 
     def pin_memory(self) -> "Targets":
         """The targets in pinned memory, which a GPU copies from while it computes."""
