@@ -1,7 +1,7 @@
 """`--codec auto`: the smallest codec whose tokens keep a cosine of 0.95 to the teacher's, on held-out images.
 
-The candidates are pq<M> of growing M, then int8, fp16 and fp32. A larger M never loses more, so the smallest sufficient
-one is found by halving. The codec is then learnt from the whole sample, exactly as if its name had been given.
+The candidates are pq<M> of growing M, then int8, fp16 and fp32. The codec is then learnt from the whole sample, exactly
+as if its name had been given.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import torch
 from fastmae.errors import InputError
 from fastmae.offline.sample import TokenSample
 from fastmae.teachers.precision import mean_cosine
-from fastmae.tokens.codec import Codec
+from fastmae.tokens.codec import Codec, parse_codec
 from fastmae.tokens.learn import LEAST_SAMPLE, learn_from
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ GROUPS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192,
 HELD_OUT_EVERY = 8
 """Every so many images of the sample are held out to measure the cosine on."""
 TRIAL_TOKENS = 1 << 14
-"""Tokens that a candidate learns from. Learning from more takes longer and gains next to nothing (`learn_codec`)."""
+"""Tokens that a candidate learns from, about. More of them take longer and gain next to nothing (`learn_codec`)."""
 
 
 def choose_codec(sample: TokenSample, seed: int) -> tuple[Codec, float]:
@@ -36,22 +36,27 @@ def choose_codec(sample: TokenSample, seed: int) -> tuple[Codec, float]:
         seed: of the codecs' learning.
     """
     held_out = sample.images % sample.grid_every == 0
-    trial = torch.nonzero(~held_out).flatten()
-    trial = trial[:: -(-len(trial) // TRIAL_TOKENS) or 1]
+    learning = torch.nonzero(~held_out).flatten()
     measured: dict[str, float] = {}
 
     def cosine(name: str) -> float:
         if name not in measured:
+            trial = learning[:: max(1, len(learning) // _trial_tokens(name))]
             codec = learn_from(name, sample.tokens[trial], sample.means[trial], seed)
             measured[name] = _round_trip_cosine(codec, sample.grids)
         return measured[name]
 
-    choice = _smallest(product_codecs(sample.tokens.shape[1], len(trial)), cosine)
-    rest = ["int8"] if len(trial) >= LEAST_SAMPLE["int8"] else []
+    choice = _smallest(product_codecs(sample.tokens.shape[1], len(learning)), cosine)
+    rest = ["int8"] if len(learning) >= LEAST_SAMPLE["int8"] else []
     choice = choice or next(name for name in [*rest, "fp16", "fp32"] if cosine(name) >= MIN_COSINE or name == "fp32")
     found = ", ".join(f"{name} {measured[name]:.3f}" for name in sorted(measured, key=lambda name: measured[name]))
     log.info(f"--codec auto: {choice}; cosine of decoded tokens on {len(sample.grids)} held-out images: {found}")
     return learn_from(choice, sample.tokens, sample.means, seed), measured[choice]
+
+
+def _trial_tokens(name: str) -> int:
+    """Tokens that a candidate learns from, about: fewer with a large M, whose clustering takes longer."""
+    return TRIAL_TOKENS * 64 // max(64, parse_codec(name).size)
 
 
 def product_codecs(token_dim: int, sample_size: int) -> list[str]:
@@ -70,15 +75,15 @@ def product_codecs(token_dim: int, sample_size: int) -> list[str]:
 
 
 def _smallest(names: Sequence[str], cosine: Callable[[str], float]) -> str | None:
-    """The first of the names, smallest first, that keeps the cosine; None if none does."""
-    first, end = 0, len(names)
-    while first < end:
-        middle = (first + end) // 2
-        if cosine(names[middle]) >= MIN_COSINE:
-            end = middle
-        else:
-            first = middle + 1
-    return names[first] if first < len(names) else None
+    """The first of the names, smallest first, that keeps the cosine; None if none does.
+
+    The largest of each three is tried first. A codec that is much larger than needed is not tried at all.
+    """
+    for first in range(0, len(names), 3):
+        group = names[first : first + 3]
+        if cosine(group[-1]) >= MIN_COSINE:
+            return next(name for name in group if cosine(name) >= MIN_COSINE)
+    return None
 
 
 def _round_trip_cosine(codec: Codec, grids: torch.Tensor) -> float:
