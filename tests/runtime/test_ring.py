@@ -126,5 +126,5 @@ def test_all_processes_of_a_machine_count(monkeypatch):
     monkeypatch.setattr(ring, "available_for_sharing", lambda: 50_000)
     assert next(ring_batches(Numbers(), CPU, 1, visits(4, 64), 64)).shape == (64, 8)
     monkeypatch.setattr(ring, "local_processes", lambda: 8)
-    with pytest.raises(InputError, match=r"need 0\.1 GB"):
+    with pytest.raises(InputError, match=r"shared memory for batches of 64"):
         next(ring_batches(Numbers(), CPU, 1, visits(4, 64), 64))
