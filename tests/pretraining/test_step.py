@@ -61,8 +61,14 @@ def test_the_shards_of_the_next_steps_are_prefetched_regularly(grad_accum_steps)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
-@pytest.mark.parametrize("options", [[], ["--precision", "bf16-mixed"], ["--target", "pixels", "--norm", "none"]])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", []),
+        ("vit_tiny_patch16_224", ["--target", "pixels", "--norm", "none"]),
+        ("vit_small_patch16_dinov3", ["--precision", "bf16-mixed"]),
+    ],
+)
 def test_student_target_and_loss_compile_as_one_graph(name, options, vit_store, tiny_student, tmp_path):
     args = [str(vit_store), str(tmp_path), *tiny_student, "--encoder", name, *options, "--workers", "0"]
     config = parse("pretrain", args)

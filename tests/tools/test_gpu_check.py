@@ -18,7 +18,8 @@ import torch
 from fastmae.config.commands import COMMANDS
 
 TOOLS = Path(__file__).parents[2] / "tools"
-STAGES = "imports,inputs,correctness,tokenising,inside,groups,commands,speed"
+STAGES = "imports,inputs,correctness,inside,groups,speed"
+"""The commands have end-to-end tests of their own."""
 CALLED_BY_OTHER_STAGES = {"tokenize", "pretrain", "bench step"}
 
 
