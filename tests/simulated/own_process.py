@@ -69,7 +69,7 @@ class FirstProcess:
                 item.add_marker(pytest.mark.skip(reason="needs a torch that takes backends written in Python"))
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         if not self.runs_them or not _is_marked(item):
             return None
         if item.path not in self.runs:
@@ -84,6 +84,8 @@ class FirstProcess:
             report = pytest.TestReport(item.nodeid, item.location, {}, "failed", run.output, "call")
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        # Fixtures of an earlier test were kept for this one; pytest ends here what the next one doesn't need.
+        item.session._setupstate.teardown_exact(nextitem)
         return True
 
     def pytest_unconfigure(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from fastmae.errors import InputError, OneProcessError
-from fastmae.runtime.processes import local_processes, this_process
+from fastmae.runtime.processes import this_process
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,16 @@ def pinned_in_place(memory: torch.Tensor, device: torch.device) -> Iterator[None
         if pinned:
             synchronise(device)  # a copy may still read it
             cudart.cudaHostUnregister(memory.data_ptr())
+
+
+def local_processes() -> int:
+    """How many processes of this run share this machine, this one included."""
+    process = this_process()
+    if process.launcher:
+        return process.local_world_size
+    # Without a launcher, `--devices` started all of them on this machine.
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if several else 1
 
 
 def own_cores() -> int:

@@ -4,8 +4,6 @@ import os
 import re
 from dataclasses import dataclass
 
-from torch import distributed
-
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
 """srun alone sets SLURM_STEP_...; the shell of a batch script, which is one process, has SLURM_NTASKS too."""
@@ -37,16 +35,6 @@ def this_process() -> Process:
             rank, world_size, local_rank, local_world_size = (_first_number(os.environ[name]) for name in names)
             return Process(rank, world_size, local_rank, local_world_size, launcher)
     return Process()
-
-
-def local_processes() -> int:
-    """How many processes of this run share this machine, this one included."""
-    process = this_process()
-    if process.launcher:
-        return process.local_world_size
-    # Without a launcher, `--devices` started all of them on this machine.
-    several = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if several else 1
 
 
 def _first_number(value: str) -> int:

@@ -15,9 +15,8 @@ import torch
 from torch.utils.data import Dataset
 
 from fastmae.errors import OneProcessError
-from fastmae.runtime.device import pinned_in_place
+from fastmae.runtime.device import local_processes, pinned_in_place
 from fastmae.runtime.memory import available_for_sharing, shared_memory
-from fastmae.runtime.processes import local_processes
 from fastmae.runtime.workers import as_is, batches, worker_count
 
 Batch = TypeVar("Batch")
