@@ -11,7 +11,7 @@ from fastmae.bench.counting import Counts, count_step, list_kernels
 from fastmae.cli import run
 
 TINY = (
-    "--encoder-width 64 --encoder-depth 2 --encoder-heads 2 --image-size 64 --middle-size 96 --batch-size 4 "
+    "--encoder-width 64 --encoder-depth 1 --encoder-heads 2 --image-size 64 --middle-size 96 --batch-size 4 "
     "--teachers vit_tiny_patch16_224"
 ).split()
 

@@ -60,9 +60,8 @@ def test_every_check_passes_at_toy_size(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [part["name"] for part in found["left_out"]] == ["host syncs, kernels"]
     assert list(found["stage_seconds"]) == STAGES.split(",")
-    assert {"ddp in a group of one", "deterministic, stopped and continued", "detect", "pretrain, Muon"} <= {
-        check["name"] for check in found["checks"]
-    }
+    names = {check["name"] for check in found["checks"]}
+    assert {"ddp in a group of one", "deterministic, stopped and continued"} <= names
     markdown = (out / "gpu_check.md").read_text()
     assert done.stdout.endswith(f"\n{markdown}\n")
     for row in ("| speed | vit_base_60ep, pq38, batch 8, compiled: with the loader |", "| >= 10,000 |", "| >= 1.90 |"):
