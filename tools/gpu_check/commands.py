@@ -11,10 +11,12 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,8 @@ class Commands:
         self.numbers = itertools.count()
         self.pool = ThreadPoolExecutor(at_once)
         self.running: set[int] = set()
+        # A start looks for children that have ended. If two threads do so at once, one of them finds no exit code.
+        self.looking = threading.Lock()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["gpu_check.child"])
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,21 +127,26 @@ class Commands:
         output = self.folder / f"{next(self.numbers):03d}-{command[0]}"
         process = self.context.Process(target=_in_child, args=(function, command, str(output), *options))
         start = time.monotonic()
-        process.start()
+        with self.looking:
+            process.start()
         number = process.pid or 0  # which only a process that was not started lacks
         self.running.add(number)
-        while process.is_alive() and time.monotonic() - start < LIMIT:
+        while (code := self._exit_code(process)) is None and time.monotonic() - start < LIMIT:
             if stop_when is not None and stop_when():
                 process.terminate()
                 stop_when = None
-            process.join(POLL)
-        code = process.exitcode
+            time.sleep(POLL)
         if code is None:
             _kill(number)
-            process.join()
+            with self.looking:
+                process.join()
         self.running.discard(number)
         said = _text(output.with_suffix(".err"))[-3000:]
         return Outcome(command, code, _json(_text(output.with_suffix(".out"))), said, time.monotonic() - start)
+
+    def _exit_code(self, process: BaseProcess) -> int | None:
+        with self.looking:
+            return process.exitcode
 
 
 def _kill(process: int) -> None:
