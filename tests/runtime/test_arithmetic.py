@@ -76,9 +76,9 @@ def test_determinism_holds_within_the_context_and_is_gone_afterwards(workspace, 
 
 def test_an_operation_without_a_deterministic_kernel_is_one_line():
     before = determinism()
-    with pytest.raises(InputError, match=r"^--deterministic: torch .* has no deterministic put_ ") as caught:  # noqa: SIM117
-        with deterministic_kernels(True):
-            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+    message = r"^--deterministic: torch .* has no deterministic put_ "
+    with pytest.raises(InputError, match=message) as caught, deterministic_kernels(True):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
     assert "\n" not in str(caught.value)
     assert determinism() == before
     with pytest.raises(RuntimeError, match="mat1"), deterministic_kernels(True):

@@ -195,7 +195,7 @@ def note_sync(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def is_pinned(tensor: torch.Tensor) -> bool:
-    """Whether a CPU tensor lies in pinned memory."""
+    """Whether a CPU tensor is in pinned memory."""
     pinned = [addresses for addresses, count in list(_pinned.items()) if count]  # other threads pin, too
     return any(start <= tensor.data_ptr() < end for start, end in pinned)
 

@@ -104,8 +104,8 @@ def fit(train: torch.Tensor, labels: torch.Tensor, classes: int, mean: torch.Ten
         train: float32 [n, D]. Features on another device than `mean` are moved by chunks, once an iteration.
         labels: int64 [n].
         classes: number of classes.
-        mean: mean of the features, float32 [D], on the device of the fit.
-        std: their standard deviation, float32 [D].
+        mean: mean of each feature, float32 [D], on the device of the fit.
+        std: standard deviation of each feature, float32 [D].
 
     Returns:
         The layer, float32 [O, D + 1], with the biases in the last column. O is the number of classes, but 1 for two
@@ -145,8 +145,8 @@ def objective(
         train: float32 [n, D].
         labels: int64 [n].
         classes: number of classes.
-        mean: mean of the features, float32 [D].
-        std: their standard deviation, float32 [D].
+        mean: mean of each feature, float32 [D].
+        std: standard deviation of each feature, float32 [D].
 
     Returns:
         The loss, and its gradient, [O, D + 1].

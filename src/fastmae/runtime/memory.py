@@ -26,7 +26,7 @@ def shared_memory(count: int) -> torch.Tensor:
     """Memory that worker processes and this one both read and write, uint8 [count]. It is taken when it is touched.
 
     A fork inherits an anonymous map, whose only limit is the machine's memory. A process that was started afresh can
-    only open named memory, which on Linux lies in `SHARED_FOLDER`. More than fits there would be a bus error.
+    only open named memory, which on Linux lies in `SHARED_FOLDER`. Writing more than fits there ends in a bus error.
     """
     if inherits_memory():
         return torch.frombuffer(mmap.mmap(-1, count), dtype=torch.uint8)
