@@ -11,6 +11,7 @@ from fastmae.runtime.low_precision import (
     autocast_dtype,
     call_cast,
     cast_together,
+    fold_norm,
     layer_norm,
     with_fast_norms,
 )
@@ -80,3 +81,17 @@ def test_the_dtype_of_a_product_is_autocasts_for_fp32_and_the_tensors_own_otherw
     with BF16:
         assert autocast_dtype(torch.zeros(1)) == torch.bfloat16
         assert autocast_dtype(torch.zeros(1, dtype=torch.float64)) == torch.float64
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_norms_scale_and_shift_fold_into_the_linear_layers_behind_it(with_bias):
+    scale, shift, weight, bias = torch.randn(2, 8), torch.randn(2, 8), torch.randn(2, 5, 8), torch.randn(2, 5)
+    tokens = torch.randn(2, 3, 8)
+    with BF16:
+        folded_weight, folded_bias = fold_norm(scale, shift, weight, bias if with_bias else None)
+    for layer in range(2):
+        expected = F.linear(
+            tokens[layer] * scale[layer] + shift[layer], weight[layer], bias[layer] if with_bias else None
+        )
+        found = F.linear(tokens[layer], folded_weight[layer], folded_bias[layer])
+        torch.testing.assert_close(found, expected)

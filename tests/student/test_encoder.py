@@ -102,7 +102,7 @@ def test_normalising_the_cut_patches_equals_cutting_the_normalised_image(make_st
         stored = pixels.contiguous(memory_format=layout)
         raw = model.encode_tokens(stored, ids_keep, pixel_scale)
         normalised = model.encode_tokens(pixel_scale(stored), ids_keep)
-        assert all(torch.equal(*layers) for layers in zip(raw, normalised, strict=True))
+        assert all(torch.equal(*layers) for layers in zip(raw.tokens, normalised.tokens, strict=True))
 
 
 def test_a_built_encoder_has_only_timms_and_torchs_modules():

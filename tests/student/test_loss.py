@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastmae.runtime.low_precision import with_fast_norms
+from fastmae.student.attention import PackedBlock, with_packed_attention
 from fastmae.student.loss import Prediction, StudentLoss, relation_loss
 
 B, V, C = 3, 4, 10
@@ -35,6 +37,37 @@ def test_the_loss_is_smooth_l1_on_masked_patches_plus_the_mean_over_layers_on_vi
     torch.testing.assert_close(scalars["layers_loss"], sum(layer_losses) / 3)
     torch.testing.assert_close(scalars["loss"], decoder_loss + 0.5 * sum(layer_losses) / 3)
     assert prediction.decoded.shape == (B, 12, C)
+
+
+def test_heads_behind_shared_norms_predict_what_each_head_does(make_student, batch):
+    images, _, ids_shuffle = batch
+    model = make_student()
+    for head in model.layer_heads:
+        torch.nn.init.normal_(head[0].weight)
+        torch.nn.init.normal_(head[0].bias)
+    separate = [
+        head(layer) for head, layer in zip(model.layer_heads, model.encode(images, ids_shuffle[:, :V]), strict=True)
+    ]
+    packed = with_packed_attention(with_fast_norms(model))
+    assert {type(block) for block in packed.encoder.blocks} == {PackedBlock}
+    torch.testing.assert_close(packed(images, ids_shuffle).layers, torch.stack(separate))
+
+
+@pytest.mark.parametrize("kind", ["smooth-l1", "mse", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predictions_from_prefix_tokens_have_no_loss_and_no_gradient(kind, dtype):
+    generator = torch.Generator().manual_seed(5)
+    heads = torch.randn(2, B, 1 + V, C, generator=generator).to(dtype).requires_grad_()
+    target = torch.randn(B, V + 3, C, generator=generator)
+    loss = StudentLoss((kind,), 1.0, (C,), (1.0,))
+    found = loss(Prediction(None, heads, prefix=1), target)["loss"]
+    gradient = torch.autograd.grad(found, heads)[0]
+    cut = heads.detach()[:, :, 1:].clone().requires_grad_()
+    expected = loss(Prediction(None, cut), target)["loss"]
+    torch.testing.assert_close(found, expected)
+    assert gradient.dtype == dtype
+    assert not gradient[:, :, 0].any()
+    torch.testing.assert_close(gradient[:, :, 1:], torch.autograd.grad(expected, cut)[0])
 
 
 def test_without_all_layers_there_are_no_heads_and_no_second_loss(make_student, batch):
@@ -153,7 +186,7 @@ def test_the_relation_term_is_computed_in_fp32_from_half_precision_features(batc
     _, target, ids_shuffle = batch
     features = torch.randn(B, V, 6, generator=torch.Generator().manual_seed(4)).bfloat16()
     loss = StudentLoss(("mse",), 1.0, (C,), (1.0,), relation_weight=1.0)
-    scalars = loss(Prediction(None, None, [features]), select(target, ids_shuffle))
+    scalars = loss(Prediction(None, None, features=[features]), select(target, ids_shuffle))
     assert scalars["relation_loss"].dtype == torch.float32
     torch.testing.assert_close(scalars["loss"], relation_loss(features.float(), select(target, ids_shuffle[:, :V])))
 

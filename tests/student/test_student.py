@@ -51,7 +51,7 @@ def test_every_trainable_parameter_gets_a_gradient(name, options, make_student, 
 def test_fusion_reads_every_layer(make_student, batch):
     images, _, ids_shuffle = batch
     model = make_student(fusion=True, all_layers=False)
-    layers = [layer.detach().requires_grad_() for layer in model.encode_tokens(images, ids_shuffle[:, :V])]
+    layers = [layer.detach().requires_grad_() for layer in model.encode_tokens(images, ids_shuffle[:, :V]).tokens]
     model.decode(layers, ids_shuffle).square().sum().backward()
     assert all(layer.grad is not None and layer.grad.any() for layer in layers)
 
@@ -62,7 +62,7 @@ def test_the_decoder_can_see_the_class_token_without_a_further_parameter(name, o
     images, _, ids_shuffle = batch
     with_token, without = (make_student(name, decoder_class_token=seen, **options) for seen in (True, False))
     without.load_state_dict(with_token.state_dict())
-    layers = with_token.encode_tokens(images, ids_shuffle[:, :V])
+    layers = with_token.encode_tokens(images, ids_shuffle[:, :V]).tokens
     decoded = with_token.decode(layers, ids_shuffle)
     torch.testing.assert_close(decoded, with_token(images, ids_shuffle).decoded)
     assert decoded.shape == without(images, ids_shuffle).decoded.shape

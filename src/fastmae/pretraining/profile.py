@@ -17,6 +17,7 @@ from fastmae.runtime.device import synchronise
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import bare
 from fastmae.runtime.workers import worker_count
+from fastmae.student.encoder import EncodedLayers
 from fastmae.student.loss import Prediction
 from fastmae.student.student import AnyStudent
 from fastmae.tokens.loader import ViewBatch
@@ -112,11 +113,13 @@ def forward_and_backward(
     cut, the gradients that arrived there are handed on.
     """
     with clock.stage("encoder"), fabric.autocast():
-        layers = student.encode_tokens(batch.pixels, batch.ids_shuffle[:, : student.visible], step.pixel_scale)
+        encoded = student.encode_tokens(batch.pixels, batch.ids_shuffle[:, : student.visible], step.pixel_scale)
+        layers = [*encoded.tokens, *encoded.normed]
     layer_leaves = [layer.detach().requires_grad_() for layer in layers]
+    depth = len(encoded.tokens)
     with clock.stage("decoder"), fabric.autocast():
-        prediction = student.predict(layer_leaves, batch.ids_shuffle)
-        by_kind = (prediction.decoded, prediction.layers, *prediction.features)
+        prediction = student.predict(EncodedLayers(layer_leaves[:depth], layer_leaves[depth:]), batch.ids_shuffle)
+        by_kind = (prediction.decoded, prediction.heads, *prediction.features)
         predictions = [predicted for predicted in by_kind if predicted is not None]
     with clock.stage("target"):
         target = step.targets(batch)
@@ -125,7 +128,8 @@ def forward_and_backward(
         leaves = iter(prediction_leaves)
         cut = Prediction(
             decoded=None if prediction.decoded is None else next(leaves),
-            layers=None if prediction.layers is None else next(leaves),
+            heads=None if prediction.heads is None else next(leaves),
+            prefix=prediction.prefix,
             features=[next(leaves) for _ in prediction.features],
         )
         step.loss(cut, target)["loss"].backward()

@@ -6,7 +6,8 @@ forward and backward; a ViT-B's step took 9.7 s and 5.3 s. On other devices, and
 kept.
 """
 
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,11 @@ def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], len(weight))
 
 
-def batched_linear(tokens: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
-    """Several linear layers of one shape at once: one batched product, or on such a CPU one convolution each.
+def linear_each(tokens: Sequence[torch.Tensor], weights: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
+    """Several linear layers of one shape, each of its own tokens, which write their results side by side.
 
     Args:
-        tokens: [L, B, N, D], of the weights' dtype.
+        tokens: L times [B, N, D], of the weights' dtype.
         weights: [L, C, D].
         biases: [L, C].
 
@@ -52,8 +53,33 @@ def batched_linear(tokens: torch.Tensor, weights: torch.Tensor, biases: torch.Te
     if _is_faster_as_convolution(tokens[0], weights[0]):
         layers = zip(tokens, weights, biases, strict=True)
         return torch.stack([linear(layer, weight, bias) for layer, weight, bias in layers])
-    rows = torch.baddbmm(biases[:, None], tokens.flatten(1, 2), weights.transpose(1, 2))
-    return rows.unflatten(1, tokens.shape[1:3])
+    rows = [layer.flatten(0, 1) for layer in tokens]
+    if torch.compiler.is_compiling():  # a compiled graph writes the tokens straight into the stack
+        outputs = torch.baddbmm(biases[:, None], torch.stack(rows), weights.transpose(1, 2))
+    else:
+        outputs = _LinearEach.apply(weights, biases, *rows)
+    return outputs.unflatten(1, tokens[0].shape[:2])
+
+
+class _LinearEach(torch.autograd.Function):
+    """Rows [M, D] -> [L, M, C]. A batched product would first need all rows in one tensor: a copy of each."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, biases: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weights, *rows)
+        outputs = weights.new_empty(len(rows), len(rows[0]), weights.shape[1])
+        for layer, weight, bias, output in zip(rows, weights, biases, outputs, strict=True):
+            torch.addmm(bias, layer, weight.T, out=output)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weights, *rows = ctx.saved_tensors
+        of_weights = torch.empty_like(weights)
+        for layer, gradient, of_weight in zip(rows, gradients, of_weights, strict=True):
+            torch.mm(gradient.T, layer, out=of_weight)
+        of_rows = [gradient @ weight for gradient, weight in zip(gradients, weights, strict=True)]
+        return of_weights, gradients.sum(1), *of_rows
 
 
 class Linear(nn.Linear):

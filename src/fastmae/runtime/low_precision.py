@@ -71,6 +71,27 @@ def layer_norm(tokens: torch.Tensor, eps: float) -> torch.Tensor:
         return F.layer_norm(tokens, tokens.shape[-1:], eps=eps)
 
 
+def fold_norm(
+    scale: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The linear layer that does what a norm's scale g and shift b do, and a linear layer after them.
+
+    W (g x + b) + c = (W g) x + (W b + c). Computed in the weights' dtype, even under autocast.
+
+    Args:
+        scale: g, [..., D].
+        shift: b, [..., D].
+        weight: W, [..., C, D].
+        bias: c, [..., C]; None: zero.
+
+    Returns:
+        Weight [..., C, D] and bias [..., C].
+    """
+    with no_autocast(weight):
+        shifted = (weight @ shift.unsqueeze(-1)).squeeze(-1)
+        return weight * scale.unsqueeze(-2), shifted if bias is None else bias + shifted
+
+
 def no_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Switches autocast off for the device of a tensor."""
     return torch.autocast(tensor.device.type, enabled=False)

@@ -4,6 +4,7 @@ Shapes: B views, N patches per view, V visible ones, R prefix tokens (class toke
 image channels, P the side of a patch.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
@@ -20,6 +21,20 @@ from fastmae.runtime.fast_linear import linear
 
 Encoder = Any
 """A network of timm. Its attributes depend on its class, and nn.Module types them all as Tensor or Module."""
+
+
+@dataclass
+class EncodedLayers:
+    """What the layers of an encoder give.
+
+    Attributes:
+        tokens: [B, R + V, D] for each layer, the prefix tokens first.
+        normed: [B, R + V, D] for each layer that has a head, and whose head reads its tokens normalised, without scale
+            and shift.
+    """
+
+    tokens: list[torch.Tensor]
+    normed: list[torch.Tensor] = field(default_factory=list)
 
 
 def cut_patches(images: torch.Tensor, patch_size: int, ids_keep: torch.Tensor) -> torch.Tensor:

@@ -12,14 +12,19 @@ import torch
 import torch.nn.functional as F
 
 
+def _last_tokens(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The predictions that have a target: the last tokens of `pred`, as many as `target` has."""
+    return pred[..., pred.shape[-2] - target.shape[-2] :, :]
+
+
 def mse_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The mean squared difference of prediction and target, in fp32."""
-    return F.mse_loss(pred.float(), target)
+    return F.mse_loss(_last_tokens(pred, target).float(), target)
 
 
 def cosine_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """1 - cosine of prediction and target [..., C] in fp32, averaged over the patches."""
-    return (1 - F.cosine_similarity(pred.float(), target, dim=-1)).mean()
+    return (1 - F.cosine_similarity(_last_tokens(pred, target).float(), target, dim=-1)).mean()
 
 
 def smooth_l1_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -27,20 +32,26 @@ def smooth_l1_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     A prediction in half precision is read as it is, and so is its gradient written: torch would copy both in fp32.
     """
-    return F.smooth_l1_loss(pred, target) if pred.dtype == target.dtype else _MixedSmoothL1.apply(pred, target)
+    if pred.dtype == target.dtype:
+        return F.smooth_l1_loss(_last_tokens(pred, target), target)
+    return _MixedSmoothL1.apply(pred, target)
 
 
 class _MixedSmoothL1(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(pred, target)
-        return F.smooth_l1_loss(pred, target)  # computed in the wider of the two dtypes
+        return F.smooth_l1_loss(_last_tokens(pred, target), target)  # computed in the wider of the two dtypes
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         pred, target = ctx.saved_tensors
         of_pred, mean = torch.empty_like(pred), 1
-        torch.ops.aten.smooth_l1_loss_backward.grad_input(gradient, pred, target, mean, 1.0, grad_input=of_pred)
+        first, compared = pred.shape[-2] - target.shape[-2], _last_tokens(pred, target)
+        of_pred[..., :first, :] = 0
+        torch.ops.aten.smooth_l1_loss_backward.grad_input(
+            gradient, compared, target, mean, 1.0, grad_input=_last_tokens(of_pred, target)
+        )
         return of_pred, None
 
 
@@ -82,14 +93,21 @@ class Prediction:
     Attributes:
         decoded: [B, M, C], the decoder's prediction of the last M patches of `ids_shuffle`: the masked ones, or all.
             None without a decoder.
-        layers: [L, B, V, C], the predictions of the visible patches `ids_shuffle[:, :V]` by the L encoder layers that
-            have a head. None without heads.
+        heads: [L, B, R + V, C], the predictions by the L encoder layers that have a head: from the R prefix tokens,
+            which have no target, and of the visible patches `ids_shuffle[:, :V]`. None without heads.
+        prefix: R.
         features: [B, V, D] for each encoder layer whose relations are compared, its output at the visible patches.
     """
 
     decoded: torch.Tensor | None
-    layers: torch.Tensor | None
+    heads: torch.Tensor | None
+    prefix: int = 0
     features: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def layers(self) -> torch.Tensor | None:
+        """[L, B, V, C]: `heads` without the prefix tokens."""
+        return None if self.heads is None else self.heads[:, :, self.prefix :]
 
 
 @dataclass(frozen=True)
@@ -125,13 +143,11 @@ class StudentLoss:
         if prediction.decoded is not None:
             predicted = prediction.decoded.shape[1]  # the last M patches
             terms["decoder_loss"] = self._loss(prediction.decoded, target[:, target.shape[1] - predicted :])
-        at_visible = [] if prediction.layers is None else [prediction.layers[0]]
-        at_visible += prediction.features
-        if at_visible:
-            visible_target = target[:, : at_visible[0].shape[1]]
-        if prediction.layers is not None:
-            terms["layers_loss"] = self._loss(prediction.layers, visible_target.expand(prediction.layers.shape))
+        if prediction.heads is not None:
+            visible_target = target[:, : prediction.heads.shape[2] - prediction.prefix]
+            terms["layers_loss"] = self._loss(prediction.heads, visible_target.expand(len(prediction.heads), *[-1] * 3))
         if prediction.features:
+            visible_target = target[:, : prediction.features[0].shape[1]]
             relations = [self._relation(layer, visible_target) for layer in prediction.features]
             terms["relation_loss"] = torch.stack(relations).mean()
         return {"loss": _weighted_sum([weights[name] for name in terms], list(terms.values())), **terms}

@@ -11,7 +11,7 @@ from torch import nn
 from fastmae.errors import InputError
 from fastmae.images.views import PixelScale
 from fastmae.runtime.low_precision import LayerNorm
-from fastmae.student.encoder import Encoder, gather_patches, initialise_linear, layer_numbers
+from fastmae.student.encoder import EncodedLayers, Encoder, gather_patches, initialise_linear, layer_numbers
 from fastmae.student.feature_map import check_maps, freeze_unread, stage_maps, to_grid
 from fastmae.student.loss import Prediction
 
@@ -87,18 +87,18 @@ class MapStudent(nn.Module):
 
     def encode_tokens(
         self, images: torch.Tensor, ids_keep: torch.Tensor, pixel_scale: PixelScale | None = None
-    ) -> list[torch.Tensor]:
+    ) -> EncodedLayers:
         """The stages' features at the patches `ids_keep`, [B, N, D] each."""
         if pixel_scale is not None:
             images = pixel_scale(images)
         tokens = [to_grid(feature_map, self.grid) for feature_map in stage_maps(self.encoder, images)]
-        return [gather_patches(layer, ids_keep) for layer in tokens]
+        return EncodedLayers([gather_patches(layer, ids_keep) for layer in tokens])
 
-    def predict(self, layers: list[torch.Tensor], _ids_shuffle: torch.Tensor) -> Prediction:
+    def predict(self, layers: EncodedLayers, _ids_shuffle: torch.Tensor) -> Prediction:
         """What `forward` returns, from what `encode_tokens` does."""
-        headed = [layers[number] for number in self.layers_with_head]
-        layer_preds = torch.stack([head(layer) for head, layer in zip(self.layer_heads, headed, strict=True)])
-        return Prediction(None, layer_preds, [layers[number] for number in self.relation_layers])
+        headed = [layers.tokens[number] for number in self.layers_with_head]
+        heads = torch.stack([head(layer) for head, layer in zip(self.layer_heads, headed, strict=True)])
+        return Prediction(None, heads, features=[layers.tokens[number] for number in self.relation_layers])
 
 
 def _checkpoint_activations(name: str, encoder: Encoder) -> None:

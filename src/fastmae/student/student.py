@@ -20,18 +20,19 @@ from torch.utils.checkpoint import checkpoint
 from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
 from fastmae.images.views import PixelScale
-from fastmae.runtime.fast_linear import batched_linear, with_fast_linear
+from fastmae.runtime.fast_linear import linear_each, with_fast_linear
 from fastmae.runtime.low_precision import (
     LayerNorm,
     autocast_dtype,
     call_cast,
+    fold_norm,
     layer_norm,
-    no_autocast,
     with_fast_norms,
 )
-from fastmae.student.attention import with_packed_attention
+from fastmae.student.attention import PackedBlock, with_packed_attention
 from fastmae.student.decoder import DecoderBlock
 from fastmae.student.encoder import (
+    EncodedLayers,
     Encoder,
     build_encoder,
     check_grid,
@@ -47,6 +48,9 @@ from fastmae.student.encoder import (
 from fastmae.student.feature_map import build_network
 from fastmae.student.loss import Prediction
 from fastmae.student.map_student import MapStudent
+
+HEAD_EPS = 1e-6
+"""Added to the variance by the norms of the layers' heads: timm's value for the blocks of its ViTs."""
 
 
 class Student(nn.Module):
@@ -102,7 +106,7 @@ class Student(nn.Module):
         self.register_buffer("rotary", None if learnt else rotary_positions(encoder), persistent=False)
         self.layers_with_head = range(depth) if all_layers else range(depth - 1, depth) if not decoder_depth else ()
         self.layer_heads = nn.ModuleList(
-            nn.Sequential(LayerNorm(width), nn.Linear(width, target_dim)) for _ in self.layers_with_head
+            nn.Sequential(LayerNorm(width, HEAD_EPS), nn.Linear(width, target_dim)) for _ in self.layers_with_head
         )
         self.relation_layers = relation_layers
         self.fusion_projections = nn.ModuleList(nn.Linear(width, width) for _ in range(depth if fusion else 0))
@@ -134,17 +138,19 @@ class Student(nn.Module):
         """
         return self.predict(self.encode_tokens(images, ids_shuffle[:, : self.visible], pixel_scale), ids_shuffle)
 
-    def predict(self, layers: list[torch.Tensor], ids_shuffle: torch.Tensor) -> Prediction:
+    def predict(self, layers: EncodedLayers, ids_shuffle: torch.Tensor) -> Prediction:
         """What `forward` returns, from the encoder's output.
 
         Args:
-            layers: [B, R + V, D] for each encoder layer, as `encode_tokens` returns them.
+            layers: as `encode_tokens` returns them.
             ids_shuffle: int64 [B, N].
         """
-        headed = [layers[number] for number in self.layers_with_head]
-        layer_preds = self._apply_heads(headed) if headed else None
-        decoded = self.decode(layers, ids_shuffle) if self.has_decoder else None
-        return Prediction(decoded, layer_preds, [self._patches(layers[number]) for number in self.relation_layers])
+        return Prediction(
+            decoded=self.decode(layers.tokens, ids_shuffle) if self.has_decoder else None,
+            heads=self._apply_heads(layers.normed) if layers.normed else None,
+            prefix=int(self.encoder.num_prefix_tokens),
+            features=[self._patches(layers.tokens[number]) for number in self.relation_layers],
+        )
 
     def encode(self, images: torch.Tensor, ids_keep: torch.Tensor) -> list[torch.Tensor]:
         """The visible patches' tokens after each encoder block; after the last block, they have passed the final norm.
@@ -156,23 +162,33 @@ class Student(nn.Module):
         Returns:
             [B, V, D] for each block.
         """
-        return [self._patches(layer) for layer in self.encode_tokens(images, ids_keep)]
+        return [self._patches(layer) for layer in self.encode_tokens(images, ids_keep).tokens]
 
     def encode_tokens(
         self, images: torch.Tensor, ids_keep: torch.Tensor, pixel_scale: PixelScale | None = None
-    ) -> list[torch.Tensor]:
-        """As `encode`, with the prefix tokens in front: [B, R + V, D] for each block. `images` as `forward`'s."""
+    ) -> EncodedLayers:
+        """As `encode`, with the prefix tokens in front, and with what the heads read. `images` as `forward`'s."""
         patches = cut_patches(images, self.patch_size, ids_keep)
         if pixel_scale is not None:
             patches = pixel_scale(patches)
         tokens = embed_visible(self.encoder, patches, ids_keep)
         rotary = self._visible_rotary_positions(tokens, ids_keep)
-        layers = []
+        layers = EncodedLayers([])
         for number, block in enumerate(self.encoder.blocks):
-            rope = {} if rotary is None else {"rope": rotary[number] if self.encoder.rope_mixed else rotary}
-            tokens = self._run_block(block, tokens, **rope)
-            layers.append(tokens)
-        return [*layers[:-1], self.encoder.norm(tokens)]
+            headed = number - 1 in self.layers_with_head  # the layer before, whose output is this one's input
+            if headed and isinstance(block, PackedBlock) and block.norm1.eps == HEAD_EPS:
+                tokens, normed = self._run_block(block, tokens, with_normed=True)
+                layers.normed.append(normed)
+            else:
+                if headed:
+                    layers.normed.append(layer_norm(tokens, HEAD_EPS))
+                rope = {} if rotary is None else {"rope": rotary[number] if self.encoder.rope_mixed else rotary}
+                tokens = self._run_block(block, tokens, **rope)
+            layers.tokens.append(tokens)
+        layers.tokens[-1] = self.encoder.norm(tokens)
+        if number in self.layers_with_head:
+            layers.normed.append(layer_norm(layers.tokens[-1], HEAD_EPS))
+        return layers
 
     def _visible_rotary_positions(self, tokens: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor | None:
         """As the blocks take them: [B, 1, V, E] for all of them, or learnt ones, [B, heads, V, E], for each."""
@@ -185,23 +201,19 @@ class Student(nn.Module):
         """[B, R + V, D] -> [B, V, D]."""
         return tokens[:, self.encoder.num_prefix_tokens :]
 
-    def _apply_heads(self, layers: list[torch.Tensor]) -> torch.Tensor:
-        """The layers' predictions of the visible patches, [L, B, V, C]: all heads as one product.
+    def _apply_heads(self, normed: list[torch.Tensor]) -> torch.Tensor:
+        """The predictions of the layers' heads, [L, B, R + V, C], from their normalised tokens, [B, R + V, D] each.
 
-        The scale and shift of each head's norm go into its linear layer: W (g x + b) + c = (W g) x + (W b + c). What
-        is predicted from the prefix tokens is dropped: cutting them out of each layer would take longer.
+        The scale and shift of each head's norm go into its linear layer, in fp32. The prefix tokens are not left out:
+        cutting them out of each layer would take longer.
         """
         heads: Any = self.layer_heads
         norms, linears = [head[0] for head in heads], [head[1] for head in heads]
         scales, shifts = (torch.stack([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
         weights, biases = (torch.stack([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
-        with no_autocast(weights):  # folded in fp32, then cast once
-            biases = biases + (weights * shifts.unsqueeze(1)).sum(2)
-            weights = weights * scales.unsqueeze(1)
-        tokens = layer_norm(torch.stack(layers), norms[0].eps)
+        weights, biases = fold_norm(scales, shifts, weights, biases)
         dtype = autocast_dtype(weights)
-        preds = batched_linear(tokens.to(dtype), weights.to(dtype), biases.to(dtype))
-        return preds[:, :, self.encoder.num_prefix_tokens :]
+        return linear_each([tokens.to(dtype) for tokens in normed], weights.to(dtype), biases.to(dtype))
 
     def decode(self, layers: list[torch.Tensor], ids_shuffle: torch.Tensor) -> torch.Tensor:
         """Predict the masked patches, or all of them with `predict_visible`.
@@ -236,7 +248,7 @@ class Student(nn.Module):
             tokens = self._run_block(block, tokens, self.first_predicted if block is others[-1] else 0)
         return self.decoder_head(self.decoder_norm(tokens))
 
-    def _run_block(self, block: nn.Module, *inputs: Any, **options: Any) -> torch.Tensor:
+    def _run_block(self, block: nn.Module, *inputs: Any, **options: Any) -> Any:
         if self.checkpoint_activations and self.training:
             return checkpoint(call_cast, block, *inputs, use_reentrant=False, **options)
         return call_cast(block, *inputs, **options)
