@@ -22,6 +22,13 @@ def test_a_product_reads_two_matrices_and_writes_one():
     assert (counts.kernels["mm"], counts.bytes["mm"], counts.flops) == (1, 4 * (32 + 128 + 64), 2 * 4 * 8 * 16)
 
 
+def test_a_product_into_given_memory_counts_as_much_as_one_into_new_memory():
+    out = torch.empty(4, 16)
+    with Counts() as counts:
+        torch.mm(torch.ones(4, 8), torch.ones(8, 16), out=out)
+    assert (counts.kernels["mm"], counts.bytes["mm"], counts.flops) == (1, 4 * (32 + 128 + 64), 2 * 4 * 8 * 16)
+
+
 def test_views_and_allocations_are_free_and_what_is_expanded_is_read_once():
     tokens = torch.ones(3, 4)
     with Counts() as counts:

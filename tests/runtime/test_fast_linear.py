@@ -15,6 +15,7 @@ from fastmae.runtime.fast_linear import (
     LEAST_PRODUCTS,
     Linear,
     linear,
+    linear_beside,
     linear_each,
     with_fast_linear,
 )
@@ -89,6 +90,26 @@ def test_a_network_with_fast_layers_keeps_its_parameters_and_outputs():
     torch.testing.assert_close(fast(tokens), network(tokens), atol=1e-4, rtol=1e-4)
     compiled = torch.compile(fast, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens), fast(tokens))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_layer_beside_another_reader_gives_the_sum_of_both_gradients(size):
+    leaves = operands(*SIZES[size])
+    tokens, weight, bias = leaves
+    other = torch.randn_like(weight)
+    expected = F.linear(tokens, weight, bias).square().sum() + (tokens @ other.T).square().sum()
+    expected_gradients = torch.autograd.grad(expected, leaves)
+    compiled = torch.compile(linear_beside, backend="eager", fullgraph=True)
+    for function in (linear_beside, compiled):
+        output, same_tokens = function(tokens, weight, bias)
+        assert torch.equal(same_tokens, tokens)
+        gradients = torch.autograd.grad(output.square().sum() + (same_tokens @ other.T).square().sum(), leaves)
+        torch.testing.assert_close(gradients, expected_gradients, atol=1e-2, rtol=1e-4)
+    alone, _ = linear_beside(tokens, weight, bias)
+    expected_gradients = torch.autograd.grad(F.linear(tokens, weight, bias).square().sum(), leaves)
+    torch.testing.assert_close(
+        torch.autograd.grad(alone.square().sum(), leaves), expected_gradients, atol=1e-2, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -57,11 +57,14 @@ class Counts(TorchDispatchMode):
         is_view = not schema.is_mutable and all(value.alias_info is not None for value in schema.returns)
         computes = schema.is_mutable or bool(_tensors(outcome))
         if computes and not is_view and name not in FREE:
-            inputs = _tensors((args, kwargs))
+            # What an operator changes in place is read and written; what it returns then is the same tensor. What it is
+            # given to write into by name is only written.
+            named = dict(kwargs or {})
+            out = [named.pop(entry.name) for entry in schema.arguments if entry.name in named and _is_written(entry)]
+            inputs = _tensors((args, named))
             launches = _launches(name, args)
-            # What an operator changes in place is read and written; what it returns then is the same tensor.
             changed = [value for value, argument in zip(args, schema.arguments, strict=False) if _is_written(argument)]
-            written = changed if schema.is_mutable else outcome
+            written = [*changed, *out] if schema.is_mutable else outcome
             traffic = _bytes_of(inputs) + _bytes_of(_tensors(written))
             self.add(name, launches, traffic, _product_flops(name, inputs))
         return outcome
@@ -160,7 +163,7 @@ def _elements(tensor: torch.Tensor) -> int:
 
 
 def _product_flops(name: str, inputs: list[torch.Tensor]) -> int:
-    if name not in ("mm", "addmm", "bmm", "baddbmm"):
+    if name not in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
         return 0
     left, right = inputs[-2:]
     return 2 * left.numel() * right.shape[-1]

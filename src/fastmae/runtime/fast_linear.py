@@ -39,6 +39,42 @@ def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], len(weight))
 
 
+def linear_beside(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A linear layer of tokens that are read elsewhere, too: the product adds its gradient to that of the other reader.
+
+    Args:
+        tokens: [B, N, D], of the weight's dtype.
+        weight: [C, D].
+        bias: [C].
+
+    Returns:
+        [B, N, C], and the tokens for the other reader. It must not hand its gradient to anything else, as an addition
+        does to both of its terms: this layer writes into it.
+    """
+    if torch.compiler.is_compiling() or _is_faster_as_convolution(tokens, weight):
+        return linear(tokens, weight, bias), tokens
+    rows, same_rows = _LinearBeside.apply(tokens.flatten(0, 1), weight, bias)
+    return rows.unflatten(0, tokens.shape[:2]), same_rows.view_as(tokens)
+
+
+class _LinearBeside(torch.autograd.Function):
+    """Rows [M, D] -> [M, C], and the rows. Autograd alone would write both gradients, and read both to add them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(rows, weight)
+        ctx.set_materialize_grads(False)
+        return torch.addmm(bias, rows, weight.T), rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, of_output: torch.Tensor, of_rows: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        rows, weight = ctx.saved_tensors
+        of_rows = of_output @ weight if of_rows is None else of_rows.contiguous().addmm_(of_output, weight)
+        return of_rows, of_output.T @ rows, of_output.sum(0)
+
+
 def linear_each(tokens: Sequence[torch.Tensor], weights: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
     """Several linear layers of one shape, each of its own tokens, which write their results side by side.
 

@@ -8,8 +8,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from fastmae.runtime.fast_linear import linear
-from fastmae.runtime.low_precision import LayerNorm, fold_norm, layer_norm
+from fastmae.runtime.fast_linear import linear_beside
+from fastmae.runtime.low_precision import LayerNorm, autocast_dtype, fold_norm, layer_norm
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -50,7 +50,9 @@ class PackedBlock(Block):
             return super().forward(tokens)
         normed, qkv = layer_norm(tokens, self.norm1.eps), self.attn.qkv
         weight, bias = fold_norm(self.norm1.weight, self.norm1.bias, qkv.weight, qkv.bias)
-        tokens = tokens + self.drop_path1(self.ls1(self.attn.attend(linear(normed, weight, bias))))
+        dtype = autocast_dtype(weight)
+        projected, normed = linear_beside(normed.to(dtype), weight.to(dtype), bias.to(dtype))
+        tokens = tokens + self.drop_path1(self.ls1(self.attn.attend(projected)))
         return tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens)))), normed
 
 
