@@ -32,7 +32,7 @@ def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Returns:
         [..., C].
     """
-    if not _is_faster_as_convolution(tokens, weight):
+    if not is_faster_as_convolution(tokens, weight):
         return F.linear(tokens, weight, bias)
     pixels = tokens.flatten(1, -2).unsqueeze(1).permute(0, 3, 1, 2)  # [B, D, 1, N], channels last: no copy
     return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], len(weight))
@@ -49,11 +49,18 @@ def batched_linear(tokens: torch.Tensor, weights: torch.Tensor, biases: torch.Te
     Returns:
         [L, B, N, C].
     """
-    if _is_faster_as_convolution(tokens[0], weights[0]):
+    if is_faster_as_convolution(tokens[0], weights[0]):
         layers = zip(tokens, weights, biases, strict=True)
         return torch.stack([linear(layer, weight, bias) for layer, weight, bias in layers])
     rows = torch.baddbmm(biases[:, None], tokens.flatten(1, 2), weights.transpose(1, 2))
     return rows.unflatten(1, tokens.shape[1:3])
+
+
+def is_faster_as_convolution(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `linear` computes these as a convolution. tokens: [..., D]; weight: [C, D]."""
+    is_fp32 = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    is_large = tokens.dim() > 2 and len(tokens) >= LEAST_BATCH and tokens.numel() * len(weight) >= LEAST_PRODUCTS
+    return AVX512 and is_fp32 and is_large
 
 
 class Linear(nn.Linear):
@@ -70,9 +77,3 @@ def with_fast_linear(network: AnyModule) -> AnyModule:
         if type(module) is nn.Linear:
             module.__class__ = Linear
     return network
-
-
-def _is_faster_as_convolution(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
-    is_fp32 = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    is_large = tokens.dim() > 2 and len(tokens) >= LEAST_BATCH and tokens.numel() * len(weight) >= LEAST_PRODUCTS
-    return AVX512 and is_fp32 and is_large
