@@ -48,6 +48,18 @@ def test_what_is_changed_in_place_is_read_and_written():
     assert counts.bytes["add_"] == 4 * (10 + 10 + 10)
 
 
+def test_what_is_given_as_output_is_written_and_read_only_if_it_is_an_input_too():
+    rows, left, right = torch.ones(4, 16), torch.ones(4, 8), torch.ones(8, 16)
+    for out in (torch.empty(4, 16), rows):
+        with Counts() as counts:
+            torch.addmm(rows, left, right, out=out)
+        assert counts.bytes["addmm"] == 4 * (32 + 128 + 2 * 64)
+        assert counts.flops == 2 * 4 * 8 * 16
+    with Counts() as counts:
+        torch.add(rows, 1, out=torch.empty(4, 16))
+    assert counts.bytes["add"] == 4 * (64 + 64)
+
+
 def test_a_list_takes_as_many_kernels_as_its_tensors_and_chunks_need():
     assert list_kernels([[torch.empty(3)] * 110]) == 1
     assert list_kernels([[torch.empty(3)] * 111]) == 2

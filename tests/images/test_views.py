@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, ViewDraws, normalise
+from fastmae.bench.counting import Counts
+from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, PixelScale, ViewDraws, normalise
 
 
 def draw_view(seed, epoch, index, grid, size, flip, mask="random"):
@@ -90,3 +91,24 @@ def test_normalise_does_not_depend_on_the_memory_layout():
     assert normalise(channels_last).is_contiguous(memory_format=torch.channels_last)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     torch.testing.assert_close(normalise(channels_last), (pixels / 255 - mean) / std)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 4, 3, 2, 2)])
+def test_pixels_are_normalised_in_fp32_and_rounded_once_to_autocasts_dtype(shape):
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    layouts = [pixels] if len(shape) > 4 else [pixels, pixels.to(memory_format=torch.channels_last)]
+    pixel_scale = PixelScale(IMAGENET_MEAN, IMAGENET_STD)
+    for stored in layouts:
+        normalised = pixel_scale(stored)
+        assert (normalised.dtype, normalised.stride()) == (torch.float32, stored.stride())
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                assert torch.equal(pixel_scale(stored), normalised.to(dtype))
+
+
+def test_pixels_are_normalised_in_one_pass():
+    pixels, pixel_scale = torch.zeros(2, 4, 3, 2, 2, dtype=torch.uint8), PixelScale(IMAGENET_MEAN, IMAGENET_STD)
+    for dtype, size in ((torch.bfloat16, 2), (torch.float32, 4)):
+        with Counts() as counts, torch.autocast("cpu", dtype, enabled=size == 2):
+            pixel_scale(pixels)
+        assert dict(counts.bytes) == {"addcmul": (1 + size) * pixels.numel() + 2 * 3 * 4}

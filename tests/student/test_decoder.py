@@ -40,7 +40,7 @@ def gradients(block, inputs, output):
     return torch.autograd.grad(output.square().sum(), [*inputs[:2], *block.parameters()])
 
 
-@pytest.mark.parametrize("first", [0, 1, V])
+@pytest.mark.parametrize("first", [0, 1, V, V + 1])
 @pytest.mark.parametrize("projects_per_position", [True, False])
 def test_outputs_and_gradients_equal_those_of_timms_block(first, projects_per_position, blocks, inputs):
     block, timms_block = blocks
@@ -53,10 +53,24 @@ def test_outputs_and_gradients_equal_those_of_timms_block(first, projects_per_po
     torch.testing.assert_close(block_gradients, gradients(timms_block, inputs, expected), atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("unseen", [1, 2])
+@pytest.mark.parametrize("first", [0, "V"])
+def test_unseen_tokens_change_nothing_and_get_no_gradient(first, unseen, blocks, inputs):
+    block, _ = blocks
+    visible, *masked = inputs
+    first = V - unseen if first else 0
+    outputs = block(visible, first, masked, unseen), block(visible[:, unseen:], first, masked)
+    torch.testing.assert_close(*outputs, atol=1e-6, rtol=1e-6)
+    of_visible, *others = gradients(block, inputs, outputs[0])
+    assert not of_visible[:, :unseen].any()
+    torch.testing.assert_close([of_visible, *others], list(gradients(block, inputs, outputs[1])), atol=1e-4, rtol=1e-5)
+
+
 def test_only_predicted_patches_take_queries_and_mlp_and_masked_ones_are_projected_once_per_position(blocks, inputs):
     block, timms_block = blocks
     visible, *masked = inputs
     square, num_masked = 2 * W * W, N - V
     assert flops_of(lambda: timms_block(all_tokens(inputs))) == 12 * square * B * N + 4 * B * N * N * W
     flops = flops_of(lambda: block(visible, V, masked))
-    assert flops == 3 * square * (B * V + N) + 9 * square * B * num_masked + 4 * B * num_masked * N * W
+    projections = square * (2 * B * V + 3 * N)
+    assert flops == projections + 9 * square * B * num_masked + 4 * B * num_masked * N * W

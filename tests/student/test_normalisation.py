@@ -1,5 +1,6 @@
 """Guidance normalisation against its formulas written out."""
 
+import pytest
 import torch
 
 from fastmae.student.normalisation import EPSILON, StoreNorm, channel_norm, patch_norm, unchanged
@@ -41,3 +42,24 @@ def test_constant_features_become_zeros_not_nan():
     for norm in (patch_norm, channel_norm):
         assert torch.equal(norm(torch.full((2, 4, 3), 7.0)), torch.zeros(2, 4, 3))
     assert torch.isfinite(StoreNorm(torch.zeros(3), torch.zeros(3))(torch.ones(1, 1, 3))).all()
+
+
+NORMS = (patch_norm, channel_norm, StoreNorm(torch.arange(7.0), torch.arange(1.0, 8.0)), unchanged)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_features_in_half_precision_give_the_same_bits_as_their_fp32_copy(dtype, norm):
+    features = FEATURES.to(dtype)
+    before = features.clone()
+    normalised = norm(features)
+    assert normalised.dtype == torch.float32
+    assert torch.equal(normalised, norm(features.float()))
+    assert torch.equal(features, before)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_features_are_not_changed_in_place(norm):
+    features = FEATURES.clone()
+    norm(features)
+    assert torch.equal(features, FEATURES)

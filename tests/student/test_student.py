@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 
 from fastmae.errors import InputError
 from fastmae.student.loss import StudentLoss
@@ -69,6 +70,38 @@ def test_the_decoder_can_see_the_class_token_without_a_further_parameter(name, o
     assert (decoded - without(images, ids_shuffle).decoded).abs().max() > 1e-3
     gradient = torch.autograd.grad(decoded.sum(), layers[-1])[0][:, : with_token.encoder.num_prefix_tokens]
     assert all(of_token.any() for of_token in gradient.unbind(1))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_gap_224"])
+@pytest.mark.parametrize("decoder_class_token", [True, False])
+@pytest.mark.parametrize("options", [{}, {"fusion": True}, {"decoder_depth": 2}, {"predict_visible": True}])
+def test_decoding_is_what_timms_blocks_make_of_all_tokens(name, decoder_class_token, options, make_student, batch):
+    images, _, ids_shuffle = batch
+    model = make_student(name, decoder_class_token=decoder_class_token, **options)
+    layers = [layer.detach().requires_grad_() for layer in model.encode_tokens(images, ids_shuffle[:, :V])]
+    prefix = model.encoder.num_prefix_tokens
+    latent = layers[-1][:, prefix:]
+    if model.fusion_projections:
+        latent = sum(
+            project(layer[:, prefix:]) for project, layer in zip(model.fusion_projections, layers, strict=True)
+        )
+        latent = model.fusion_norm(latent)
+    positions = model.decoder_position[ids_shuffle]
+    mask_tokens = model.mask_token + positions[:, V:]
+    tokens = torch.cat([model.decoder_embed(latent) + positions[:, :V], mask_tokens], dim=1)
+    if decoder_class_token:
+        tokens = torch.cat([model.decoder_embed(layers[-1][:, :prefix]), tokens], dim=1)
+    for block in model.decoder_blocks:
+        tokens = Block.forward(block, tokens)
+    predicted = 16 if "predict_visible" in options else 16 - V
+    expected = model.decoder_head(model.decoder_norm(tokens))[:, -predicted:]
+    decoded = model.decode(layers, ids_shuffle)
+    torch.testing.assert_close(decoded, expected, atol=1e-6, rtol=1e-5)
+    leaves = [*layers[0 if model.fusion_projections else -1 :]]
+    leaves += [parameter for name, parameter in model.named_parameters() if "decoder_" in name or "mask_token" in name]
+    leaves = [leaf for leaf in leaves if leaf.requires_grad]
+    gradients, expected_gradients = (torch.autograd.grad(out.square().mean(), leaves) for out in (decoded, expected))
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-6, rtol=1e-4)
 
 
 def test_it_learns_one_batch_by_heart(make_student, batch):

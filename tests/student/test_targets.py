@@ -46,6 +46,22 @@ def test_stored_tokens_are_decoded_and_normed_in_shuffled_order():
     torch.testing.assert_close(target, torch.stack([expected[b, shuffled[b]] for b in range(2)]))
 
 
+@pytest.mark.parametrize("norm", [patch_norm, unchanged])
+def test_fp16_tokens_give_the_target_of_their_fp32_copies_in_fp32(norm):
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randn(2, 9, 5, generator=generator).half()
+    shuffled = torch.stack([torch.randperm(9, generator=generator) for _ in range(2)])
+    targets = [
+        StoredTokens([load_codec(name, 5, {})], [norm])(
+            SimpleNamespace(tokens=[stored], means=[torch.empty(2, 0)], ids_shuffle=shuffled),
+            PixelScale((0.5,), (0.5,)),
+        )
+        for name, stored in (("fp16", tokens), ("fp32", tokens.float()))
+    ]
+    assert targets[0].dtype == torch.float32
+    assert torch.equal(*targets)
+
+
 def test_hog_needs_patches_of_whole_cells():
     assert Hog(16, unchanged).dims == (108,)
     with pytest.raises(InputError, match="--target hog"):

@@ -407,6 +407,16 @@ def test_an_images_decoded_tokens_have_its_own_mean(tokens_of_images):
     torch.testing.assert_close(view, decoded[:, 1:4, 2:5].flatten(1, 2))
 
 
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8", "pq12"])
+def test_tokens_that_are_read_are_the_decoded_ones_and_only_fp16s_stay_float16(name, codecs):
+    codes, means = map(torch.from_numpy, codecs[name].encode_grids(correlated(40, seed=9).reshape(10, 2, 2, C)))
+    tokens, decoded = codecs[name].read_grids(codes, means), codecs[name].decode_grids(codes, means)
+    assert (tokens.dtype, decoded.dtype) == (torch.float16 if name == "fp16" else torch.float32, torch.float32)
+    assert torch.equal(tokens.float(), decoded)
+    with pytest.raises(ValueError, match=name):
+        codecs[name].read_grids(codes[..., 1:], means)
+
+
 @pytest.mark.parametrize("name", ["pq12", "pq13"])
 def test_large_blocks_of_tokens_as_on_an_accelerator_give_the_same_codes(name, codecs):
     tokens, quantiser = correlated(500, seed=8), codecs[name].quantiser

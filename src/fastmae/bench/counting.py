@@ -5,8 +5,7 @@ The step runs on tensors without contents (torch's FakeTensor), and each operato
 - kernels: one for an operator; none for a view or an allocation; three for the backward pass of attention; for an
   operator over lists of tensors as many as torch's multi-tensor kernels launch.
 - bytes: those of all inputs and outputs, and of what is changed in place twice, as they come out of the device's
-  memory and go into it. Attention's backward
-  pass reads and writes everything twice.
+  memory and go into it. Attention's backward pass reads and writes everything twice.
 - FLOPs: those of matrix products and attention, a multiplication with its addition as two.
 
 Attention is counted as the fused kernel that GPUs have, whatever this machine has. The figures are a model: a GPU's
@@ -57,14 +56,15 @@ class Counts(TorchDispatchMode):
         is_view = not schema.is_mutable and all(value.alias_info is not None for value in schema.returns)
         computes = schema.is_mutable or bool(_tensors(outcome))
         if computes and not is_view and name not in FREE:
-            # What an operator changes in place is read and written; what it returns then is the same tensor. What it is
-            # given to write into by name is only written.
-            named = dict(kwargs or {})
-            out = [named.pop(entry.name) for entry in schema.arguments if entry.name in named and _is_written(entry)]
-            inputs = _tensors((args, named))
+            kwargs = kwargs or {}
+            # What an operator changes in place is read and written; what it returns then is the same tensor. A tensor
+            # given as out= is only written.
+            outs = {argument.name for argument in schema.arguments if argument.is_out}
+            inputs = _tensors((args, [value for key, value in kwargs.items() if key not in outs]))
             launches = _launches(name, args)
             changed = [value for value, argument in zip(args, schema.arguments, strict=False) if _is_written(argument)]
-            written = [*changed, *out] if schema.is_mutable else outcome
+            changed += [kwargs[key] for key in outs]
+            written = changed if schema.is_mutable else outcome
             traffic = _bytes_of(inputs) + _bytes_of(_tensors(written))
             self.add(name, launches, traffic, _product_flops(name, inputs))
         return outcome

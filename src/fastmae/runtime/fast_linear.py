@@ -33,7 +33,7 @@ def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Returns:
         [..., C].
     """
-    if not _is_faster_as_convolution(tokens, weight):
+    if not is_faster_as_convolution(tokens, weight):
         return F.linear(tokens, weight, bias)
     pixels = tokens.flatten(1, -2).unsqueeze(1).permute(0, 3, 1, 2)  # [B, D, 1, N], channels last: no copy
     return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], len(weight))
@@ -51,7 +51,7 @@ def linear_beside(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
         [B, N, C], and the tokens for the other reader. It must not hand its gradient to anything else, as an addition
         does to both of its terms: this layer writes into it.
     """
-    if torch.compiler.is_compiling() or _is_faster_as_convolution(tokens, weight):
+    if torch.compiler.is_compiling() or is_faster_as_convolution(tokens, weight):
         return linear(tokens, weight, bias), tokens
     rows, same_rows = _LinearBeside.apply(tokens.flatten(0, 1), weight, bias)
     return rows.unflatten(0, tokens.shape[:2]), same_rows.view_as(tokens)
@@ -86,7 +86,7 @@ def linear_each(tokens: Sequence[torch.Tensor], weights: torch.Tensor, biases: t
     Returns:
         [L, B, N, C].
     """
-    if _is_faster_as_convolution(tokens[0], weights[0]):
+    if is_faster_as_convolution(tokens[0], weights[0]):
         layers = zip(tokens, weights, biases, strict=True)
         return torch.stack([linear(layer, weight, bias) for layer, weight, bias in layers])
     rows = [layer.flatten(0, 1) for layer in tokens]
@@ -118,6 +118,13 @@ class _LinearEach(torch.autograd.Function):
         return of_weights, gradients.sum(1), *of_rows
 
 
+def is_faster_as_convolution(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `linear` computes these as a convolution. tokens: [..., D]; weight: [C, D]."""
+    is_fp32 = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    is_large = tokens.dim() > 2 and len(tokens) >= LEAST_BATCH and tokens.numel() * len(weight) >= LEAST_PRODUCTS
+    return AVX512 and is_fp32 and is_large
+
+
 class Linear(nn.Linear):
     """torch's linear layer, computed by `linear`."""
 
@@ -132,9 +139,3 @@ def with_fast_linear(network: AnyModule) -> AnyModule:
         if type(module) is nn.Linear:
             module.__class__ = Linear
     return network
-
-
-def _is_faster_as_convolution(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
-    is_fp32 = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    is_large = tokens.dim() > 2 and len(tokens) >= LEAST_BATCH and tokens.numel() * len(weight) >= LEAST_PRODUCTS
-    return AVX512 and is_fp32 and is_large

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastmae.errors import InputError
 from fastmae.runtime.fast_linear import linear
+from fastmae.student.lookup import linear_plus_rows
 
 Encoder = Any
 """A network of timm. Its attributes depend on its class, and nn.Module types them all as Tensor or Module."""
@@ -67,18 +68,27 @@ def embed_visible(encoder: Encoder, patches: torch.Tensor, ids_keep: torch.Tenso
     Returns:
         [B, R + V, D], the prefix tokens first.
     """
-    projection = encoder.patch_embed.proj
-    tokens = encoder.patch_embed.norm(linear(patches.flatten(2), projection.weight.flatten(1), projection.bias))
     prefix = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
-    prefix_tokens = torch.cat(prefix, dim=1) if prefix else tokens.new_zeros(1, 0, tokens.shape[2])
+    prefix_tokens, position = torch.cat(prefix, dim=1) if prefix else None, None
     if encoder.pos_embed is not None:
         of_prefix = encoder.pos_embed.shape[1] - encoder.patch_embed.num_patches
         prefix_position, position = encoder.pos_embed[0].tensor_split([of_prefix])
-        tokens = tokens + position.to(tokens.dtype)[ids_keep]
         prefix_tokens = prefix_tokens + prefix_position if of_prefix else prefix_tokens
-    if prefix:
+    tokens = _embed_patches(encoder.patch_embed, patches, position, ids_keep)
+    if prefix_tokens is not None:
         tokens = torch.cat([prefix_tokens.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
     return encoder.norm_pre(encoder.pos_drop(tokens))
+
+
+def _embed_patches(
+    patch_embed: Any, patches: torch.Tensor, position: torch.Tensor | None, ids_keep: torch.Tensor
+) -> torch.Tensor:
+    """Project patches [B, V, K, P, P], and add their rows of the positions [N, D], if there are any: [B, V, D]."""
+    operands = patches.flatten(2), patch_embed.proj.weight.flatten(1), patch_embed.proj.bias
+    if position is not None and isinstance(patch_embed.norm, nn.Identity):
+        return linear_plus_rows(*operands, position, ids_keep)
+    tokens: torch.Tensor = patch_embed.norm(linear(*operands))
+    return tokens if position is None else tokens + F.embedding(ids_keep, position.to(tokens.dtype))
 
 
 def rotary_positions(encoder: Encoder) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 Normalisation = Callable[[torch.Tensor], torch.Tensor]
-"""Features [B, N, C] -> float32 [B, N, C]."""
+"""Features [B, N, C] in any float dtype -> float32 [B, N, C]. The features are read as they are, not copied first."""
 
 EPSILON = 1e-6
 """Added to variances. MAE's value for norm-pix; TEC publishes none for its patch norm, so it is used there too."""
@@ -43,16 +43,16 @@ class StoreNorm:
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """See `Normalisation`."""
-        return (features - self.mean) * self.scale
+        return (features - self.mean).mul_(self.scale)
 
 
 def unchanged(features: torch.Tensor) -> torch.Tensor:
     """No guidance normalisation."""
-    return features
+    return features.float()
 
 
 def _standardise(features: torch.Tensor, dim: int) -> torch.Tensor:
     # Two passes: on a CPU they take half of the time of torch.var_mean.
-    centred = features - features.mean(dim, keepdim=True)
+    centred = features - features.mean(dim, keepdim=True, dtype=torch.float32)
     variance = torch.linalg.vector_norm(centred, dim=dim, keepdim=True).square() / features.shape[dim]
-    return centred * torch.rsqrt(variance + EPSILON)
+    return centred.mul_(torch.rsqrt(variance + EPSILON))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import apply_keep_indices_nlc
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -46,6 +47,7 @@ from fastmae.student.encoder import (
     visible_patches,
 )
 from fastmae.student.feature_map import build_network
+from fastmae.student.lookup import linear_plus_rows
 from fastmae.student.loss import Prediction
 from fastmae.student.map_student import MapStudent
 
@@ -225,25 +227,23 @@ class Student(nn.Module):
         Returns:
             [B, M, C], for the last M patches of `ids_shuffle`.
         """
-        # The encoder's output, or the sum of all layers: [B, V, D].
-        latent = self._patches(layers[-1])
+        # The encoder's output, or the sum of all layers: [B, R + V, D].
+        latent, prefix = layers[-1], int(self.encoder.num_prefix_tokens)
         if self.fusion_projections:
             by_layer = zip(self.fusion_projections, layers, strict=True)
-            latent = self.fusion_norm(
-                torch.stack([project(self._patches(layer)) for project, layer in by_layer]).sum(0)
-            )
-        # Attention ignores the order of tokens, so the patches stay shuffled, each with its own position: [B, V, W].
+            latent = self.fusion_norm(torch.stack([project(layer) for project, layer in by_layer]).sum(0))
+            if self.decoder_prefix:  # only patches are fused
+                latent = torch.cat([layers[-1][:, :prefix], latent[:, prefix:]], dim=1)
+        # Attention ignores the order of tokens, so the patches stay shuffled, each with its own position. The prefix
+        # tokens have none: they look up a row of zeros in front of the table. [B, R + V, W]
         ids_keep, ids_mask = ids_shuffle.split([self.visible, self.patches - self.visible], dim=1)
-        tokens = self.decoder_embed(latent)
-        position = self.decoder_position.to(tokens.dtype)
-        tokens = tokens + position[ids_keep]
-        if self.decoder_prefix:  # the prefix tokens come first, and have no position
-            prefix = layers[-1][:, : self.decoder_prefix]
-            tokens = torch.cat([self.decoder_embed(prefix).to(tokens.dtype), tokens], dim=1)
+        positions, embed = F.pad(self.decoder_position, (0, 0, 1, 0)), self.decoder_embed
+        tokens = linear_plus_rows(latent, embed.weight, embed.bias, positions, F.pad(ids_keep + 1, (prefix, 0)))
         # The first block adds the masked patches; the last one computes only the predicted ones.
-        masked = (self.mask_token[0].to(tokens.dtype) + position, ids_mask)
+        masked = ((self.mask_token[0] + self.decoder_position).to(tokens.dtype), ids_mask)
         first, *others = self.decoder_blocks
-        tokens = self._run_block(first, tokens, 0 if others else self.first_predicted, masked)
+        unseen = prefix - self.decoder_prefix
+        tokens = self._run_block(first, tokens, 0 if others else self.first_predicted, masked, unseen)
         for block in others:
             tokens = self._run_block(block, tokens, self.first_predicted if block is others[-1] else 0)
         return self.decoder_head(self.decoder_norm(tokens))

@@ -52,7 +52,7 @@ class Target(Protocol):
 class StoredTokens:
     """The look-up (Eq. 2): the tokens that were read with the views, one teacher's beside the other's.
 
-    The batch holds them as the codec stores them; they are decoded here, on the device.
+    The batch holds them as the codec stores them; they are decoded here, on the device. fp16's need no decoding.
 
     Args:
         codecs: codec of each store.
@@ -76,7 +76,7 @@ class StoredTokens:
         stores = zip(self.codecs, self.norms, batch.tokens, batch.means, strict=True)
         shuffled = batch.ids_shuffle
         return _joined(
-            [norm(codec.decode_grids(gather_patches(codes, shuffled), means)) for codec, norm, codes, means in stores]
+            [norm(codec.read_grids(gather_patches(codes, shuffled), means)) for codec, norm, codes, means in stores]
         )
 
 

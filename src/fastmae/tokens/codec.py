@@ -92,10 +92,7 @@ class Codec:
         Raises:
             ValueError: codes that have another shape or dtype than this codec's.
         """
-        if codes.shape[-1] != self.code_dim or str(codes.dtype) != f"torch.{self.dtype}":
-            expected = f"{self.name} has {self.code_dim} torch.{self.dtype}"
-            raise ValueError(f"codes of {codes.shape[-1]} {codes.dtype}; {expected}")
-        return self.quantiser.decode(codes.reshape(-1, self.code_dim)).reshape(*codes.shape[:-1], self.token_dim)
+        return self._dequantised(codes).float()
 
     def encode_grids(self, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Encode whole images, as a shard stores them.
@@ -158,7 +155,11 @@ class Codec:
         Returns:
             float32 [n, ..., C], on the codes' device.
         """
-        tokens = self.decode(codes)
+        return self.read_grids(codes, means).float()
+
+    def read_grids(self, codes: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        """As `decode_grids`, but the tokens of fp16 stay float16: who computes in float32 needs no copy of them."""
+        tokens = self._dequantised(codes)
         if not means.shape[1]:
             return tokens
         return tokens + means.float().view(len(means), *[1] * (tokens.dim() - 2), -1)
@@ -167,6 +168,13 @@ class Codec:
         """Tokens [..., C] -> codes [..., C'], on their device."""
         codes = self.quantiser.encode(tokens.detach().float().reshape(-1, self.token_dim))
         return codes.reshape(*tokens.shape[:-1], self.code_dim).contiguous()
+
+    def _dequantised(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [..., C'] -> tokens [..., C], float16 for fp16 and else float32."""
+        if codes.shape[-1] != self.code_dim or str(codes.dtype) != f"torch.{self.dtype}":
+            expected = f"{self.name} has {self.code_dim} torch.{self.dtype}"
+            raise ValueError(f"codes of {codes.shape[-1]} {codes.dtype}; {expected}")
+        return self.quantiser.decode(codes.reshape(-1, self.code_dim)).reshape(*codes.shape[:-1], self.token_dim)
 
     def _mean_of_decoded(self, codes: torch.Tensor) -> torch.Tensor:
         """Mean decoded token of each image: codes [n, grid, grid, C'] -> float32 [n, C]."""

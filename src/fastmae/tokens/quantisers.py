@@ -51,7 +51,7 @@ class Quantiser:
         raise NotImplementedError
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes [n, C'] -> float32 [n, C], on the same device."""
+        """Codes [n, C'] -> float32 [n, C], on the same device; `FloatCast` leaves float16 as it is."""
         raise NotImplementedError
 
 
@@ -67,8 +67,8 @@ class FloatCast(Quantiser):
         return tokens.to(self.dtype)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """float16 or float32 -> float32."""
-        return codes.float()
+        """The codes: they are the tokens."""
+        return codes
 
 
 class ScalarQuantiser(Quantiser):
