@@ -22,13 +22,6 @@ def test_a_product_reads_two_matrices_and_writes_one():
     assert (counts.kernels["mm"], counts.bytes["mm"], counts.flops) == (1, 4 * (32 + 128 + 64), 2 * 4 * 8 * 16)
 
 
-def test_a_product_into_given_memory_counts_as_much_as_one_into_new_memory():
-    out = torch.empty(4, 16)
-    with Counts() as counts:
-        torch.mm(torch.ones(4, 8), torch.ones(8, 16), out=out)
-    assert (counts.kernels["mm"], counts.bytes["mm"], counts.flops) == (1, 4 * (32 + 128 + 64), 2 * 4 * 8 * 16)
-
-
 def test_views_and_allocations_are_free_and_what_is_expanded_is_read_once():
     tokens = torch.ones(3, 4)
     with Counts() as counts:
@@ -60,6 +53,21 @@ def test_what_is_given_as_output_is_written_and_read_only_if_it_is_an_input_too(
     assert counts.bytes["add"] == 4 * (64 + 64)
 
 
+def test_what_is_overwritten_is_not_read_and_a_look_up_reads_what_it_returns():
+    tokens, ids = torch.ones(10, 8), torch.tensor([3, 5])
+    with Counts() as counts:
+        tokens.copy_(torch.ones(10, 8))
+        torch._foreach_copy_([tokens], [torch.ones(10, 8, dtype=torch.bfloat16)])
+        tokens.fill_(2)
+        tokens[ids]
+        F.embedding(torch.zeros(50, dtype=torch.int64), tokens)
+    assert counts.bytes["copy_"] == 4 * (80 + 80)
+    assert counts.bytes["_foreach_copy_"] == 2 * 80 + 4 * 80
+    assert counts.bytes["fill_"] == 4 * 80
+    assert counts.bytes["index"] == 4 * (16 + 16) + 8 * 2
+    assert counts.bytes["embedding"] == 4 * (80 + 50 * 8) + 8 * 50
+
+
 def test_a_list_takes_as_many_kernels_as_its_tensors_and_chunks_need():
     assert list_kernels([[torch.empty(3)] * 110]) == 1
     assert list_kernels([[torch.empty(3)] * 111]) == 2
@@ -88,12 +96,12 @@ def test_the_command_counts_every_row_and_its_totals_are_fastmaes(capsys):
 
 
 @pytest.mark.slow
-def test_the_papers_step_stays_below_900_kernels_and_170_megabytes_a_view(capsys):
+def test_the_papers_step_stays_below_900_kernels_and_150_megabytes_a_view(capsys):
     args = ["bench", "step", "--count", "--rows", "offline", "--teachers", "vit_base_patch16_224", "--json"]
     assert run(args) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["kernels"] <= 900
-    assert result["bytes_per_image"] <= 170e6
+    assert result["bytes_per_image"] <= 150e6
     assert result["flops_per_image"] == pytest.approx(31e9, rel=0.01)
 
 

@@ -5,7 +5,8 @@ The step runs on tensors without contents (torch's FakeTensor), and each operato
 - kernels: one for an operator; none for a view or an allocation; three for the backward pass of attention; for an
   operator over lists of tensors as many as torch's multi-tensor kernels launch.
 - bytes: those of all inputs and outputs, and of what is changed in place twice, as they come out of the device's
-  memory and go into it. Attention's backward pass reads and writes everything twice.
+  memory and go into it. A copy does not read what it overwrites, a look-up reads what it returns, and attention's
+  backward pass reads and writes everything twice.
 - FLOPs: those of matrix products and attention, a multiplication with its addition as two.
 
 Attention is counted as the fused kernel that GPUs have, whatever this machine has. The figures are a model: a GPU's
@@ -27,6 +28,10 @@ from torch.utils._pytree import tree_leaves
 
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 """Operators that only allocate, and views that torch does not declare as such."""
+OVERWRITING = ("copy_", "_foreach_copy_", "fill_", "zero_")
+"""Operators that write their first argument without reading it."""
+LOOK_UPS = ("index", "index_select", "embedding", "gather")
+"""Operators that read no more of their first argument than they return."""
 LIST_TENSORS = (110, 64, 48, 36, 30)
 """Most tensors that one multi-tensor kernel takes, by the number of lists (ATen/native/cuda/MultiTensorApply.cuh)."""
 LIST_BLOCKS, LIST_CHUNK = 320, 65536
@@ -64,8 +69,14 @@ class Counts(TorchDispatchMode):
             launches = _launches(name, args)
             changed = [value for value, argument in zip(args, schema.arguments, strict=False) if _is_written(argument)]
             changed += [kwargs[key] for key in outs]
-            written = changed if schema.is_mutable else outcome
-            traffic = _bytes_of(inputs) + _bytes_of(_tensors(written))
+            written = _bytes_of(_tensors(changed if schema.is_mutable else outcome))
+            if name in OVERWRITING:
+                read = _bytes_of(_tensors(args[1:]))
+            elif name in LOOK_UPS:
+                read = min(_bytes_of(inputs[:1]), written) + _bytes_of(inputs[1:])
+            else:
+                read = _bytes_of(inputs)
+            traffic = read + written
             self.add(name, launches, traffic, _product_flops(name, inputs))
         return outcome
 
