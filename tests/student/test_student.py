@@ -78,7 +78,7 @@ def test_the_decoder_can_see_the_class_token_without_a_further_parameter(name, o
 def test_decoding_is_what_timms_blocks_make_of_all_tokens(name, decoder_class_token, options, make_student, batch):
     images, _, ids_shuffle = batch
     model = make_student(name, decoder_class_token=decoder_class_token, **options)
-    layers = [layer.detach().requires_grad_() for layer in model.encode_tokens(images, ids_shuffle[:, :V])]
+    layers = [layer.detach().requires_grad_() for layer in model.encode_tokens(images, ids_shuffle[:, :V]).tokens]
     prefix = model.encoder.num_prefix_tokens
     latent = layers[-1][:, prefix:]
     if model.fusion_projections:
