@@ -15,6 +15,12 @@ def picture(size, channels):
     return torch.from_numpy(np.atleast_3d(np.array(image.convert("RGB" if channels == 3 else "L")))).permute(2, 0, 1)
 
 
+def decoded_part(data, top, left, side, size, channels, mirrored=False):
+    out = np.zeros((side, side, channels), np.uint8)
+    jpeg.decode_part(data, top, left, size, out, mirrored)
+    return out.transpose(2, 0, 1)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [96, 72, 101, 352])
 def test_every_part_is_decoded_bit_for_bit_as_in_the_whole(size, channels):
@@ -26,19 +32,45 @@ def test_every_part_is_decoded_bit_for_bit_as_in_the_whole(size, channels):
         for _ in range(25):
             side = int(random.integers(1, size + 1))
             top, left = (int(offset) for offset in random.integers(0, size - side + 1, 2))
-            part = jpeg.decode_part(data, top, left, side, size, channels)
-            assert np.array_equal(part, whole[:, top : top + side, left : left + side])
+            expected = whole[:, top : top + side, left : left + side]
+            assert np.array_equal(decoded_part(data, top, left, side, size, channels), expected)
+            mirrored = decoded_part(data, top, left, side, size, channels, mirrored=True)
+            assert np.array_equal(mirrored, expected[:, :, ::-1])
 
 
-def test_parts_decoded_in_two_threads_do_not_share_memory():
-    data = jpeg.encode(picture(96, 3), 90).numpy()
-    here = jpeg.decode_part(data, 0, 0, 64, 96, 3)
-    with ThreadPoolExecutor(1) as pool:
-        there = pool.submit(jpeg.decode_part, data, 32, 32, 64, 96, 3).result()
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_a_part_of_whole_blocks_is_written_where_it_belongs_and_nowhere_else(channels, mirrored, contiguous):
+    data = jpeg.encode(picture(96, channels), 90).numpy()
+    whole = jpeg.decode(data, channels)
+    for side in (16, 48, 96):
+        for top in range(0, 96 - side + 1, 16):
+            for left in range(0, 96 - side + 1, 16):
+                memory = np.full((3, side, side, channels) if contiguous else (3, channels, side, side), 7, np.uint8)
+                outs = memory if contiguous else memory.transpose(0, 2, 3, 1)
+                jpeg.decode_part(data, top, left, 96, outs[1], mirrored)
+                expected = whole[:, top : top + side, left : left + side].transpose(1, 2, 0)
+                assert np.array_equal(outs[1], expected[:, ::-1] if mirrored else expected)
+                assert (outs[[0, 2]] == 7).all()
+
+
+def test_parts_can_be_decoded_in_several_threads_at_once():
+    data = jpeg.encode(picture(352, 3), 90).numpy()
     whole = jpeg.decode(data, 3)
-    assert np.array_equal(here, whole[:, :64, :64])
-    assert np.array_equal(there, whole[:, 32:, 32:])
-    assert not np.shares_memory(here, there)
+    offsets = [int(offset) for offset in np.random.default_rng(0).integers(0, 352 - 224 + 1, 64)]
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda offset: decoded_part(data, offset, offset, 224, 352, 3, offset % 2 == 1), offsets))
+    for offset, part in zip(offsets, parts, strict=True):
+        expected = whole[:, offset : offset + 224, offset : offset + 224]
+        assert np.array_equal(part, expected[:, :, ::-1] if offset % 2 else expected)
+
+
+def test_a_jpeg_that_ends_early_is_not_decoded():
+    data = jpeg.encode(picture(96, 3), 90).numpy()
+    for length in (len(data) // 2, 700, 20):
+        with pytest.raises((IndexError, ValueError)):
+            decoded_part(data[:length], 48, 48, 48, 96, 3)
 
 
 def test_any_jpeg_reader_can_read_the_whole():

@@ -28,10 +28,11 @@ def test_a_draw_depends_only_on_seed_epoch_and_index():
     assert not any((other == first.ids_shuffle).all() for other in others)
 
 
-def test_draws_are_those_of_numpys_generator_seeded_with_the_tuple():
-    for key in ((0, 0, 0), (5, 3, 1_281_166), (2**31 - 1, 70_000, 2**31 - 2)):
-        draw, rng = draw_view(*key, 22, 14, True), np.random.default_rng(key)
-        assert [draw.row, draw.col] == rng.integers(0, 9, size=2).tolist()
+@pytest.mark.parametrize("grid", [14, 15, 22, 37, 300])
+def test_draws_are_those_of_numpys_generator_seeded_with_the_tuple(grid):
+    for key in ((0, 0, 0), (5, 3, 1_281_166), (2**31 - 1, 70_000, 2**31 - 2), *((1, 2, i) for i in range(50))):
+        draw, rng = draw_view(*key, grid, 14, True), np.random.default_rng(key)
+        assert [draw.row, draw.col] == rng.integers(0, grid - 14 + 1, size=2).tolist()
         assert draw.flipped == (rng.random() < 0.5)
         assert (draw.ids_shuffle == rng.permutation(196)).all()
 

@@ -111,6 +111,22 @@ def test_a_flipped_view_has_mirrored_pixels_and_tokens(vit_store):
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize("name", ["vit_store", "small_store"])  # raw pixels and JPEG
+def test_a_views_pixels_are_those_of_the_middle_image_in_either_memory_layout(request, name):
+    store = TokenStore(request.getfixturevalue(name))
+    whole = store.pixels(3)
+    for row, col, size in ((0, 0, 4), (1, 2, 4), (2, 0, 3), (5, 5, 1), (0, 0, 6)):
+        expected = whole[:, 16 * row : 16 * (row + size), 16 * col : 16 * (col + size)]
+        for flipped in (False, True):
+            pixels = store.view_pixels(3, row, col, size, flipped)
+            assert torch.equal(pixels, expected.flip(-1) if flipped else expected)
+            assert pixels.is_contiguous()
+            if store.info.pixels == "jpeg":
+                channels_last = np.zeros((16 * size, 16 * size, 3), np.uint8).transpose(2, 0, 1)
+                store.read_pixels(3, row, col, size, flipped, channels_last)
+                assert np.array_equal(channels_last, pixels)
+
+
 @pytest.fixture(scope="module")
 def two_sizes(photos, vit_weights, tmp_path_factory):
     """A store with middle images of 64 and 96 px and stored flips."""

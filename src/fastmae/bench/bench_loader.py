@@ -55,9 +55,9 @@ NOTES = (
     "which normalises and decodes; 'normalised here' adds the normalisation on this core.",
     "'first pass': the same from a store that was just opened, when each shard is mapped and the checksum of every "
     "record is verified.",
-    "Shares are of the median time: decode (of the whole file, or of the view's part of the stored JPEG), copy (of the "
-    "pixels into the batch, mirrored if the view is flipped), tokens (reading them into the batch) and draws. Each is "
-    "timed by itself in the same rounds; the rest is what remains.",
+    "Shares are of the median time: decode (of the whole file, or of the view's part of the stored JPEG), copy (of "
+    "raw pixels into the batch, and the mirroring of flipped views), tokens (reading them into the batch) and draws. "
+    "Each is timed by itself in the same rounds; the rest is what remains.",
     "'delivered images/s': views that one loader worker delivers to the training process in a second of its CPU time, "
     "the system's share included, and that rate over the reader's. 'main ms' is the CPU time that the training process "
     "itself spends on a view.",

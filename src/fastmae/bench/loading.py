@@ -167,11 +167,13 @@ class StoreTurns:
             for shard, entry in enumerate(self.store.manifest.shards)
         ]
         jpegs = [shard.jpeg(row) for shard in shards for row in range(len(shard.record_checksums))]
+        side = info.patch_size * size
+        out = np.empty((side, side, info.channels), np.uint8)
 
         def decode(batch: list[int]) -> None:
             for index in batch:
                 top, left = info.patch_size * views[index].row, info.patch_size * views[index].col
-                jpeg.decode_part(jpegs[index], top, left, info.patch_size * size, info.middle_size, info.channels)
+                jpeg.decode_part(jpegs[index], top, left, info.middle_size, out)
 
         return self.batches.seconds(number, decode)
 

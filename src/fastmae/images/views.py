@@ -67,7 +67,8 @@ class ViewDraws:
         """
         rng = np.random.default_rng(np.array([self.seed, epoch, index], np.uint32))  # a tuple takes longer
         scale = int(rng.integers(len(grids))) if len(grids) > 1 else 0
-        row, col = rng.integers(0, grids[scale] - self.size + 1, size=2).tolist()
+        positions = grids[scale] - self.size + 1
+        row, col = int(rng.integers(positions)), int(rng.integers(positions))  # an array of both takes longer
         flipped = rng.random() < 0.5 and self.flip
         ids_shuffle = rng.permutation(self.size**2) if self.mask == "random" else self._block_order(rng)
         return Draw(scale, row, col, flipped, ids_shuffle)

@@ -20,6 +20,7 @@ import torch
 
 from fastmae.errors import InputError, first_line
 from fastmae.images import jpeg
+from fastmae.images.mirror import copy_reversed
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.tokens.codec import Codec, code_layout, keeps_means, load_codec
 from fastmae.tokens.files import LocalFiles, StoreFiles, is_url, open_files
@@ -129,18 +130,21 @@ class TokenStore:
         return self.codec.decode_grids(torch.from_numpy(codes)[None], torch.from_numpy(mean)[None])[0]
 
     def read_pixels(self, index: int, row: int, col: int, size: int, flipped: bool, out: np.ndarray) -> None:
-        """Write the pixels of a view into `out`, uint8 [K, P s, P s]; a JPEG takes less time with channels last."""
+        """Write the pixels of a view into `out`, uint8 [K, P s, P s].
+
+        The rows of `out` are contiguous in a store of raw pixels. A JPEG takes less time with channels last.
+        """
         self._check_view(row, col, size)
         info, side = self.info, self.info.patch_size * size
         top, left = info.patch_size * row, info.patch_size * col
         if info.pixels == "jpeg":
             data = self._record(index, MappedShard.jpeg)
             with _failed_decoding_is_damage():
-                view = jpeg.decode_part(data, top, left, side, info.middle_size, info.channels)
-        else:
-            view = self._record(index, MappedShard.raw_pixels)[:, top : top + side, left : left + side]
-        if flipped:  # NumPy copies backwards at a fifth of torch's rate
-            torch.from_numpy(out).copy_(torch.from_numpy(view).flip(-1))
+                jpeg.decode_part(data, top, left, info.middle_size, out.transpose(1, 2, 0), flipped)
+            return
+        view = self._record(index, MappedShard.raw_pixels)[:, top : top + side, left : left + side]
+        if flipped:
+            copy_reversed(view, out)
         else:
             out[...] = view
 
