@@ -104,12 +104,14 @@ def test_pixels_are_normalised_in_fp32_and_rounded_once_to_autocasts_dtype(shape
         assert (normalised.dtype, normalised.stride()) == (torch.float32, stored.stride())
         for dtype in (torch.bfloat16, torch.float16):
             with torch.autocast("cpu", dtype):
-                assert torch.equal(pixel_scale(stored), normalised.to(dtype))
+                rounded = pixel_scale(stored)
+            assert rounded.dtype == dtype
+            rtol = 0.51 * torch.finfo(dtype).eps
+            torch.testing.assert_close(rounded.float(), normalised, rtol=rtol, atol=1e-6)
 
 
-def test_pixels_are_normalised_in_one_pass():
+def test_under_autocast_pixels_are_normalised_in_one_pass():
     pixels, pixel_scale = torch.zeros(2, 4, 3, 2, 2, dtype=torch.uint8), PixelScale(IMAGENET_MEAN, IMAGENET_STD)
-    for dtype, size in ((torch.bfloat16, 2), (torch.float32, 4)):
-        with Counts() as counts, torch.autocast("cpu", dtype, enabled=size == 2):
-            pixel_scale(pixels)
-        assert dict(counts.bytes) == {"addcmul": (1 + size) * pixels.numel() + 2 * 3 * 4}
+    with Counts() as counts, torch.autocast("cpu", torch.bfloat16):
+        pixel_scale(pixels)
+    assert dict(counts.bytes) == {"addcmul": (1 + 2) * pixels.numel() + 2 * 3 * 4}
