@@ -9,6 +9,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 else:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+# Tests start dozens of processes. With this variable, each would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 import json
 import logging
 import socket

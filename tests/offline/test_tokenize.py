@@ -51,22 +51,29 @@ def test_names_that_are_not_utf8_and_a_single_image_make_a_store(
     images.mkdir()
     shutil.copyfile(photos / "train" / "china" / "00.jpg", images / "\udcff.jpg")
 
-    def call(*args):
-        command = [*fastmae_command, *map(str, args), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}, done.stderr
-
     teacher = ["--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", vit_weights]
     options = [*teacher, "--middle-size", "96", "--workers", "0", "--codec", "fp32", "--pixels", "raw"]
-    code, result, err = call("tokenize", images, store, *options, "--dry-run")
-    assert (code, result["images"]) == (0, 1), err
-    assert result["images_per_second"] > 0
-    assert call("tokenize", images, store, *options)[0] == 0
+
+    def call(*args):
+        """Run commands in a process whose streams are the system's: their exit codes, results and messages."""
+        commands = [[*map(str, words), "--json"] for words in args]
+        script = "import sys\nfrom fastmae.cli import run\nfor end in map(run, eval(sys.argv[1])): print(f'code {end}')"
+        command = [fastmae_command[0], "-c", script, ascii(commands)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = done.stdout.splitlines()
+        codes = [int(line.removeprefix("code ")) for line in lines if line.startswith("code ")]
+        return codes, [json.loads(line) for line in lines if line.startswith("{")], done.stderr
+
+    tokenize = ["tokenize", images, store, *options]
+    codes, (estimate, _), err = call([*tokenize, "--dry-run"], tokenize)
+    assert codes == [0, 0], err
+    assert estimate["images"] == 1
+    assert estimate["images_per_second"] > 0
     flip_bit(store / "shards" / "00000.safetensors", -9)
-    code, result, err = call("verify", store, "--repair", "--workers", "0")
-    assert (code, result) == (0, {"ok": True, "damaged": []}), err
-    code, _, err = call("tokenize", images, str(tmp_path) + "/st\udcefre", *options)
-    assert code == 2
+    verify = ["verify", store, "--repair", "--workers", "0"]
+    codes, (repaired,), err = call(verify, ["tokenize", images, str(tmp_path) + "/st\udcefre", *options])
+    assert codes == [0, 2], err
+    assert repaired == {"ok": True, "damaged": []}
     assert "UTF-8" in err
 
 
