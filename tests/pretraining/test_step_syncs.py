@@ -11,7 +11,10 @@ from simulated.syncs import SYNCS
 pytestmark = pytest.mark.accelerator
 
 SHORT = "--image-size 64 --batch-size 8 --epochs 1.06 --log-every 2 --device sim --workers 0"
-VIT = "--encoder vit_tiny_patch16_224 --encoder-depth 2 --encoder-width 64 --encoder-heads 2"
+VIT = (
+    "--encoder vit_tiny_patch16_224 --encoder-depth 2 --encoder-width 64 --encoder-heads 2 "
+    "--decoder-width 32 --decoder-heads 2"
+)
 STEPS = {
     "fp16 tokens": (["cnn_store"], VIT),
     "pq tokens": (["small_store"], VIT),
