@@ -25,7 +25,7 @@ test: setup
 test-fast: setup
 	$(PYTEST) -m "not slow" --ignore tests/end_to_end
 
-# On a machine with a GPU: what is right there, and how fast. `make gpu-check ARGS="--budget 600"` gives it more time.
+# On a machine with a GPU: what works there, and how fast. `make gpu-check ARGS="--budget 900"` gives it more time.
 gpu-check: setup
 	$(BIN)/python tools/gpu_check $(ARGS)
 

@@ -63,7 +63,8 @@ def test_every_check_passes_at_toy_size(tmp_path):
     names = {check["name"] for check in found["checks"]}
     assert {"ddp in a group of one", "deterministic, stopped and continued"} <= names
     markdown = (out / "gpu_check.md").read_text()
-    assert done.stdout.endswith(f"\n{markdown}\n")
+    assert f"\n{markdown}\n" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"Written: {out / 'gpu_check.md'}, {out / 'gpu_check.json'}"
     for row in ("| speed | vit_base_60ep, pq38, batch 8, compiled: with the loader |", "| >= 10,000 |", "| >= 1.90 |"):
         assert row in markdown
     for name, version in (("torch", torch.__version__), ("timm", timm.__version__)):

@@ -1,11 +1,12 @@
 """Parameter groups and learning rate schedules, against their formulas."""
 
 import math
+from functools import partial
 
 import pytest
 import timm
 import torch
-from timm.optim import param_groups_layer_decay
+from timm.optim import Muon, param_groups_layer_decay
 from torch import nn
 
 from fastmae.errors import InputError
@@ -109,3 +110,18 @@ def test_muons_first_step_is_the_orthogonalised_gradient_at_adamws_rms():
     assert singular_values.min() > 0.6 and singular_values.max() < 1.3
     left, _, right = torch.linalg.svd(weight.grad, full_matrices=False)
     torch.testing.assert_close(update / singular_values.mean(), left @ right, atol=0.12, rtol=0.0)
+
+
+def test_muon_computes_in_float32_on_a_cpu_and_leaves_timms_own_in_bf16():
+    gradient = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    updates = []
+    for make in (muon, partial(Muon, momentum=0.95, nesterov=True)):
+        weight = nn.Parameter(torch.zeros(64, 16))
+        optimizer = make([{"params": [weight], "weight_decay": 0.0}], lr=0.1, betas=(0.9, 0.95))
+        weight.grad = gradient.clone()
+        optimizer.step()
+        updates.append(weight.detach())
+    in_float32, in_bf16 = updates
+    assert not torch.equal(in_float32, in_float32.bfloat16().float())
+    difference = (in_float32 - in_bf16).norm() / in_bf16.norm()
+    assert 1e-5 < difference < 2e-2

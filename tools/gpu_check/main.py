@@ -96,6 +96,7 @@ def main(arguments: Sequence[str]) -> int:
         run_stages(_chosen(options.stages), setting, report)
     report.write()
     print(f"\n{report.markdown()}", flush=True)
+    print(f"Written: {options.out / 'gpu_check.md'}, {options.out / 'gpu_check.json'}", flush=True)
     return 1 if report.failed else 0
 
 
@@ -108,9 +109,15 @@ def run_stages(stages: dict[str, Stage], setting: Setting, report: Report) -> No
     for name, stage in stages.items():
         needed = stage.seconds if setting.on_gpu else stage.seconds / TOY_FACTOR
         missing = not_run & {*stage.needs}
-        if missing or setting.left < needed:
+        why = ""
+        if missing:
+            why = f"needs {', '.join(missing)}"
+        elif name == "detection" and setting.detect is None:
+            why = "needs a run and real boxes: --detect RUN DATA"
+        elif setting.left < needed:
+            why = f"{max(0, setting.left):.0f} s left, {needed:.0f} s needed"
+        if why:
             not_run.add(name)
-            why = f"needs {', '.join(missing)}" if missing else f"{setting.left:.0f} s left, {needed:.0f} s needed"
             report.leave_out(name, why)
             continue
         report.begin(name)

@@ -174,7 +174,7 @@ def _elements(tensor: torch.Tensor) -> int:
 
 
 def _product_flops(name: str, inputs: list[torch.Tensor]) -> int:
-    if name not in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
+    if name not in ("mm", "addmm", "bmm", "baddbmm"):
         return 0
     left, right = inputs[-2:]
     return 2 * left.numel() * right.shape[-1]

@@ -1,5 +1,6 @@
 """`fastmae bench step --count`: what the steps of all rows do on a GPU, counted on any machine (`counting`)."""
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,8 @@ from fastmae.bench.methods import Method, Steps, methods
 from fastmae.bench.table import Table, machine
 from fastmae.config import BenchStepConfig
 from fastmae.errors import InputError
+
+log = logging.getLogger(__name__)
 
 BATCH_SIZE = 1024
 """Views of a counted step, unless --batch-size is given: the weights' share of the traffic depends on it."""
@@ -38,7 +41,10 @@ def count_steps(config: BenchStepConfig) -> dict[str, Any]:
     batch_size = config.batch_size or BATCH_SIZE
     steps = Steps.launched(replace(config, device="cpu", precision=precision, batch_size=batch_size, compile=False))
     table_methods = methods(config)
-    rows = [_row(method, count_step(steps.step(method).run), batch_size) for method in table_methods]
+    rows = []
+    for method in table_methods:
+        log.info(f"counting {method.name}")
+        rows.append(_row(method, count_step(steps.step(method).run), batch_size))
     settings = machine() | {
         "counted as": f"a GPU in {precision}",
         "encoder": config.encoder,

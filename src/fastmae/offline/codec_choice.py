@@ -50,7 +50,8 @@ def choose_codec(sample: TokenSample, seed: int) -> tuple[Codec, float]:
     rest = ["int8"] if len(learning) >= LEAST_SAMPLE["int8"] else []
     choice = choice or next(name for name in [*rest, "fp16", "fp32"] if cosine(name) >= MIN_COSINE or name == "fp32")
     found = ", ".join(f"{name} {measured[name]:.3f}" for name in sorted(measured, key=lambda name: measured[name]))
-    log.info(f"--codec auto: {choice}; cosine of decoded tokens on {len(sample.grids)} held-out images: {found}")
+    wanted = f"the smallest with a cosine of {MIN_COSINE} or more is taken"
+    log.info(f"--codec auto: {choice}; {wanted}; on {len(sample.grids)} held-out images: {found}")
     return learn_from(choice, sample.tokens, sample.means, seed), measured[choice]
 
 

@@ -71,7 +71,11 @@ class _LinearBeside(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_output: torch.Tensor, of_rows: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         rows, weight = ctx.saved_tensors
-        of_rows = of_output @ weight if of_rows is None else of_rows.contiguous().addmm_(of_output, weight)
+        if of_rows is None:
+            of_rows = of_output @ weight
+        else:
+            of_rows = of_rows.contiguous()
+            torch.addmm(of_rows, of_output, weight, out=of_rows)
         return of_rows, of_output.T @ rows, of_output.sum(0)
 
 

@@ -193,7 +193,8 @@ def parse_codec(name: str) -> CodecName:
         return CodecName(cast(Family, name))
     product = re.fullmatch(r"pq([1-9][0-9]{0,4})", name)
     if product is None:
-        raise InputError(f"--codec {name}: no such codec; give fp16, fp32, int8, or pq<M> with M bytes a token (pq48)")
+        known = "fp16, fp32, int8, or pq<M> with M bytes per token, as pq48; `tokenize` also takes auto"
+        raise InputError(f"--codec {name}: no such codec; give {known}")
     return CodecName("pq", int(product[1]))
 
 

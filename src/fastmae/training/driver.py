@@ -7,7 +7,7 @@ from typing import Any
 
 from fastmae.config import TrainingConfig
 from fastmae.errors import InputError
-from fastmae.runs.folder import CHECKPOINT_FILE, INPUTS_FILE, RunFolder, read_evaluations, read_metrics
+from fastmae.runs.folder import CHECKPOINT_FILE, INPUTS_FILE, RUN_FILE, RunFolder, read_evaluations, read_metrics
 from fastmae.runtime.arithmetic import computes_as_asked
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import write_json
@@ -38,6 +38,7 @@ def train(config: TrainingConfig, task: Task, settings: Settings) -> dict[str, A
         InputError: a folder that holds another run, or a batch that can't be divided among the processes.
     """
     fabric, grad_accum_steps = launch_processes(config, task, settings)
+    stopped = config.resume and (task.out / RUN_FILE).exists()
     begun = config.resume and (task.out / CHECKPOINT_FILE).exists()
     initialised_with = "" if begun else task.initialise(task.network)  # may refuse; so before anything is written
     folder = _open_folder(config, task, settings, fabric)
@@ -45,6 +46,8 @@ def train(config: TrainingConfig, task: Task, settings: Settings) -> dict[str, A
     run.state.restore(fabric, folder)
     if fabric.is_global_zero:
         log.info(_announcement(run))
+        if stopped and not begun:
+            log.info("no checkpoint yet: starting at step 0; --save-every takes minutes between checkpoints")
         if initialised_with:
             log.info(f"begins with {initialised_with}")
     smaller = f"--micro-batch {max(1, run.device_batch_size // 2)} (now {run.device_batch_size})"

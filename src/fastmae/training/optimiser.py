@@ -1,7 +1,9 @@
 """AdamW with MAE's parameter groups, Muon, and the schedules of the learning rate."""
 
+from functools import partial
 from typing import Any
 
+import timm.optim.muon as timm_muon
 import torch
 from timm.models import group_parameters
 from timm.models.eva import Eva
@@ -20,6 +22,24 @@ def adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], f
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=not scales_gradients(fabric))
 
 
+class CpuMuon(Muon):
+    """timm's Muon, which on a CPU computes its Newton-Schulz steps in float32.
+
+    timm's are in bf16. Without instructions for it, a CPU takes 16 times as long for a matrix of 384 x 128, and 50
+    times for one of 768 x 3072.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """As timm's."""
+        in_bf16 = timm_muon.zeropower_via_newtonschulz
+        if self.param_groups[0]["params"][0].device.type == "cpu":
+            timm_muon.zeropower_via_newtonschulz = partial(in_bf16, dtype=torch.float32)
+        try:
+            return super().step(closure)
+        finally:
+            timm_muon.zeropower_via_newtonschulz = in_bf16
+
+
 def muon(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> Muon:
     """timm's Muon (Jordan et al. 2024): momentum with Nesterov's look-ahead, orthogonalised by Newton-Schulz steps.
 
@@ -30,7 +50,7 @@ def muon(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) ->
         lr: peak learning rate.
         betas: of AdamW, for the parameters that Muon leaves to it.
     """
-    return Muon(groups, lr=lr, momentum=0.95, nesterov=True, betas=betas)
+    return CpuMuon(groups, lr=lr, momentum=0.95, nesterov=True, betas=betas)
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
