@@ -331,8 +331,6 @@ def _small_options(command: str, words: list[str], weights: Path) -> dict[str, A
         small["teacher_weights"] = weights
     if command in ("knn", "linear") and words[0].startswith("timm/"):
         small["weights"] = weights
-    if command == "tokenize" and "--middle-size" not in words:
-        small["middle_size"] = 288  # views of the recipes fit in, and some that the pages cut
     if "--micro-batch" in words:
         small["micro_batch"] = 4
     if _devices(words) not in (None, "2"):
