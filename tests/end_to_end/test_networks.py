@@ -138,5 +138,5 @@ def test_weights_of_another_network_are_refused(network_runs, vit_store, tmp_pat
 
 
 def test_only_a_vit_is_exported_for_transformers(network_runs, tmp_path, error_line):
-    args = ["export", str(network_runs["resnet10t"]), str(tmp_path / "out"), "--format", "transformers"]
+    args = ["export", str(network_runs["convnext_atto"]), str(tmp_path / "out"), "--format", "transformers"]
     assert "--format timm or onnx" in error_line(args)
