@@ -15,7 +15,7 @@ from fastmae.runs.folder import read_evaluations, read_metrics
 
 SHORT = "--mask-ratio 0 --image-size 64 --epochs 2 --batch-size 8 --warmup-epochs 1 --base-lr 0.02 --log-every 1"
 CPU = ["--device", "cpu", "--workers", "0"]
-NETWORKS = ("convnext_atto", "vit_tiny_r_s16_p8_224")
+NETWORKS = ("resnet10t", "convnext_atto", "vit_tiny_r_s16_p8_224")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_run_starts_from_the_weights_of_another_and_continues(network_run, vit
 
 
 def test_the_report_and_knn_on_the_way_take_a_network(network_runs, vit_store, tmp_path):
-    assert run(["report", str(network_runs["convnext_atto"]), "--images", "2", "--out", str(tmp_path / "r.html")]) == 0
+    assert run(["report", str(network_runs["resnet10t"]), "--images", "2", "--out", str(tmp_path / "r.html")]) == 0
     assert "no plain ViT" in (tmp_path / "r.html").read_text()
     args = ["pretrain", str(vit_store), str(tmp_path / "run"), "--encoder", "resnet10t", *SHORT.split(), *CPU]
     assert run([*args, "--knn-every", "1", "--no-all-layers"]) == 0
@@ -138,5 +138,5 @@ def test_weights_of_another_network_are_refused(network_runs, vit_store, tmp_pat
 
 
 def test_only_a_vit_is_exported_for_transformers(network_runs, tmp_path, error_line):
-    args = ["export", str(network_runs["convnext_atto"]), str(tmp_path / "out"), "--format", "transformers"]
+    args = ["export", str(network_runs["resnet10t"]), str(tmp_path / "out"), "--format", "transformers"]
     assert "--format timm or onnx" in error_line(args)

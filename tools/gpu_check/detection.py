@@ -9,9 +9,7 @@ EPOCHS = "12"
 
 def detection(setting: Setting, report: Report) -> None:
     """A Mask R-CNN on the given encoder and data finds something."""
-    if setting.detect is None:
-        report.leave_out("detection on real boxes", "give --detect RUN DATA")
-        return
+    assert setting.detect is not None
     run, data = map(str, setting.detect)
     call = ["detect", run, data, "--out", str(setting.work / "detect"), "--epochs", EPOCHS]
     outcome = setting.commands.run([*call, "--device", setting.device])

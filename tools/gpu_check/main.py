@@ -47,11 +47,13 @@ class Stage:
         run: does it.
         seconds: about how long it takes on one GPU; it is not begun with less left.
         needs: stages that must have run before.
+        lacks: what the call did not give; empty if the stage can run.
     """
 
     run: Callable[[Setting, Report], None]
     seconds: float
     needs: tuple[str, ...] = ()
+    lacks: Callable[[Setting], str] = lambda setting: ""
 
 
 STAGES = {
@@ -69,7 +71,7 @@ STAGES = {
     "more-speed": Stage(more_speed, 30, ("inputs",)),
     "loader": Stage(bench_loader, 60, ("inputs",)),
     "studies": Stage(studies, 60, ("inputs",)),
-    "detection": Stage(detection, 150),
+    "detection": Stage(detection, 150, lacks=lambda setting: "" if setting.detect else "give --detect RUN DATA"),
 }
 """Name -> stage, the most important first."""
 
@@ -112,8 +114,8 @@ def run_stages(stages: dict[str, Stage], setting: Setting, report: Report) -> No
         why = ""
         if missing:
             why = f"needs {', '.join(missing)}"
-        elif name == "detection" and setting.detect is None:
-            why = "needs a run and real boxes: --detect RUN DATA"
+        elif stage.lacks(setting):
+            why = stage.lacks(setting)
         elif setting.left < needed:
             why = f"{max(0, setting.left):.0f} s left, {needed:.0f} s needed"
         if why:

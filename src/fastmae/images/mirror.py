@@ -12,7 +12,7 @@ def copy_reversed(rows: np.ndarray, out: np.ndarray) -> None:
     quarter of the time.
 
     Args:
-        rows: uint8 [..., bytes]; each row lies in one piece.
+        rows: uint8 [..., bytes]; each row is contiguous.
         out: the same; other memory.
     """
     word = math.gcd(rows.shape[-1], 8)

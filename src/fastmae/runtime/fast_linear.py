@@ -40,7 +40,7 @@ def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def linear_beside(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A linear layer of tokens that are read elsewhere, too: the product adds its gradient to that of the other reader.
+    """A linear layer of tokens that something else reads too. The backward product adds to the other reader's gradient.
 
     Args:
         tokens: [B, N, D], of the weight's dtype.
@@ -48,8 +48,8 @@ def linear_beside(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
         bias: [C].
 
     Returns:
-        [B, N, C], and the tokens for the other reader. It must not hand its gradient to anything else, as an addition
-        does to both of its terms: this layer writes into it.
+        [B, N, C], and the tokens for the other reader. The gradient that comes back through them must belong to nothing
+        else, because this layer adds to it in place. An addition, for one, hands the same gradient to both terms.
     """
     if torch.compiler.is_compiling() or is_faster_as_convolution(tokens, weight):
         return linear(tokens, weight, bias), tokens
@@ -58,7 +58,7 @@ def linear_beside(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 
 class _LinearBeside(torch.autograd.Function):
-    """Rows [M, D] -> [M, C], and the rows. Autograd alone would write both gradients, and read both to add them."""
+    """Rows [M, D] -> [M, C], and the rows. Autograd alone would write two gradients and read both to add them."""
 
     @staticmethod
     def forward(
@@ -80,10 +80,10 @@ class _LinearBeside(torch.autograd.Function):
 
 
 def linear_each(tokens: Sequence[torch.Tensor], weights: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
-    """Several linear layers of one shape, each of its own tokens, which write their results side by side.
+    """Several linear layers of one shape, each applied to its own tokens. Their outputs lie in one tensor.
 
     Args:
-        tokens: L times [B, N, D], of the weights' dtype.
+        tokens: L tensors [B, N, D], of the weights' dtype.
         weights: [L, C, D].
         biases: [L, C].
 

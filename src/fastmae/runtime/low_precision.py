@@ -2,7 +2,7 @@
 
 Autocast casts every weight in a kernel of its own, and again every gradient. It also runs layer norm in fp32, so the
 activations between the blocks are fp32, and each norm's output is cast once more. Casts were 408 of the kernels of a
-ViT-B's step, and 38 of its 272 MB of traffic a view (`bench step --count`). Here a block's weights are cast together,
+ViT-B's step, and 38 of its 263 MB of traffic a view (`bench step --count`). Here a block's weights are cast together,
 and the activations keep autocast's dtype (the norms' statistics are computed in fp32 all the same). Weights, their
 gradients and the optimizer stay in fp32. Without autocast, nothing changes.
 """

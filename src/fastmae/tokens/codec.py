@@ -158,7 +158,7 @@ class Codec:
         return self.read_grids(codes, means).float()
 
     def read_grids(self, codes: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-        """As `decode_grids`, but the tokens of fp16 stay float16: who computes in float32 needs no copy of them."""
+        """As `decode_grids`, but fp16 tokens stay float16. What computes in float32 reads them without a copy."""
         tokens = self._dequantised(codes)
         if not means.shape[1]:
             return tokens
