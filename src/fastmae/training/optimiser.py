@@ -26,7 +26,7 @@ class MuonForAllDevices(Muon):
     """timm's Muon. On a CPU, its Newton-Schulz steps are in float32.
 
     timm's are in bf16, in which a CPU without instructions for it takes 15 times as long for a matrix of 384 x 128, and
-    50 times for one of 768 x 3072.
+    47 times for one of 768 x 3072.
     """
 
     def step(self, closure: Any = None) -> Any:
