@@ -15,8 +15,8 @@ from fastmae.runtime.fast_linear import (
     LEAST_PRODUCTS,
     Linear,
     linear,
-    linear_beside,
     linear_each,
+    norm_and_linear,
     with_fast_linear,
 )
 
@@ -93,23 +93,23 @@ def test_a_network_with_fast_layers_keeps_its_parameters_and_outputs():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_layer_beside_another_reader_gives_the_sum_of_both_gradients(size):
+def test_a_norm_with_two_readers_gives_the_sum_of_both_gradients(size):
     leaves = operands(*SIZES[size])
     tokens, weight, bias = leaves
     other = torch.randn_like(weight)
-    expected = F.linear(tokens, weight, bias).square().sum() + (tokens @ other.T).square().sum()
-    expected_gradients = torch.autograd.grad(expected, leaves)
-    compiled = torch.compile(linear_beside, backend="eager", fullgraph=True)
-    for function in (linear_beside, compiled):
-        output, same_tokens = function(tokens, weight, bias)
-        assert torch.equal(same_tokens, tokens)
-        gradients = torch.autograd.grad(output.square().sum() + (same_tokens @ other.T).square().sum(), leaves)
-        torch.testing.assert_close(gradients, expected_gradients, atol=1e-2, rtol=1e-4)
-    alone, _ = linear_beside(tokens, weight, bias)
-    expected_gradients = torch.autograd.grad(F.linear(tokens, weight, bias).square().sum(), leaves)
-    torch.testing.assert_close(
-        torch.autograd.grad(alone.square().sum(), leaves), expected_gradients, atol=1e-2, rtol=1e-4
-    )
+    expected_normed = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+    expected = F.linear(expected_normed, weight, bias)
+    expected_alone = torch.autograd.grad(expected.square().sum(), leaves, retain_graph=True)
+    expected_both = torch.autograd.grad(expected.square().sum() + (expected_normed @ other.T).square().sum(), leaves)
+    compiled = torch.compile(norm_and_linear, backend="eager", fullgraph=True)
+    for function in (norm_and_linear, compiled):
+        output, normed = function(tokens, 1e-6, weight, bias)
+        torch.testing.assert_close(normed, expected_normed)
+        assert not normed._is_view()  # FSDP would warn
+        both = torch.autograd.grad(output.square().sum() + (normed @ other.T).square().sum(), leaves)
+        torch.testing.assert_close(both, expected_both, atol=1e-2, rtol=1e-4)
+    alone, _ = norm_and_linear(tokens, 1e-6, weight, bias)
+    torch.testing.assert_close(torch.autograd.grad(alone.square().sum(), leaves), expected_alone, atol=1e-2, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastmae.runtime.low_precision import layer_norm
+
 AVX512 = torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
 LEAST_BATCH = 16
 """For smaller batches, torch with one thread does not give convolutions with kernel size 1 to oneDNN."""
@@ -39,44 +41,57 @@ def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], len(weight))
 
 
-def linear_beside(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A linear layer of tokens that something else reads too. The backward product adds to the other reader's gradient.
+def norm_and_linear(
+    tokens: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer norm without scale and shift and a linear layer behind it, where something else reads the norm too.
+
+    The backward product adds to the other reader's gradient. Autograd alone would write two gradients, and read both to
+    add them.
 
     Args:
-        tokens: [B, N, D], of the weight's dtype.
+        tokens: [B, N, D].
+        eps: added to the variance.
         weight: [C, D].
         bias: [C].
 
     Returns:
-        [B, N, C], and the tokens for the other reader. The gradient that comes back through them must belong to nothing
-        else, because this layer adds to it in place. An addition, for one, hands the same gradient to both terms.
+        The linear layer's output, [B, N, C], and the normalised tokens. The gradient that comes back through these must
+        belong to nothing else, because this layer adds to it in place. An addition, for one, hands the same gradient to
+        both terms.
     """
-    if torch.compiler.is_compiling() or is_faster_as_convolution(tokens, weight):
-        return linear(tokens, weight, bias), tokens
-    rows, same_rows = _LinearBeside.apply(tokens.flatten(0, 1), weight, bias)
-    return rows.unflatten(0, tokens.shape[:2]), same_rows.view_as(tokens)
+    is_plain = torch.compiler.is_compiling() or is_faster_as_convolution(tokens, weight)
+    if is_plain or tokens.dtype != weight.dtype:
+        normed = layer_norm(tokens, eps)
+        return linear(normed, weight, bias), normed
+    output, normed = _NormAndLinear.apply(tokens, eps, weight, bias)
+    return output, normed
 
 
-class _LinearBeside(torch.autograd.Function):
-    """Rows [M, D] -> [M, C], and the rows. Autograd alone would write two gradients and read both to add them."""
-
+class _NormAndLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+        ctx: Any, tokens: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(rows, weight)
+        normed, mean, rstd = torch.native_layer_norm(tokens, tokens.shape[-1:], None, None, eps)
+        ctx.save_for_backward(tokens, mean, rstd, normed, weight)
         ctx.set_materialize_grads(False)
-        return torch.addmm(bias, rows, weight.T), rows.view_as(rows)
+        return F.linear(normed, weight, bias), normed
 
     @staticmethod
-    def backward(ctx: Any, of_output: torch.Tensor, of_rows: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        rows, weight = ctx.saved_tensors
-        if of_rows is None:
-            of_rows = of_output @ weight
+    def backward(ctx: Any, of_output: torch.Tensor, of_normed: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        tokens, mean, rstd, normed, weight = ctx.saved_tensors
+        of_rows, rows = of_output.flatten(0, 1), normed.flatten(0, 1)
+        if of_normed is None:
+            of_normed = of_output @ weight
         else:
-            of_rows = of_rows.contiguous()
-            torch.addmm(of_rows, of_output, weight, out=of_rows)
-        return of_rows, of_output.T @ rows, of_output.sum(0)
+            of_normed = of_normed.contiguous()
+            sums = of_normed.flatten(0, 1)
+            torch.addmm(sums, of_rows, weight, out=sums)
+        of_tokens, _, _ = torch.ops.aten.native_layer_norm_backward(
+            of_normed, tokens, tokens.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )
+        return of_tokens, None, of_rows.T @ rows, of_rows.sum(0)
 
 
 def linear_each(tokens: Sequence[torch.Tensor], weights: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:

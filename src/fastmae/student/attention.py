@@ -8,8 +8,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from fastmae.runtime.fast_linear import linear_beside
-from fastmae.runtime.low_precision import LayerNorm, autocast_dtype, fold_norm, layer_norm
+from fastmae.runtime.fast_linear import norm_and_linear
+from fastmae.runtime.low_precision import LayerNorm, fold_norm
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -48,10 +48,9 @@ class PackedBlock(Block):
         """[B, N, D] -> [B, N, D]; `with_normed`, also the normalised input without scale and shift, [B, N, D]."""
         if not with_normed:
             return super().forward(tokens)
-        normed, qkv = layer_norm(tokens, self.norm1.eps), self.attn.qkv
-        weight, bias = fold_norm(self.norm1.weight, self.norm1.bias, qkv.weight, qkv.bias)
-        dtype = autocast_dtype(weight)
-        projected, normed = linear_beside(normed.to(dtype), weight.to(dtype), bias.to(dtype))
+        norm, qkv = self.norm1, self.attn.qkv
+        weight, bias = fold_norm(norm.weight, norm.bias, qkv.weight, qkv.bias)
+        projected, normed = norm_and_linear(tokens, norm.eps, weight, bias)
         tokens = tokens + self.drop_path1(self.ls1(self.attn.attend(projected)))
         return tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens)))), normed
 
