@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmae.runtime.low_precision import layer_norm
+from fastmae.runtime.low_precision import layer_norm, no_autocast
 
 AVX512 = torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
 LEAST_BATCH = 16
@@ -73,7 +73,8 @@ class _NormAndLinear(torch.autograd.Function):
     def forward(
         ctx: Any, tokens: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, mean, rstd = torch.native_layer_norm(tokens, tokens.shape[-1:], None, None, eps)
+        with no_autocast(tokens):  # which would make the norm's output float32
+            normed, mean, rstd = torch.native_layer_norm(tokens, tokens.shape[-1:], None, None, eps)
         ctx.save_for_backward(tokens, mean, rstd, normed, weight)
         ctx.set_materialize_grads(False)
         return F.linear(normed, weight, bias), normed
