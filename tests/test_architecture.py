@@ -11,7 +11,7 @@ SOURCE = Path(fastmae.__file__).parent
 TESTS = Path(__file__).parent
 
 FLOW = (
-    *("errors", "config", "runtime", "images", "teachers", "tokens", "offline", "student", "runs", "probes"),
+    *("errors", "outside", "config", "runtime", "images", "teachers", "tokens", "offline", "student", "runs", "probes"),
     *("training", "pretraining", "evaluate", "exporting", "reporting", "bench", "studies", "api", "cli", "__main__"),
 )
 """Data flows down this list. A folder imports from the folders above it and from itself, never from below."""
