@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from fastmae.errors import InputError
-from fastmae.images.decode import UndecodableError, decode_bands
+from fastmae.images.decode import decode_bands
+from fastmae.images.reading import read_or_refuse
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runtime.seeding import drawn_from
 
@@ -49,11 +50,9 @@ class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
             return self.transform(bands[0] if len(bands) == 1 else bands), int(self.labels[index])
 
     def _decode(self, path: Path) -> list[Image.Image]:
-        try:
-            with path.open("rb") as file:
-                return decode_bands(file, path.name, self.channels)[0]
-        except UndecodableError as error:
-            raise InputError(f"{path}: {error}; remove it from the data") from error
+        return read_or_refuse(
+            path, lambda file: decode_bands(file, path.name, self.channels)[0], "remove it from the data"
+        )
 
 
 def full_augmentation(opened: OpenedEncoder, rand_augment: str, erasing: float) -> Transform:

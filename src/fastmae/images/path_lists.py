@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from fastmae.errors import InputError, first_line
 from fastmae.images.entries import entry_of, key_of
 from fastmae.images.folders import is_named_as_image
+from fastmae.outside.regular_file import open_regular
 
 LIST_SUFFIXES = frozenset([".txt", ".csv", ".tsv", ".parquet"])
 PATH_COLUMNS = ("path", "image", "file", "filename", "file_name")
@@ -49,9 +50,10 @@ class ListSource:
         """Open an image's file.
 
         Raises:
+            NotRegularError: a pipe, a socket or a device.
             OSError: the file can't be opened.
         """
-        return (self.path.parent / key_of(entry)).open("rb")
+        return open_regular(self.path.parent / key_of(entry))
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, ClassVar
 
 from fastmae.errors import InputError, first_line
 from fastmae.images.entries import entry_of, key_of, numbers_of
-from fastmae.images.folders import is_named_as_image
+from fastmae.images.folders import is_named_as_image, leads_to
+from fastmae.outside.regular_file import open_regular
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
@@ -79,7 +80,11 @@ class TarSource:
         if self.path.is_file():
             return [self.path]
         with os.scandir(self.path) as children:
-            return sorted(self.path / child.name for child in children if is_tar(child.name) and child.is_file())
+            return sorted(
+                self.path / child.name
+                for child in children
+                if is_tar(child.name) and leads_to(child, os.DirEntry.is_file)
+            )
 
     def _open_tar(self, name: str) -> BinaryIO:
         """The open file of a tar. The one that was opened first is closed if there are too many."""
@@ -89,7 +94,7 @@ class TarSource:
                 raise InputError(
                     f"{self.path}: the list names a tar {name[:80]!r} that is not there; list the images again"
                 )
-            file = path.open("rb", buffering=0)
+            file = open_regular(path, 0)
             while len(self._opened) >= MAX_OPEN_TARS:
                 self._opened.pop(next(iter(self._opened)))
             self._opened[name] = file
@@ -120,7 +125,7 @@ def refuse_compressed(path: Path) -> None:
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar's members, skipping over their data."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         if file.read(6).startswith(COMPRESSED_STARTS):
