@@ -179,4 +179,6 @@ def create_network(architecture: str, arguments: Mapping[str, Any], name: object
             ) from error
         if not name:
             raise
-        raise InputError(f"{name}: timm can't build {architecture} with these arguments ({first_line(error)})") from error
+        raise InputError(
+            f"{name}: timm can't build {architecture} with these arguments ({first_line(error)})"
+        ) from error

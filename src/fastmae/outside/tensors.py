@@ -125,7 +125,9 @@ def check_fit(network: torch.nn.Module, weights: Mapping[str, torch.Tensor], nam
         )
     for key, tensor in own.items():
         if tensor.shape != weights[key].shape:
-            raise InputError(f"{name}: {key} has shape {list(weights[key].shape)}, the model's has {list(tensor.shape)}")
+            raise InputError(
+                f"{name}: {key} has shape {list(weights[key].shape)}, the model's has {list(tensor.shape)}"
+            )
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], name: object) -> None:
@@ -179,8 +181,8 @@ def _check_archive(path: Path, file: BinaryIO) -> None:
             unfolded = sum(record.file_size for record in records)
             if packed is not None or unfolded > size:
                 raise InputError(
-                    f"{path}: has {size / 1e6:.4g} MB, but would unfold to {unfolded / 1e6:.4g} MB; torch.save compresses "
-                    "nothing, so it was made by another program; save it again with torch.save or as safetensors"
+                    f"{path}: has {size / 1e6:.4g} MB, but would unfold to {unfolded / 1e6:.4g} MB, while torch.save "
+                    "compresses nothing; save the weights again with torch.save or as safetensors"
                 )
             for record in records:
                 if record.filename.endswith("/data.pkl"):
@@ -284,6 +286,7 @@ def _memory_named(path: Path) -> Iterator[None]:
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is exhausted. torch has no type of its own for that on a CPU."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error)

@@ -20,6 +20,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from fastmae.errors import InputError
+from fastmae.outside.documents import read_json
+from fastmae.runs.description import WAY_OUT, check_description
 from fastmae.runtime.durable import holds_anything, remove_parts, write_json, write_whole
 
 RUN_FILE = "run.json"
@@ -129,18 +131,12 @@ def read_run(path: Path) -> dict[str, Any]:
     """A run's description.
 
     Raises:
-        InputError: not a run's folder.
+        InputError: not a run's folder, or a damaged description.
     """
     file = path / RUN_FILE
     if not file.is_file():
         raise InputError(f"{path}: not a run's folder (no {RUN_FILE} in it); make one with `fastmae pretrain`")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: can't be read ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: not a run's description")
-    return value
+    return check_description(read_json(file, way_out=WAY_OUT), file)
 
 
 def read_inputs(path: Path) -> dict[str, Any]:

@@ -82,4 +82,6 @@ def encoder_state(state: Weights, path: Path) -> Weights:
     """
     prefix = prefix_of(ENCODER_TENSORS, state, path)
     below = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return {name: tensor for name, tensor in below.items() if not (name.startswith(NOT_ENCODER) or is_bookkeeping(tensor))}
+    return {
+        name: tensor for name, tensor in below.items() if not (name.startswith(NOT_ENCODER) or is_bookkeeping(tensor))
+    }

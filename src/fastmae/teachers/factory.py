@@ -20,7 +20,6 @@ from fastmae.outside.tensors import Weights, load_into
 from fastmae.teachers.checkpoint_file import load_checkpoint_file
 from fastmae.teachers.efficientnet_lite import LITES, load_efficientnet_lite
 from fastmae.teachers.huggingface import load_huggingface
-from fastmae.teachers.precision import FULL_PRECISION
 from fastmae.teachers.teacher import RGB, Teacher
 from fastmae.teachers.weights import read_weights, weights_of
 
@@ -66,7 +65,7 @@ class StoredTeacher(msgspec.Struct):
     channels: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=1023)]], msgspec.Meta(min_length=3, max_length=3)]
     weights_sha256: str
     weights_file: str | None
-    precision: Literal["32-true", "tf32", "bf16-mixed", "16-mixed"] = FULL_PRECISION
+    precision: Literal["32-true", "tf32", "bf16-mixed", "16-mixed"] = "32-true"
 
 
 def teacher_of_store(
@@ -86,7 +85,9 @@ def teacher_of_store(
     recorded = checked(description, StoredTeacher, name=f"{name}: its teacher", way_out="tokenize the images again")
     spec, weights_file = recorded.spec, recorded.weights_file
     if weights_file and spec not in LITES and not Path(weights_file).is_absolute():
-        raise InputError(f"{name}: its teacher's weights file '{weights_file}' is no absolute path; it was changed by hand")
+        raise InputError(
+            f"{name}: its teacher's weights file '{weights_file}' is no absolute path; it was changed by hand"
+        )
     if weights_file and spec.startswith(("file/", "hf/")):
         # The name may hold a path relative to another working folder; the recorded path is absolute.
         spec, weights_file = f"{spec.split('/')[0]}/{weights_file}", None

@@ -173,7 +173,9 @@ def _check_folder(spec: str, folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise InputError(f"{spec}: is a file; give the folder that save_pretrained wrote, or file/PATH for a checkpoint")
+        raise InputError(
+            f"{spec}: is a file; give the folder that save_pretrained wrote, or file/PATH for a checkpoint"
+        )
     for name in (CONFIG_FILE, PROCESSOR_FILE):
         if (folder / name).exists():
             content = read_json(folder / name, dict[str, Any], way_out="save the model again with save_pretrained")

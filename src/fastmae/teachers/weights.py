@@ -71,8 +71,8 @@ def prefix_of(names: Collection[str], state: Mapping[str, Any], path: Path) -> s
         return ""
     if len(best) > 1:
         raise InputError(
-            f"{path}: holds this network {len(best)} times, under {' and '.join(map(repr, sorted(best)[:2]))}; save one "
-            "of them alone"
+            f"{path}: holds this network {len(best)} times, under {' and '.join(map(repr, sorted(best)[:2]))}; save "
+            "one of them alone"
         )
     return best[0]
 
