@@ -8,7 +8,6 @@ import argparse
 import codecs
 import contextlib
 import errno
-import itertools
 import math
 import os
 import re
@@ -91,6 +90,8 @@ def check_file(path: Path) -> bytes:
                 raise InputError(f"{path}: is empty; copy or download it again")
             _check_text(path, head)
             begins = next((begins for begins in (ZIP, PICKLE) if head.startswith(begins)), b"")
+            if begins and path.suffix == ".safetensors":  # torch too goes by the name
+                raise InputError(f"{path}: was written by torch.save, so it is no safetensors; rename it to .pth")
             if begins == ZIP:
                 _check_archive(path, file)
             elif begins == PICKLE:
@@ -232,32 +233,42 @@ def _cause(error: Exception) -> str:
 
 def _in_memory(value: Any, path: Path) -> Any:
     """The same dictionaries and lists, with the tensors' values in memory. Each storage is read once."""
-    size, storages, taken = path.stat().st_size, dict[tuple[int, int], torch.UntypedStorage](), 0
-    parts = itertools.count()
+    size, taken = path.stat().st_size, 0
+    storages: dict[tuple[int, int], torch.UntypedStorage] = {}
+    read_before: dict[int, tuple[Any, int]] = {}
+    """By the id of a dictionary or list: what was read, and its entries. They may hold each other many times over."""
 
-    def read(item: Any, where: str, depth: int) -> Any:
+    def tensor_of(item: torch.Tensor, name: str) -> torch.Tensor:
         nonlocal taken
-        if depth > DEEPEST or next(parts) > MOST_PARTS:
-            raise InputError(f"{path}: nested too deeply; save its state dict alone, as safetensors")
-        if isinstance(item, torch.Tensor):
-            _check_tensor(item, where, path)
-            stored = item.untyped_storage()
-            key = (stored.data_ptr(), stored.nbytes())
-            if key not in storages:
-                taken += stored.nbytes()
-                if taken > size:
-                    raise InputError(f"{path}: its tensors take more bytes than it has; copy or download it again")
-                storages[key] = stored.clone()
-            return torch.empty(0, dtype=item.dtype).set_(
-                storages[key], item.storage_offset(), item.shape, item.stride()
-            )
-        if isinstance(item, dict):
-            return {key: read(part, f"{where}.{key}" if where else str(key), depth + 1) for key, part in item.items()}
-        if isinstance(item, list | tuple) and type(item) in (list, tuple):
-            return type(item)(read(part, f"{where}[{number}]", depth + 1) for number, part in enumerate(item))
-        return item
+        _check_tensor(item, name, path)
+        stored = item.untyped_storage()
+        key = (stored.data_ptr(), stored.nbytes())
+        if key not in storages:
+            taken += stored.nbytes()
+            if taken > size:
+                raise InputError(f"{path}: its tensors take more bytes than it has; copy or download it again")
+            storages[key] = stored.clone()
+        return torch.empty(0, dtype=item.dtype).set_(storages[key], item.storage_offset(), item.shape, item.stride())
 
-    return read(value, "", 0)
+    def read(item: Any, name: str, depth: int) -> tuple[Any, int]:
+        if isinstance(item, torch.Tensor):
+            return tensor_of(item, name), 1
+        if not (isinstance(item, dict) or type(item) in (list, tuple)):
+            return item, 1
+        if id(item) not in read_before:
+            named = item.items() if isinstance(item, dict) else [(name, part) for part in item]
+            too_deep = depth > DEEPEST
+            parts = [] if too_deep else [(key, *read(part, str(key), depth + 1)) for key, part in named]
+            entries = 1 + sum(count for *_, count in parts)
+            if too_deep or entries > MOST_PARTS:
+                raise InputError(f"{path}: nested too deeply; save its state dict alone, as safetensors")
+            if isinstance(item, dict):
+                read_before[id(item)] = {key: part for key, part, _ in parts}, entries
+            else:
+                read_before[id(item)] = type(item)([part for _, part, _ in parts]), entries
+        return read_before[id(item)]
+
+    return read(value, "", 0)[0]
 
 
 def _check_tensor(tensor: torch.Tensor, name: str, path: Path) -> None:
