@@ -83,7 +83,7 @@ def test_a_name_that_is_no_text_is_refused(architecture):
 
 
 def test_a_network_larger_than_any_is_refused_before_it_takes_memory():
-    with pytest.raises(InputError, match="a network of .* weights, more than"):
+    with pytest.raises(InputError, match=r"a network of .* weights, more than"):
         network_of(TINY, {**SMALL, "embed_dim": 65536, "depth": 64}, "config.json")
 
 
