@@ -10,6 +10,7 @@ from typing import Any
 
 from fastmae.errors import InputError
 from fastmae.runtime.durable import write_json
+from fastmae.runtime.ownership import check_owner
 
 EXPORT_FILE = "fastmae.json"
 """Describes the export. It is the last file to appear in the folder."""
@@ -69,6 +70,7 @@ def complete_folder(out: Path, description: dict[str, Any]) -> Iterator[Path]:
         _flush(temporary)
         files = sorted(path.name for path in temporary.iterdir())
         write_json(temporary / EXPORT_FILE, {**description, "files": files})
+        check_owner(out)
         if out.exists() and any(out.iterdir()):
             _replace_files(out, temporary, files)
         else:
