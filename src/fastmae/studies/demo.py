@@ -191,7 +191,7 @@ def _sections(
 def _losses(method: str, entries: list[dict[str, Any]]) -> Svg:
     """The terms of a run's loss over time."""
     terms = {
-        label: [{"s": entry["seconds"], "loss": entry[term]} for entry in entries]
+        label: [{"s": entry["seconds"], "loss": entry.get(term)} for entry in entries]
         for term, label in LOSS_TERMS.items()
         if term in entries[-1]
     }

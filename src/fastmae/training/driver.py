@@ -107,7 +107,8 @@ def _announcement(run: Run) -> str:
 
 
 def _outcome(folder: RunFolder, task: Task, settings: Settings) -> dict[str, Any]:
-    entries, evaluations = read_metrics(folder.path), read_evaluations(folder.path)
+    entries = read_metrics(folder.path)
+    evaluations = [entry for entry in read_evaluations(folder.path) if task.metric in entry]
     if not entries or (task.metric and not evaluations):
         raise InputError(f"{folder.path}: the run is finished, but its logs are gone; --no-resume trains it again")
     last = entries[-1]
