@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -24,6 +23,7 @@ from fastmae.evaluate.transforms import (
     crop_augmentation,
     full_augmentation,
 )
+from fastmae.outside.networks import create_network
 from fastmae.probes.embed import check_pool
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
@@ -33,7 +33,7 @@ from fastmae.student.feature_map import accepted_arguments
 from fastmae.training.driver import train
 from fastmae.training.evaluation import val_batches
 from fastmae.training.optimiser import layer_decayed_groups
-from fastmae.training.task import Settings, Task
+from fastmae.training.task import Evaluated, Settings, Task
 
 log = logging.getLogger(__name__)
 IMAGENET = Recipe(images=1_281_167, epochs=100, batch_size=1024, lr=2e-3, warmup_epochs=5, lr_power=0.25)
@@ -114,7 +114,7 @@ def build_classifier(opened: OpenedEncoder, classes: int, pool: str, drop_path: 
     regularised = accepted_arguments(opened.architecture, {"drop_path_rate": drop_path})
     if drop_path and not regularised:
         log.info(f"{opened.architecture} has no stochastic depth in timm: --drop-path {drop_path} has no effect")
-    network: Any = timm.create_model(opened.architecture, **arguments, **regularised)
+    network: Any = create_network(opened.architecture, {**arguments, **regularised}, opened.source)
     loaded = network.load_state_dict(encoder.state_dict(), strict=False)
     if opened.is_vit:
         new_names = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
@@ -199,7 +199,7 @@ def _measure(
     data: LabelledFolder,
     opened: OpenedEncoder,
     batch_size: int,
-) -> Mapping[str, float]:
+) -> Evaluated:
     assert config.out is not None
     images = LabelledImages(data.val, data.val_labels, opened.channels, centre_crop(opened))
     batches = val_batches(images, fabric, batch_size // fabric.world_size, config.workers)
