@@ -12,15 +12,17 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from fastmae.config.ranges import Range
 from fastmae.errors import InputError
+from fastmae.outside import documents
 
 Layer = tuple[str, Mapping[str, Any]]
 """A source of values: its name for messages ('' for the caller), and option -> value."""
 CALLER_ONLY = ("json", "config", "print_config")
 """Options that a file can't set."""
+OPTION_LINES = "give `option: value` lines, as --print-config prints them"
+SHOWN_CHARACTERS = 80
+"""Of a value, in a message."""
 
 
 def resolved(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,16 +149,15 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     """The options in a file.
 
     Raises:
-        InputError: a file that can't be read, or holds something else.
+        InputError: no such file, or it holds something else.
+        OSError: it can't be read.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = documents.read_yaml(path, way_out=OPTION_LINES) or {}
     except FileNotFoundError:
         raise InputError(f"{path}: does not exist; give a YAML file of options") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: can't be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(f"{path}: not a list of `option: value` lines; see --print-config")
+        raise InputError(f"{path}: holds something else than options; {OPTION_LINES}")
     return values
 
 
