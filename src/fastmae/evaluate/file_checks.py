@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from PIL import Image
 
+from fastmae.outside.regular_file import open_regular
 from fastmae.runtime.progress import Progress
 
 CHUNK = 4096
@@ -25,9 +26,10 @@ def upright_size(path: Path) -> tuple[tuple[int, int], bool]:
         (width, height) in pixels, and whether the EXIF orientation swaps them.
 
     Raises:
+        InputError: a pipe, a socket or a device.
         Exception: codecs raise nearly any type on damaged headers.
     """
-    with Image.open(path) as image:
+    with open_regular(path) as file, Image.open(file) as image:
         swapped = image.getexif().get(ORIENTATION_TAG) in SIDEWAYS
         return (image.height, image.width) if swapped else image.size, swapped
 

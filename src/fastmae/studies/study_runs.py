@@ -269,9 +269,10 @@ class Runs:
             for seed in self.seeds:
                 file = self.folder(variant, seed) / JOB_FILE
                 if file.exists():
-                    begun = read_json(file, _BegunJob, way_out=f"delete the folder {file.parent}, or give another --out")
-                    if self.study.seconds is not None:
-                        self.epochs[variant] = begun.pretrain.get("epochs")
+                    begun = read_json(file, _BegunJob, way_out=f"delete {file.parent}, or give another --out")
+                    epochs = begun.pretrain.get("epochs")
+                    if self.study.seconds is not None and isinstance(epochs, int | float):
+                        self.epochs[variant] = epochs
                     self._check_begun(variant, seed, begun, f"{self.study.source}: arm {variant.arm}: {file.parent}")
 
     @contextmanager

@@ -46,6 +46,8 @@ def _check_image(annotations: Path, path: Path, annotated: Size) -> bool:
         size, turned = upright_size(path)
     except FileNotFoundError:
         return False
+    except InputError:
+        raise
     except Exception as error:  # codecs raise nearly any type on damaged headers
         raise InputError(
             f"{path}: not an image that can be read ({first_line(error)}); "
