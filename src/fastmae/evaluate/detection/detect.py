@@ -184,7 +184,7 @@ def _describe_setup(train: Split, val: Split, opened: OpenedEncoder, limits: Siz
     sizes = f"images of {limits.short} px on the short side, at most {limits.long} px on the long side"
     crowds_only = len(train) - len(train.trainable_images())
     left_out = f"; {crowds_only} images with nothing but crowds are not trained on" if crowds_only else ""
-    left_out += f"; {thin} objects have no width or no height at this size and are not trained on" if thin else ""
+    left_out += f"; objects left out for having no width or no height at this size: {thin}" if thin else ""
     read = f"patches of {opened.patch_size} px" if opened.is_vit else f"maps of strides {', '.join(map(str, STRIDES))}"
     lines.append(f"{opened.source}: {read}; {sizes}{left_out}")
     return "\n".join(lines)

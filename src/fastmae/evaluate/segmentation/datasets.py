@@ -17,6 +17,7 @@ from fastmae.evaluate.segmentation.layout import Pair, SegmentationData
 from fastmae.evaluate.segmentation.masks import IGNORED, read_mask
 from fastmae.images.decode import UndecodableError, decode_bands
 from fastmae.images.middle import to_tensor
+from fastmae.outside.regular_file import open_regular
 from fastmae.runtime.seeding import drawn_from
 
 
@@ -41,7 +42,7 @@ class PairReader:
             InputError: a damaged photo or mask, sizes that differ, or an id that no class has.
         """
         try:
-            with pair.image.open("rb") as file:
+            with open_regular(pair.image) as file:
                 bands, _ = decode_bands(file, pair.image.name, self.channels)
         except UndecodableError as error:
             raise InputError(f"{pair.image}: {error}; remove it and its mask from the data") from error

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fastmae.errors import InputError, first_line
 from fastmae.images.decode import MAX_PIXELS
+from fastmae.outside.regular_file import open_regular
 
 IGNORED = 255
 """Id of pixels that count for nothing. Classes are 0 to 254, so an id is one byte."""
@@ -64,7 +65,7 @@ def mask_size(path: Path) -> tuple[int, int]:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """A mask file whose header is fine; any error while it is open becomes an InputError."""
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             width, height = image.size
             if image.mode not in ID_MODES:
                 raise InputError(
