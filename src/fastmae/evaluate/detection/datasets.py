@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from fastmae.errors import InputError
 from fastmae.evaluate.detection import masks
-from fastmae.evaluate.detection.coco import SMALLEST_SIDE, Split
+from fastmae.evaluate.detection.annotations import SMALLEST_SIDE
+from fastmae.evaluate.detection.coco import Split
 from fastmae.evaluate.detection.masks import Size
 from fastmae.images.decode import UndecodableError, decode_bands
 from fastmae.outside.regular_file import open_regular
