@@ -4,8 +4,11 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from fastmae.config import PretrainConfig
+from fastmae.config.ranges import Range
+from fastmae.config.resolve import numbers
 from fastmae.errors import InputError
 from fastmae.runs.folder import RUN_FILE, read_run
 from fastmae.student.normalisation import Normalisation, StoreNorm, channel_norm, patch_norm, unchanged
@@ -16,6 +19,8 @@ from fastmae.tokens import TokenStore
 from fastmae.tokens.files import is_url
 from fastmae.tokens.reader import open_scales, pooled_statistics
 from fastmae.training.task import Settings
+
+STORE_WEIGHT = Range(gt=0, le=1_000_000)
 
 
 @dataclass(frozen=True)
@@ -184,12 +189,7 @@ def loss_weights(config: PretrainConfig, teachers: int) -> tuple[float, ...]:
     """
     if not config.store_weights:
         return (1.0,) * teachers
-    try:
-        weights = tuple(float(number) for number in config.store_weights.split(","))
-    except ValueError:
-        weights = ()
-    if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise InputError(f"--store-weights {config.store_weights}: give positive numbers separated by commas, as 1,0.5")
+    weights = numbers(Annotated[float, STORE_WEIGHT], config.store_weights, "--store-weights")
     if len(weights) != teachers:
         raise InputError(f"--store-weights {config.store_weights}: give one number for each of the {teachers} stores")
     return weights

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastmae.config import AblateConfig, PretrainConfig, TokenizeConfig
 from fastmae.errors import InputError
+from fastmae.offline.options import middle_sizes
 from fastmae.outside.documents import read_json
 from fastmae.pretraining.plan import check_middle_sizes, hog_target, loss_weights, make_plan
 from fastmae.pretraining.pretrain import describe
@@ -323,7 +324,7 @@ def candidate_label(candidate: Mapping[str, Any]) -> str:
 
 
 def _check_sizes(options: PretrainConfig, tokenized: TokenizeConfig, teachers: int) -> None:
-    sizes = [int(size) for size in tokenized.middle_size.split(",") if size.strip().isdigit()]
+    sizes = middle_sizes(tokenized)
     if options.image_size > min(sizes):
         raise InputError(
             f"--image-size {options.image_size}: larger than the middle images, which have {min(sizes)} px"

@@ -169,31 +169,3 @@ def pairs(text: str, flag: str) -> dict[str, Any]:
 def beside(path: Path, value: str) -> str:
     """A path that a file names, relative to that file, as an absolute one; a URL as it is."""
     return value if is_url(value) else str((path.parent / Path(value).expanduser()).absolute())
-
-
-def positive(value: Any, where: str) -> float | None:
-    """A number above 0, or None.
-
-    Raises:
-        InputError: something else.
-    """
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = 0.0
-    if isinstance(value, bool) or not 0 < number < float("inf"):
-        raise InputError(f"{where} {value}: give a number above 0")
-    return number
-
-
-def count(value: Any, where: str) -> int:
-    """A whole number, 1 or more.
-
-    Raises:
-        InputError: something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{where} {value}: give a whole number, 1 or more")
-    return value
