@@ -29,12 +29,13 @@ from fastmae.evaluate.segmentation.validation import CLASS_PREFIX, Validation
 from fastmae.evaluate.stages import STRIDES, trainable_stages
 from fastmae.images.views import PixelScale
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.batch_memory import check_batch
 from fastmae.runtime.device import resolve_device
 from fastmae.runtime.processes import is_first_process, this_process
 from fastmae.runtime.wording import weight_count
 from fastmae.training.driver import train
 from fastmae.training.optimiser import layer_decayed_groups, linear_schedule
-from fastmae.training.run import grad_accum_steps
+from fastmae.training.run import grad_accum_steps, images_at_once
 from fastmae.training.task import Settings, Task
 
 log = logging.getLogger(__name__)
@@ -158,6 +159,7 @@ def make_task(
     classes = summary.class_names
     processes = max(config.devices, this_process().world_size)
     _check_batch(config, settings, processes)
+    check_batch(images_at_once(config, settings.batch_size), opened.channels, sizes.crop)
     if config.checkpoint_activations:
         opened.network.set_grad_checkpointing()
     stages = None if opened.is_vit else trainable_stages(opened)
