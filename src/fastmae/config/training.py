@@ -14,6 +14,7 @@ from fastmae.config.ranges import (
     WORKERS,
     Range,
 )
+from fastmae.config.resolve import CALLER_ONLY
 
 
 @options
@@ -21,7 +22,8 @@ class TrainingConfig(Common):
     """What pretrain, finetune, linear, segment and detect share."""
 
     may_change: ClassVar[tuple[str, ...]] = (
-        *("config", "print_config", "json", "resume", "device", "devices", "workers", "save_every", "log_every"),
+        *CALLER_ONLY,
+        *("resume", "device", "devices", "workers", "save_every", "log_every"),
         *("micro_batch", "checkpoint_activations", "deterministic"),
     )
     """Options that may change when a run is continued: they change where and how fast it trains, but not what."""

@@ -4,6 +4,7 @@ msgspec checks the types while it reads: a key that the type does not have is sk
 says where in the document it is.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -47,7 +48,7 @@ def read_json(path: Path, kind: Any = Any, *, way_out: str, limit: int = LARGEST
 def parse_json(data: bytes | str, kind: Any = Any, *, name: object, way_out: str) -> Any:
     """Parse a JSON document; `name` is what messages call it. Otherwise as `read_json`."""
     try:
-        return msgspec.json.decode(data, type=kind)
+        return _decoded(data, kind)
     except (msgspec.DecodeError, UnicodeError, ValueError, RecursionError, OverflowError) as error:
         raise InputError(f"{name}: {_cause(error, 'JSON')}{_place(error, data)}; {way_out}") from None
 
@@ -140,6 +141,24 @@ def _place(error: Exception, data: bytes | str) -> str:
         return ""
     encoded, byte = data.encode("utf-8", "replace") if isinstance(data, str) else data, int(position[1])
     return f", near {encoded[max(0, byte - SHOWN_BYTES) : byte + SHOWN_BYTES].decode('utf-8', 'replace')!r}"
+
+
+def _decoded(data: bytes | str, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        # Python writes the bytes of a file name that are not UTF-8 as lone surrogates, which msgspec does not read.
+        text = data if isinstance(data, str) else data.decode()
+        if not re.search(r"\\ud[c-f]", text, re.IGNORECASE):
+            raise
+        return msgspec.convert(json.loads(text, parse_constant=_no_constant), kind)
+
+
+def _no_constant(name: str) -> float:
+    """NaN and Infinity, which Python would read."""
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _cause(error: Exception, language: str) -> str:
