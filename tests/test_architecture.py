@@ -186,6 +186,45 @@ def test_no_data_file_is_unpickled():
         assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
 
 
+READS_ITS_OWN = {
+    "bench/memory.py": "the system's account of this process",
+    "bench/table.py": "the system's description of the CPU",
+    "config/recipes/__init__.py": "the package's recipes",
+    "exporting/model_card.py": "the package's template",
+    "reporting/html_page.py": "the package's template",
+    "runtime/memory.py": "the system's account of memory",
+    "runtime/ownership.py": "the system's account of its start",
+    "runtime/processes.py": "the system's account of a process",
+}
+"""Modules that read what no stranger can have written, and what that is."""
+NOT_YET_BY_A_DOOR = {
+    "exporting/output_folder.py",
+    "images/saved_dataset.py",
+    "runs/encoder.py",
+    "runs/folder.py",
+    "tokens/files.py",
+}
+
+
+def test_documents_from_outside_are_read_by_a_door_alone():
+    by_themselves = {
+        str(path.relative_to(SOURCE))
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and reads_a_document(ast.unparse(node.func))
+    }
+    doors = {name for name in by_themselves if name.startswith("outside/")}
+    assert doors
+    assert by_themselves - doors == READS_ITS_OWN.keys() | NOT_YET_BY_A_DOOR
+
+
+def reads_a_document(function: str) -> bool:
+    """Whether a function that is called parses JSON or YAML, or reads a whole file."""
+    return function in {"json.load", "json.loads", "yaml.load", "yaml.safe_load"} or function.endswith(
+        (".read_text", ".read_bytes")
+    )
+
+
 def test_every_image_is_opened_by_the_one_function_that_names_the_formats():
     opening = {
         (str(path.relative_to(SOURCE)), ast.unparse(node))

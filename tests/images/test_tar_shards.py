@@ -108,7 +108,9 @@ def test_only_regular_members_are_listed_and_links_are_counted(tmp_path, caplog)
             tar.addfile(member)
     assert list(contents(open_source(tmp_path))) == ["x.tar/real.jpg"]
     (line,) = caplog.messages
-    assert f"{tmp_path}: hard and symbolic links among the images, which are left out: 2 ('x.tar/link.jpg' first)" in line
+    assert (
+        f"{tmp_path}: hard and symbolic links among the images, which are left out: 2 ('x.tar/link.jpg' first)" in line
+    )
 
 
 @pytest.mark.parametrize("others", [0, 1, 5, 6, 9, 100])

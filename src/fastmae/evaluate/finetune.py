@@ -27,12 +27,14 @@ from fastmae.outside.networks import create_network
 from fastmae.probes.embed import check_pool
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.batch_memory import check_batch
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.wording import weight_count
 from fastmae.student.feature_map import accepted_arguments
 from fastmae.training.driver import train
 from fastmae.training.evaluation import val_batches
 from fastmae.training.optimiser import layer_decayed_groups
+from fastmae.training.run import images_at_once
 from fastmae.training.task import Evaluated, Settings, Task
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ def finetune(config: FinetuneConfig, data: LabelledFolder | None = None) -> dict
     check_mixing(config, settings)
     torch.manual_seed(config.seed)
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=config.pretrained)
+    check_batch(images_at_once(config, settings.batch_size), opened.channels, opened.image_size)
     result = train(config, finetuning_task(config, data, settings, opened), settings)
     if result is not None:
         log.info(

@@ -14,6 +14,7 @@ from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.probes.neighbours import knn_accuracy
 from fastmae.runs.encoder import open_encoder
 from fastmae.runs.load import load_run
+from fastmae.runtime.batch_memory import check_batch
 from fastmae.runtime.device import resolve_device
 from fastmae.teachers import Teacher
 from fastmae.teachers.efficientnet_lite import LITES
@@ -112,6 +113,8 @@ def labelled_features(config: KnnConfig, data: LabelledFolder | None = None) -> 
     device = resolve_device(config.device)
     data = data or open_labelled(config.data)
     extractor = feature_extractor(config, device)
+    images_at_once = min(config.batch_size, max(len(data.train), len(data.val)))
+    check_batch(images_at_once, extractor.channels, extractor.image_size)
     train, val = (
         embed_images(
             WholeImages(paths, extractor.image_size, extractor.resize, extractor.channels),

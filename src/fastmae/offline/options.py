@@ -1,11 +1,14 @@
 """What the options of `tokenize` mean together: sizes and channels out of their strings, combinations that are refused,
 this process's share of the shards, and the teacher and store description that follow from the options."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from fastmae.config import TokenizeConfig
+from fastmae.config.common import PIXELS
+from fastmae.config.ranges import Range
+from fastmae.config.resolve import numbers, shown
 from fastmae.errors import InputError
 from fastmae.runtime.device import own_device, resolve_device
 from fastmae.runtime.processes import this_process
@@ -73,13 +76,7 @@ def middle_sizes(config: TokenizeConfig) -> list[int]:
     Raises:
         InputError: no whole numbers, or a size that is no multiple of the patch size.
     """
-    text = str(config.middle_size)
-    try:
-        sizes = sorted({int(size) for size in text.split(",")})
-    except ValueError as error:
-        raise InputError(
-            f"--middle-size {text}: give a number of pixels, or several with commas between them, as 256,352,448"
-        ) from error
+    sizes = sorted({*numbers(Annotated[int, PIXELS], config.middle_size, "--middle-size")})
     patch_size = config.patch_size
     for size in sizes:
         if size > LARGEST_SIDE:
@@ -103,15 +100,10 @@ def teacher_channels(config: TokenizeConfig) -> tuple[int, ...]:
                 "--teacher-channels 0,1,2"
             )
         return (0, 1, 2) if config.channels == 3 else (0, 0, 0)
-    try:
-        channels = tuple(int(channel) for channel in config.teacher_channels.split(","))
-    except ValueError:
-        channels = ()
-    if len(channels) != 3 or not all(0 <= channel < config.channels for channel in channels):
-        raise InputError(
-            f"--teacher-channels {config.teacher_channels}: give three numbers from 0 to {config.channels - 1}, "
-            "as 0,1,2"
-        )
+    kind = Annotated[int, Range(ge=0, lt=config.channels)]
+    channels = numbers(kind, config.teacher_channels, "--teacher-channels")
+    if len(channels) != 3:
+        raise InputError(f"--teacher-channels {shown(config.teacher_channels)}: give three numbers, as 0,1,2")
     return channels
 
 

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from fastmae.errors import InputError
 from fastmae.evaluate.detection import masks
+from fastmae.evaluate.detection.annotations import SMALLEST_SIDE
 from fastmae.evaluate.detection.coco import Split
 from fastmae.evaluate.detection.masks import Size
 from fastmae.images.decode import decode_bands
@@ -23,6 +25,9 @@ Objects = dict[str, torch.Tensor]
 [N, H, W]."""
 Sample = tuple[torch.Tensor, Objects]
 """A photo, uint8 [K, H, W], and its objects."""
+
+MOST_MASK_BYTES = 2 << 30
+"""Of a photo's objects, one byte for each pixel; each loading process holds those of several photos."""
 
 
 @dataclass(frozen=True)
@@ -150,18 +155,50 @@ def load_photo(split: Split, image: int, limits: SizeLimits, channels: int) -> t
 
 
 def load_objects(split: Split, image: int, limits: SizeLimits) -> Objects:
-    """A photo's objects at the size of `load_photo`, without crowds."""
+    """A photo's objects at the size of `load_photo`, without crowds, and without those that are too thin there."""
     own_size = split.size(image)
     width, height = limits.shrink(own_size)
-    indices = split.objects_without_crowds(image)
-    scale = torch.tensor([width / own_size[0], height / own_size[1]] * 2)
+    scale = np.array([width / own_size[0], height / own_size[1]] * 2, dtype=np.float32)
+    single = np.array(split.objects_without_crowds(image), dtype=np.int64)
+    boxes = split.boxes[single].reshape(-1, 4) * scale
+    is_wide = _sides(boxes).min(axis=1, initial=np.inf) >= SMALLEST_SIDE
+    indices = single[is_wide]
     object_masks = [masks.decode(split.mask(index), own_size, (width, height)) for index in indices]
     stacked = np.stack(object_masks) if object_masks else np.zeros((0, height, width), dtype=np.uint8)
     return {
-        "boxes": torch.from_numpy(split.boxes[indices].reshape(-1, 4)) * scale,
+        "boxes": torch.from_numpy(boxes[is_wide]),
         "labels": torch.from_numpy(split.labels[indices]),
         "masks": torch.from_numpy(stacked),
     }
+
+
+def check_objects(split: Split, limits: SizeLimits) -> int:
+    """Check that the masks of every training photo fit into memory.
+
+    Returns:
+        How many objects will be left out, because they are thinner than `SMALLEST_SIDE` at this size.
+
+    Raises:
+        InputError: names the photo.
+    """
+    thin = 0
+    for image in split.trainable_images():
+        own_size, objects = split.size(image), split.objects_without_crowds(image)
+        width, height = limits.shrink(own_size)
+        if len(objects) * width * height > MOST_MASK_BYTES:
+            raise InputError(
+                f"{split.files.annotations}: {split.file_names[image]!r} has {len(objects)} objects, whose masks take "
+                f"{len(objects) * width * height / 1e9:.1f} GB at {width} x {height} pixels; "
+                "cut the photo into parts, or give a smaller --image-size"
+            )
+        scale = np.array([width / own_size[0], height / own_size[1]], dtype=np.float32)
+        thin += int((_sides(split.boxes[objects]) * scale < SMALLEST_SIDE).any(axis=1).sum())
+    return thin
+
+
+def _sides(boxes: np.ndarray) -> np.ndarray:
+    """Width and height, float32 [N, 2], of boxes [N, 4]."""
+    return boxes[:, 2:] - boxes[:, :2]
 
 
 def mirror(photo: torch.Tensor, objects: Objects) -> Sample:

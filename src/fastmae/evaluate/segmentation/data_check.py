@@ -22,6 +22,11 @@ from fastmae.runtime.progress import Progress
 
 MAX_MASKS_READ = 5000
 """Decoding a mask takes about 3 ms at 512 x 683; the cores share them."""
+MANY_VALUES = 32
+"""In one mask. Photos of ADE20K show 10 of its 150 classes on average."""
+RARE, MOSTLY = 1 / 500, 0.75
+"""A value is rare in a mask if it has less than this share of its pixels. If most of many values are rare, they are
+what smoothed edges leave."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,16 @@ class DataSummary:
     short_side: int
     pixel_counts: np.ndarray
     masks_read: int
+
+    @property
+    def trained_classes(self) -> list[str]:
+        """Names of the classes that have pixels in the training masks that were read."""
+        return [name for class_id, name in enumerate(self.class_names) if self.pixel_counts[class_id]]
+
+    @property
+    def ignored_share(self) -> float:
+        """Share of the pixels of the training masks that were read which are ignored."""
+        return float(self.pixel_counts[IGNORED] / self.pixel_counts.sum())
 
     @property
     def untrained_classes(self) -> list[str]:
@@ -68,6 +83,7 @@ def check_data(data: SegmentationData, channels: int, quiet: bool = False) -> Da
         results = map_in_threads(lambda pair: count_ids(pair, data.encoding), checked, threads, progress)
         counts: np.ndarray = np.stack(list(results))
     train_counts, val_counts = counts[: len(train)].sum(0), counts[len(train) :].sum(0)
+    _check_not_smoothed(data, checked, counts)
     _check_not_empty(data, train_counts, val_counts)
     class_names = data.class_names
     if class_names is None:
@@ -132,6 +148,30 @@ def _image_size(pair: Pair, channels: int) -> tuple[int, int]:
 def _spread(pairs: Sequence[Pair], at_most: int) -> Sequence[Pair]:
     """Every n-th pair, such that there are not more than `at_most`."""
     return pairs[:: max(1, math.ceil(len(pairs) / at_most))]
+
+
+def _check_not_smoothed(data: SegmentationData, pairs: Sequence[Pair], counts: np.ndarray) -> None:
+    """Refuse masks whose values are shades between ids: resized smoothly, or kept as JPEG once.
+
+    Args:
+        data: tells how many classes there are.
+        pairs: of the masks.
+        counts: [masks, 256], pixels of each id.
+    """
+    values = counts > 0
+    is_rare = values & (counts < RARE * counts.sum(axis=1, keepdims=True))
+    is_smoothed = (values.sum(axis=1) >= MANY_VALUES) & (is_rare.sum(axis=1) >= MOSTLY * values.sum(axis=1))
+    if data.class_names is not None:  # many small objects may be in a mask, but each is of a class
+        is_smoothed &= values[:, len(data.class_names) : IGNORED].any(axis=1)
+    smoothed = np.flatnonzero(is_smoothed)
+    if len(smoothed):
+        first = smoothed[0]
+        raise InputError(
+            f"{pairs[first].mask}: holds {values[first].sum()} values, {is_rare[first].sum()} of them in less than "
+            f"{100 * RARE:g} % of its pixels each, as smoothed edges or JPEG leave them ({len(smoothed)} of the "
+            f"{len(pairs)} masks read are like this); write each pixel's id as it is, resize masks by nearest "
+            "neighbour; or, if these are ids, name all classes in classes.json"
+        )
 
 
 def _check_not_empty(data: SegmentationData, train_counts: np.ndarray, val_counts: np.ndarray) -> None:
