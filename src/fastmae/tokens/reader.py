@@ -33,6 +33,7 @@ from fastmae.tokens.format import (
     STATISTICS_FILE,
     STORE_FILE,
     read_store_info,
+    shard_name,
 )
 from fastmae.tokens.manifest import Manifest, check_description, load_tensors
 from fastmae.tokens.shard import DamagedError, MappedShard, OpenShards
@@ -70,6 +71,10 @@ class TokenStore:
 
     def __init__(self, folder: str | Path | StoreFiles):
         self.files: StoreFiles = LocalFiles(Path(folder)) if isinstance(folder, str | Path) else folder
+        with self._named():
+            self._open()
+
+    def _open(self) -> None:
         self.folder = self.files.path(STORE_FILE).parent
         self.info = read_store_info(self.folder)
         self.manifest = Manifest.read(self.files.path(MANIFEST_FILE))
@@ -85,6 +90,11 @@ class TokenStore:
 
     def __len__(self) -> int:
         return len(self._row_of)
+
+    @property
+    def location(self) -> str:
+        """The store's folder or URL, for messages."""
+        return self.files.location
 
     @property
     def shard_sizes(self) -> np.ndarray:
@@ -139,7 +149,7 @@ class TokenStore:
         top, left = info.patch_size * row, info.patch_size * col
         if info.pixels == "jpeg":
             data = self._record(index, MappedShard.jpeg)
-            with _failed_decoding_is_damage():
+            with self._failed_decoding_is_damage(index):
                 jpeg.decode_part(data, top, left, info.middle_size, out.transpose(1, 2, 0), flipped)
             return
         view = self._record(index, MappedShard.raw_pixels)[:, top : top + side, left : left + side]
@@ -168,7 +178,7 @@ class TokenStore:
         if self.info.pixels == "raw":
             return torch.from_numpy(self._record(index, MappedShard.raw_pixels).copy())
         data = self._record(index, MappedShard.jpeg)
-        with _failed_decoding_is_damage():
+        with self._failed_decoding_is_damage(index):
             return torch.from_numpy(jpeg.decode(data, self.info.channels))
 
     def key(self, index: int) -> str:
@@ -191,23 +201,25 @@ class TokenStore:
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
         """The index, with all columns of `INDEX_SCHEMA` or some: a row for each image, skipped ones included."""
-        with self._checked(INDEX_FILE).open("rb") as file:
+        with self._named(), self._checked(INDEX_FILE).open("rb") as file:
             return read_parquet(file, columns)
 
     @cached_property
     def statistics(self) -> dict[str, torch.Tensor]:
         """`mean` and `std` of the token channels, float32 [C]; `pixel_mean` and `pixel_std`, float32 [K], in [0, 1]."""
-        file = self._checked(STATISTICS_FILE)
-        statistics = {name: torch.from_numpy(value) for name, value in load_tensors(file).items()}
-        if not {"mean", "std", "pixel_mean", "pixel_std"} <= statistics.keys():
-            raise InputError(f"{file}: lacks a mean or a std; `fastmae verify STORE --repair` brings it back")
-        return statistics
+        with self._named():
+            file = self._checked(STATISTICS_FILE)
+            statistics = {name: torch.from_numpy(value) for name, value in load_tensors(file).items()}
+            if not {"mean", "std", "pixel_mean", "pixel_std"} <= statistics.keys():
+                raise InputError(f"{file}: lacks a mean or a std; {self.files.way_out}")
+            return statistics
 
     @cached_property
     def codec(self) -> Codec:
         """What decodes stored tokens to float32, on any device."""
-        tensors = load_tensors(self._checked(CODEBOOKS_FILE)) if CODEBOOKS_FILE in self.manifest.files else {}
-        return load_codec(self.info.codec, self.token_dim, tensors)
+        with self._named():
+            tensors = load_tensors(self._checked(CODEBOOKS_FILE)) if CODEBOOKS_FILE in self.manifest.files else {}
+            return load_codec(self.info.codec, self.token_dim, tensors)
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -227,8 +239,7 @@ class TokenStore:
             listed = f"lists {len(row)} images, store.json {self.info.images}"
             raise InputError(f"{file}: {listed}; bring back the file that belongs here")
         if not ((shard_of >= 0) & (shard_of < self.info.shards) & (row_of < self.info.shard_size)).all():
-            way_out = "`fastmae verify STORE --repair` makes it again"
-            raise InputError(f"{file}: names shards or rows that can't exist; {way_out}")
+            raise InputError(f"{file}: names shards or rows that can't exist; {self.files.way_out}")
         return shard_of, row_of, len(row) - len(row_of)
 
     def _check_view(self, row: int, col: int, size: int) -> None:
@@ -259,14 +270,22 @@ class TokenStore:
         row = int(self._row_of[index])
         return self.shards.read(int(self._shard_of[index]), lambda shard: read(shard, row))
 
+    @contextlib.contextmanager
+    def _failed_decoding_is_damage(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except (IndexError, ValueError) as error:
+            name = shard_name(int(self._shard_of[index]))
+            cause = f"the JPEG of its image {self._row_of[index]} can't be decoded ({first_line(error)})"
+            raise DamagedError(f"{self.location}/{name}: {cause}; {self.files.way_out}") from error
 
-@contextlib.contextmanager
-def _failed_decoding_is_damage() -> Iterator[None]:
-    try:
-        yield
-    except (IndexError, ValueError) as error:
-        way_out = "`fastmae verify STORE --repair` makes it again"
-        raise DamagedError(f"a stored JPEG can't be decoded ({first_line(error)}); {way_out}") from error
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors about a copy in the cache name the URL that it came from."""
+        try:
+            yield
+        except InputError as error:
+            raise self.files.named(error) from error
 
 
 def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0) -> list[TokenStore]:
@@ -287,16 +306,16 @@ def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0
     try:
         sizes = sorted(int(size) for size in json.loads(file.read_text(encoding="utf-8"))["sizes"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{file}: can't be read ({first_line(error)}); {way_out}") from error
+        raise whole.named(InputError(f"{file}: can't be read ({first_line(error)}); {way_out}")) from error
     if not sizes:
-        raise InputError(f"{file}: lists no size; {way_out}")
+        raise whole.named(InputError(f"{file}: lists no size; {way_out}"))
     stores = [TokenStore(open_files(_below(location, size), cache, limit_bytes)) for size in sizes]
     first = stores[0]
     for store in stores[1:]:
         if not first.holds_the_images_of(store):
-            raise InputError(f"{store.folder}: holds other images than {first.folder}; {way_out}")
+            raise InputError(f"{store.location}: holds other images than {first.location}; {way_out}")
         if store.manifest.files.get(CODEBOOKS_FILE) != first.manifest.files.get(CODEBOOKS_FILE):
-            raise InputError(f"{store.folder}: has other codebooks than {first.folder}; {way_out}")
+            raise InputError(f"{store.location}: has other codebooks than {first.location}; {way_out}")
     return stores
 
 
