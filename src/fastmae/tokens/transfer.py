@@ -36,7 +36,7 @@ BLOCK = 5 << 20
 """Most bytes that are read at once."""
 RANGES = 4
 """Blocks that are asked for at the same time where each takes a request of its own, as in object storage."""
-PAGE_HEAD = 512
+PAGE_HEAD = 64
 """Bytes at the beginning of an answer by which a web page is recognised."""
 MISSING, FORBIDDEN = (404, 410), (401, 403)
 """HTTP status codes."""
