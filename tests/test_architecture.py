@@ -109,6 +109,7 @@ def test_the_store_knows_no_models_and_the_student_no_files():
     for path in (SOURCE / "tokens").glob("*.py"):
         assert {folder_of(file) for file in imported_modules(path)} <= {
             "errors",
+            "outside",
             "runtime",
             "images",
             "tokens",

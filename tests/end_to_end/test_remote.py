@@ -129,7 +129,7 @@ LIES = {
     ("store.json", Lies.web_page): "the server answered with a web page, not the file; check the address",
     ("scales.json", Lies.web_page): "the server answered with a web page, not the file; check the address",
     ("store.json", Lies.petabyte): "has 1125899906842624 bytes, not at most the 4.194 MB that such a file may have; ",
-    ("manifest.json", Lies.endless): "more bytes come, not at most the 67.11 MB that such a file may have; check that",
+    ("manifest.json", Lies.endless): "more bytes come, not at most the 268.4 MB that such a file may have; check that",
     ("index.parquet", Lies.endless): "more bytes come, not the ",
     (SHARD, Lies.drips): "can't be fetched (less than 10 kB came in 1 s, tried 1 times); check the address and the ",
 }

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastmae.errors import InputError
 from fastmae.tokens import files as files_module
 from fastmae.tokens import transfer
+from fastmae.tokens.cache import BoundedFolder
 from fastmae.tokens.files import LocalFiles, MissingFileError, RemoteFiles, is_url, open_files
 
 SHARD = 50_000
@@ -170,9 +171,9 @@ def test_every_kind_of_url_gives_the_bytes_of_the_store(url, tmp_path):
     assert files.path("store.json").read_bytes() == content("store.json")
     files.pin("v1", SIZES)
     assert files.path(SHARDS[3]).read_bytes() == content(SHARDS[3])
-    assert [files.exists(name) for name in ("store.json", SHARDS[4], "codebooks.safetensors")] == [True, True, False]
-    with pytest.raises(MissingFileError, match=f"{url}/codebooks.safetensors"):
-        files.path("codebooks.safetensors")
+    assert [files.exists(name) for name in ("store.json", SHARDS[4], "scales.json")] == [True, True, False]
+    with pytest.raises(MissingFileError, match=f"{url}/scales.json"):
+        files.path("scales.json")
     copy = pickle.loads(pickle.dumps(files))
     assert copy.path(SHARDS[5]).read_bytes() == content(SHARDS[5])
 
@@ -251,9 +252,9 @@ def test_no_more_shards_are_evicted_than_must(tmp_path):
 
 def test_the_files_of_a_cache_are_counted_again_only_when_the_room_that_was_left_is_used_up(tmp_path, monkeypatch):
     counted = []
-    contents = files_module._BoundedFolder._contents
+    contents = BoundedFolder._contents
     monkeypatch.setattr(
-        files_module._BoundedFolder, "_contents", lambda cache: counted.append(len(held(tmp_path))) or contents(cache)
+        BoundedFolder, "_contents", lambda cache: counted.append(len(held(tmp_path))) or contents(cache)
     )
     names = [f"shards/{number:05d}.safetensors" for number in range(300)]
     for name in names:

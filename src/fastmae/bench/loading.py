@@ -163,7 +163,7 @@ class StoreTurns:
         if info.pixels == "raw":
             return 0.0
         shards = [
-            MappedShard(shard_path(self.store.folder, shard), *entry)
+            MappedShard(shard_path(self.store.folder, shard), info, shard, entry)
             for shard, entry in enumerate(self.store.manifest.shards)
         ]
         jpegs = [shard.jpeg(row) for shard in shards for row in range(len(shard.record_checksums))]

@@ -23,7 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastmae.errors import InputError
-from fastmae.images.entries import ENTRY_END, key_bytes
+from fastmae.images.entries import ENTRY_END, LONGEST_ENTRY, key_bytes
+from fastmae.outside.regular_file import open_regular
 from fastmae.runtime.durable import write_whole
 
 RUN_BYTES = 40 << 20
@@ -127,7 +128,7 @@ class ImageList:
 
     def __iter__(self) -> Iterator[bytes]:
         previous = b""
-        with self.file.open("rb") as list_file:
+        with open_regular(self.file) as list_file:
             for block in _blocks(list_file):
                 if not all(map(operator.lt, chain([previous], block), block)):
                     raise _damaged(self.file, "its entries are out of order")
@@ -144,7 +145,7 @@ class ImageList:
         first, last = start // STRIDE, -(-stop // STRIDE)
         begin, end = (int(self._offsets[i]) if i < len(self._offsets) else self._bytes for i in (first, last))
         if self._opened is None:
-            self._opened = self.file.open("rb", buffering=0)
+            self._opened = open_regular(self.file, buffering=0)
         # pread instead of seek and read: forked worker processes share the position of an open file.
         entries = os.pread(self._opened.fileno(), end - begin, begin).split(ENTRY_END)[:-1]
         if len(entries) != min(last * STRIDE, len(self)) - first * STRIDE:
@@ -221,13 +222,16 @@ def _index(file: Path) -> tuple[np.ndarray, int, int]:
         InputError: the list has an empty entry, or no end.
     """
     offsets = [np.zeros(1, np.int64)]
-    length = size = 0
+    length = size = left_over = 0  # left_over: bytes of the entry that a chunk begins in the middle of
     at_entry_start = True
-    with file.open("rb") as list_file:
+    with open_regular(file) as list_file:
         while chunk := list_file.read(CHUNK):
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 0)
             if (at_entry_start and chunk[0] == 0) or (np.diff(ends) == 1).any():
                 raise _damaged(file, "an entry in it is empty")
+            if np.diff(ends, prepend=-1 - left_over, append=len(chunk)).max() > LONGEST_ENTRY + 1:
+                raise _damaged(file, "an entry in it is too long")
+            left_over = len(chunk) - 1 - int(ends[-1]) if len(ends) else left_over + len(chunk)
             # Entry number length + i + 1 starts one byte after ends[i].
             offsets.append(ends[-(length + 1) % STRIDE :: STRIDE] + size + 1)
             length, size, at_entry_start = length + len(ends), size + len(chunk), chunk[-1] == 0

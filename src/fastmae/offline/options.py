@@ -12,7 +12,7 @@ from fastmae.runtime.processes import this_process
 from fastmae.teachers import Teacher
 from fastmae.teachers.precision import AUTOCAST_DTYPES
 from fastmae.tokens.codec import parse_codec
-from fastmae.tokens.format import Part, StoreInfo
+from fastmae.tokens.format import LARGEST_SIDE, Part, StoreInfo
 
 AUTO = "auto"
 """The value of an option that is settled by measuring (`settle`)."""
@@ -77,6 +77,8 @@ def middle_sizes(config: TokenizeConfig) -> list[int]:
         ) from error
     patch_size = config.patch_size
     for size in sizes:
+        if size > LARGEST_SIDE:
+            raise InputError(f"--middle-size {size}: give {LARGEST_SIDE} pixels at most")
         if size < patch_size or size % patch_size:
             nearest = max(1, round(size / patch_size)) * patch_size
             raise InputError(f"--middle-size {size}: not a multiple of --patch-size {patch_size}; take {nearest}")

@@ -1,11 +1,6 @@
 """Where a store's files are: in a folder, or behind a URL and read through a cache of whole files on this machine.
 
-Any number of processes and stores may share one cache. Each file is downloaded beside its place under a lock of its
-own, so it is fetched once; a download whose lock is free was left behind by a kill, and is deleted. One lock for the
-whole cache guards its size: before a download begins, the shards used least recently make room, and the download takes
-up its full size at once, as a file with a hole. So the files of the cache never take more than its limit, those on
-their way included. fsspec's own caches of files have neither a limit of size nor locks between processes, so this one
-is ours.
+Each file is downloaded beside its place under a lock of its own, so it is fetched once. `cache` bounds what they take.
 """
 
 import contextlib
@@ -14,35 +9,29 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from typing import Any
 
 from fastmae.errors import InputError
-from fastmae.outside.documents import LARGEST_JSON
-from fastmae.runtime.durable import PART_SUFFIX
 from fastmae.tokens import transfer
-from fastmae.tokens.format import SCALES_FILE, SHARDS_FOLDER, STORE_FILE
-from fastmae.tokens.transfer import DISK_IS_FULL, MissingFileError
+from fastmae.tokens.cache import BoundedFolder, NoRoomError, lock_of
+from fastmae.tokens.format import (
+    LARGEST_DESCRIPTION,
+    LARGEST_SCALES,
+    MANIFEST_FILE,
+    SCALES_FILE,
+    SHARDS_FOLDER,
+    STORE_FILE,
+)
+from fastmae.tokens.manifest import LARGEST_MANIFEST
+from fastmae.tokens.transfer import MissingFileError
 
 PREFETCH_THREADS = 2
 PREFETCH_AT_MOST = 128
 """Files that one call of `prefetch` looks ahead; the rest is left to the next call."""
-LOCK_POLL = 0.01
-"""Seconds between two attempts at a lock that another process holds."""
-ROOM_POLL = 0.05
-"""Seconds between two looks whether the downloads under way have left room for one more."""
-MOST_BYTES = {SCALES_FILE: 1 << 16, STORE_FILE: 1 << 22}
-"""Bytes that a file may have before the manifest tells its size. Others may have `LARGEST_JSON`, the manifest itself
-above all: it then lists two million shards."""
-LOCK_SUFFIX = ".lock"
-ROOM_FILE = f".room{LOCK_SUFFIX}"
-"""Beside the cache's lock, and like a lock not counted: the cache's limit, and how many bytes of it are free at least.
-Only when these are used up are the files counted again."""
-SPARE_SHARE = 128
-"""When shards are evicted, more of them go, up to this part of the limit: so the next files are taken in at once."""
+MOST_BYTES = {SCALES_FILE: LARGEST_SCALES, STORE_FILE: LARGEST_DESCRIPTION, MANIFEST_FILE: LARGEST_MANIFEST}
+"""Bytes that a file may have which is fetched before the manifest tells its size."""
 OPENING = "opening"
 """Folder, beside those of the store's versions, of the files that were fetched before the version was known."""
 
@@ -50,18 +39,14 @@ _upcoming: dict[Path, set[str]] = {}
 """Folder of a store in the cache -> paths that this process will need soon; a prefetch does not evict them."""
 
 
-class _NoRoomError(Exception):
-    """A prefetch found the cache full of files that are needed sooner."""
-
-
 class LocalFiles:
     """The files of a store in a folder; the same interface as `RemoteFiles`."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-
     way_out = "`fastmae verify STORE --repair` makes it again"
     """What to do about a damaged file, for messages."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     @property
     def location(self) -> str:
@@ -112,7 +97,7 @@ class RemoteFiles:
 
     def __init__(self, url: str, cache: Path, limit_bytes: int):
         self.location = url.rstrip("/")
-        self._cache = _BoundedFolder(cache, limit_bytes)
+        self._cache = BoundedFolder(cache, limit_bytes)
         self._home = cache / hashlib.sha256(self.location.encode()).hexdigest()[:16]
         self._version: str | None = None
         self._sizes: Mapping[str, int] = {}
@@ -209,7 +194,7 @@ class RemoteFiles:
     def _fetch(self, name: str, prefetching: bool = False) -> None:
         target = self._cached_path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(Path(f"{target}{LOCK_SUFFIX}"), wait=not prefetching):
+        with lock_of(target, wait=not prefetching):
             if self._version is not None and target.exists():  # another process was faster
                 return
             # The lock makes us the only writer, so the part's name needs no process number. Nothing is flushed to the
@@ -218,7 +203,7 @@ class RemoteFiles:
             size = self._sizes.get(name)
             with self._cache.part_of(target) as part:
                 if size is None:
-                    data = transfer.read(self.location, name, MOST_BYTES.get(name, LARGEST_JSON))
+                    data = transfer.read(self.location, name, MOST_BYTES[name])
                     self._cache.reserve(target, len(data), spared)
                     part.write_bytes(data)
                 else:
@@ -245,159 +230,6 @@ def open_files(location: str | Path, cache: Path, limit_bytes: int) -> StoreFile
     if isinstance(location, str) and is_url(location):
         return RemoteFiles(location, cache, limit_bytes)
     return LocalFiles(Path(location))
-
-
-class _CachedShard(NamedTuple):
-    """Sorts by the time of its last use."""
-
-    used_ns: int
-    size: int
-    path: str
-
-
-class _BoundedFolder:
-    """The cache: a folder whose files never take more than `limit` bytes together, whoever fills it.
-
-    A download is a part beside its target. The part has the file's full size from the moment when its room is reserved,
-    so that whoever counts the files counts what is still to come.
-    """
-
-    def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
-        self._counted = False
-
-    @contextlib.contextmanager
-    def part_of(self, target: Path) -> Iterator[Path]:
-        """The part of a file that is fetched in this context. After an error it goes, and gives its room back.
-
-        The lock of `target` must be held.
-
-        Raises:
-            OSError: the disk is full; it names the part.
-        """
-        part = _part(target)
-        try:
-            yield part
-        except BaseException as error:
-            with _lock(self.folder / LOCK_SUFFIX), contextlib.suppress(FileNotFoundError):
-                size, room = part.stat().st_size, self._known_room()
-                part.unlink()
-                if room is not None:
-                    self._note_room(room + size)
-            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:  # a failed write() does not know its file
-                raise OSError(error.errno, error.strerror, str(part)) from error
-            raise
-
-    def reserve(self, target: Path, size: int, spared: Collection[str] | None) -> None:
-        """Evict shards, those used least recently first, until `target` fits, and give its part that room.
-
-        Waits for other downloads that take up the room.
-
-        Args:
-            target: the file that is about to be fetched.
-            size: its bytes.
-            spared: None for a file that is needed now. For a prefetch, the paths that it must not evict.
-
-        Raises:
-            InputError: `target` would not fit into a cache that holds no other shard.
-            _NoRoomError: a prefetch would have to wait, or to evict a spared file; nothing was evicted.
-        """
-        part = _part(target)
-        while True:
-            with _lock(self.folder / LOCK_SUFFIX):
-                part.unlink(missing_ok=True)  # left by a kill
-                room = self._known_room() or 0
-                if size > room:
-                    room = self._evict(target, size, spared)
-                if size <= room:
-                    part.touch()
-                    os.truncate(part, size)
-                    self._note_room(room - size)
-                    return
-            time.sleep(ROOM_POLL)
-
-    def take_in(self, target: Path) -> None:
-        """Give a complete download its name."""
-        with _lock(self.folder / LOCK_SUFFIX):  # whoever counts must not miss it under both names
-            _part(target).replace(target)
-
-    def _known_room(self) -> int | None:
-        """Bytes that are free for certain; None when nothing is known, or a process with another limit has noted them.
-
-        Each process counts once itself, which also deletes what killed downloads have left.
-        """
-        if not self._counted:
-            return None
-        try:
-            limit, room = (self.folder / ROOM_FILE).read_text(encoding="ascii").split()
-            return int(room) if int(limit) == self.limit else None
-        except (OSError, ValueError):
-            return None
-
-    def _note_room(self, room: int) -> None:
-        (self.folder / ROOM_FILE).write_text(f"{self.limit} {room}", encoding="ascii")
-
-    def _evict(self, target: Path, size: int, spared: Collection[str] | None) -> int:
-        """Count the files, and evict shards if `target` does not fit; returns the bytes that are free for it.
-
-        They are too few if only other downloads could make room; then nothing was evicted.
-        """
-        shards, small_bytes, arriving_bytes = self._contents()
-        self._counted = True
-        if small_bytes + size > self.limit:
-            limit, need, small = (f"{count / 1e6:.4g} MB" for count in (self.limit, size, small_bytes))
-            raise InputError(
-                f"{self.folder}: the cache may hold {limit}, but {target.name} takes {need} beside {small} of small "
-                "files; allow it at least the sum, better that of several shards"
-            )
-        free = self.limit - small_bytes - arriving_bytes - sum(shard.size for shard in shards)
-        evictable = [shard for shard in sorted(shards) if shard.path not in (spared or ())]
-        if free + sum(shard.size for shard in evictable) < size:
-            if spared is not None:
-                raise _NoRoomError
-            return free
-        evicting = free < size
-        for shard in evictable:
-            if not evicting or (free >= size and free - size + shard.size > self.limit // SPARE_SHARE):
-                break
-            Path(shard.path).unlink(missing_ok=True)
-            free += shard.size
-        return free
-
-    def _contents(self) -> tuple[list[_CachedShard], int, int]:
-        """The shards, and the bytes of all other complete files and of all downloads under way."""
-        shards: list[_CachedShard] = []
-        small_bytes = arriving_bytes = 0
-        # Plain strings, as a Path for each of thousands of files takes longer: 5,000 shards are counted in 12 ms.
-        for folder, _, names in os.walk(self.folder):
-            for name in names:
-                path = f"{folder}/{name}"
-                if name.endswith(LOCK_SUFFIX):
-                    continue
-                if name.endswith(PART_SUFFIX):
-                    _delete_if_abandoned(Path(path))
-                with contextlib.suppress(FileNotFoundError):
-                    status = os.stat(path)  # noqa: PTH116
-                    if name.endswith(PART_SUFFIX):
-                        arriving_bytes += status.st_size
-                    elif folder.endswith(f"/{SHARDS_FOLDER}"):
-                        shards.append(_CachedShard(status.st_mtime_ns, status.st_size, path))
-                    else:
-                        small_bytes += status.st_size
-        return shards, small_bytes, arriving_bytes
-
-
-def _part(target: Path) -> Path:
-    return Path(f"{target}{PART_SUFFIX}")
-
-
-def _delete_if_abandoned(part: Path) -> None:
-    with contextlib.suppress(Timeout), _lock(part.with_suffix(LOCK_SUFFIX), wait=False):
-        part.unlink(missing_ok=True)
-
-
-def _lock(lock: Path, wait: bool = True) -> AcquireReturnProxy:
-    return FileLock(lock).acquire(timeout=-1 if wait else 0, poll_interval=LOCK_POLL)
 
 
 class _Prefetcher:
@@ -430,7 +262,7 @@ class _Prefetcher:
                 name = self._waiting.pop(0)
             try:
                 self._fetch(name)
-            except _NoRoomError:
+            except NoRoomError:
                 self.start([])  # what comes later would find no room either
             except Exception:  # raised again when the file is needed
                 continue
