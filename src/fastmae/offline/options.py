@@ -24,6 +24,11 @@ class Share(NamedTuple):
     rank: int
     world_size: int
 
+    @property
+    def name(self) -> str:
+        """'0-of-2'; '' for the whole store."""
+        return f"{self.rank}-of-{self.world_size}" if self.world_size > 1 else ""
+
     def shards(self, num_shards: int) -> range:
         """The shards of this process, out of all of the store's."""
         return range(self.rank, num_shards, self.world_size)

@@ -36,6 +36,7 @@ from fastmae.offline.sample import sample_tokens
 from fastmae.offline.settle import begun_store, settle
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import holds_anything, write_json
+from fastmae.runtime.ownership import owned
 from fastmae.runtime.progress import Progress
 from fastmae.teachers import Teacher
 from fastmae.teachers.factory import load_network
@@ -72,7 +73,8 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
         The command's JSON.
 
     Raises:
-        InputError: options, images, a teacher or a folder that can't be used.
+        InputError: options, images, a teacher or a folder that can't be used, or another process that builds the same
+            shards.
         InterruptedRunError: Ctrl-C; the same call continues.
     """
     sizes = middle_sizes(config)
@@ -85,14 +87,15 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
         with listed_images(config.images, config.add, folders[0]) as listed:
             return dry_run(config, sizes, listed, load())
     summaries = []
-    for size, folder in zip(sizes, folders, strict=True):
-        with listed_images(config.images, config.add, folder) as listed:
-            teacher = build_teacher(config, size, *deepcopy(load()))
-            info = describe_store(config, size, teacher, listed.part)
-            if len(sizes) > 1:
-                _begin_scales(config.store, sizes)
-                log.info(f"middle size {size}:")
-            summaries.append(_build_store(config, info, folder, listed, teacher, share, codebooks_from=folders[0]))
+    with owned(config.store, "tokenize", share.name):
+        for size, folder in zip(sizes, folders, strict=True):
+            with listed_images(config.images, config.add, folder) as listed:
+                teacher = build_teacher(config, size, *deepcopy(load()))
+                info = describe_store(config, size, teacher, listed.part)
+                if len(sizes) > 1:
+                    _begin_scales(config.store, sizes)
+                    log.info(f"middle size {size}:")
+                summaries.append(_build_store(config, info, folder, listed, teacher, share, codebooks_from=folders[0]))
     return summaries[0] if len(sizes) == 1 else summary_over_scales(summaries)
 
 
