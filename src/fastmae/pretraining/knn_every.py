@@ -95,7 +95,7 @@ def labelled_images(data: Path | None, store: TokenStore, size: int) -> Labelled
     classes = sorted(set(folders))
     if len(classes) < 2:
         raise InputError(
-            f"--knn-every: the images of {store.folder} lie in one folder and have no labels; give --knn-data"
+            f"--knn-every: the images of {store.location} lie in one folder and have no labels; give --knn-data"
         )
     labels = class_indices(folders, classes)
     held_out = np.arange(len(indices)) % HELD_OUT == 0

@@ -58,6 +58,8 @@ LARGEST_SIDE = 1 << 14
 """Most pixels along the side of a middle image."""
 LARGEST_DESCRIPTION = 4 << 20
 """Most bytes of a store.json: a part takes about 300."""
+LARGEST_SCALES = 1 << 16
+"""Most bytes of a scales.json."""
 MOST_IMAGES = (1 << 31) - 1
 """Images are numbered in int32."""
 
