@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from fastmae.errors import InputError
 from fastmae.images.decode import UndecodableError, decode_bands
+from fastmae.images.value_range import AUTO
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runtime.seeding import drawn_from
 
@@ -34,10 +35,20 @@ class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
         channels: K; if neither 1 nor 3, the transform gets a list of K images.
         transform: augmentation or crop.
         seed: seed of the augmentation.
+        value_range: how values of more than 8 bits become 8 bits.
     """
 
-    def __init__(self, paths: list[Path], labels: torch.Tensor, channels: int, transform: Transform, seed: int = 0):
+    def __init__(
+        self,
+        paths: list[Path],
+        labels: torch.Tensor,
+        channels: int,
+        transform: Transform,
+        seed: int = 0,
+        value_range: str = AUTO,
+    ):
         self.paths, self.labels, self.channels, self.transform, self.seed = paths, labels, channels, transform, seed
+        self.value_range = value_range
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,7 +62,7 @@ class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
     def _decode(self, path: Path) -> list[Image.Image]:
         try:
             with path.open("rb") as file:
-                return decode_bands(file, path.name, self.channels)[0]
+                return decode_bands(file, path.name, self.channels, value_range=self.value_range)[0]
         except UndecodableError as error:
             raise InputError(f"{path}: {error}; remove it from the data") from error
 

@@ -16,6 +16,7 @@ import timm
 import torch
 
 from fastmae.errors import InputError, first_line
+from fastmae.images.value_range import AUTO, bounds_of, range_entry
 from fastmae.runs.checkpoint import is_checkpoint
 from fastmae.runs.folder import RUN_FILE
 from fastmae.runs.load import encoder_arguments, encoder_of, load_run
@@ -43,6 +44,7 @@ class OpenedEncoder:
         std: standard deviation of its input.
         resize: how pictures were brought to its size in pre-training, a key of `images.middle.RESIZE`.
         source: RUN, as it was given.
+        value_range: how values of more than 8 bits became 8 bits in pre-training (`images.value_range`).
     """
 
     network: Encoder
@@ -54,6 +56,13 @@ class OpenedEncoder:
     std: tuple[float, ...]
     resize: str
     source: str
+    value_range: str = AUTO
+
+    def __post_init__(self) -> None:
+        try:
+            bounds_of(self.value_range)
+        except InputError as error:
+            raise InputError(f"{self.source}: {error}") from error
 
     @property
     def is_vit(self) -> bool:
@@ -99,6 +108,7 @@ class OpenedEncoder:
             "mean": list(self.mean),
             "std": list(self.std),
             "resize": self.resize,
+            **range_entry(self.value_range),
             "source": self.source,
             "weights_sha256": _digest(self.network),
         }
@@ -233,6 +243,7 @@ def _of_run(spec: str, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder
             std=tuple(recorded["std"]),
             resize=recorded["resize"],
             source=spec,
+            value_range=recorded.get("value_range", AUTO),
         )
     options, store = description["options"], description["store"]
     mean, std = (tuple(values) for values in store["normalisation"])
@@ -246,6 +257,7 @@ def _of_run(spec: str, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder
         std=std,
         resize=store["resize"],
         source=spec,
+        value_range=store.get("value_range", AUTO),
     )
 
 
@@ -283,7 +295,8 @@ def _of_export(folder: Path, pretrained: bool, extra: dict[str, Any]) -> OpenedE
         more = _fitting(config["architecture"], extra)
         network: Any = timm.create_model(config["architecture"], **{"num_classes": 0, **arguments}, **more)
         image_size, channels = int(own["input_size"][-1]), int(own["input_size"][0])
-        mean, std, resize = tuple(own["mean"]), tuple(own["std"]), config.get("fastmae", {}).get("resize", "whole")
+        mean, std, prepared = tuple(own["mean"]), tuple(own["std"]), config.get("fastmae", {})
+        resize, value_range = prepared.get("resize", "whole"), prepared.get("value_range", AUTO)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(
             f"{file}: not the description of a timm model ({first_line(error)}); export one with --format timm"
@@ -301,6 +314,7 @@ def _of_export(folder: Path, pretrained: bool, extra: dict[str, Any]) -> OpenedE
         std=std,
         resize=resize,
         source=str(folder),
+        value_range=value_range,
     )
 
 

@@ -31,6 +31,7 @@ SHARED_PIXELS = (
     "patch_size",
     "channels",
     "resize",
+    "value_range",
     "pixels",
     "jpeg_quality",
 )

@@ -35,6 +35,7 @@ import safetensors
 import xxhash
 
 from fastmae.errors import InputError, first_line
+from fastmae.images.value_range import AUTO, bounds_of, range_entry
 
 FORMAT_NAME = "fastmae token store"
 FORMAT_VERSION = 2
@@ -101,6 +102,7 @@ class StoreInfo:
         jpeg_quality: 1 to 100; 0 when the pixels are raw.
         shard_size: images in a shard, skipped ones included; the last shard of a part may hold fewer.
         parts: the image lists, one after the other.
+        value_range: how values of more than 8 bits became 8 bits (`images.value_range`). Not written if it is 'auto'.
     """
 
     teacher: dict[str, Any]
@@ -115,6 +117,7 @@ class StoreInfo:
     jpeg_quality: int
     shard_size: int
     parts: tuple[Part, ...]
+    value_range: str = AUTO
 
     @property
     def grid(self) -> int:
@@ -151,7 +154,10 @@ class StoreInfo:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of store.json."""
-        return {"format": FORMAT_NAME, "version": FORMAT_VERSION, "grid": self.grid, **asdict(self)}
+        settings = asdict(self)
+        del settings["value_range"]
+        named = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "grid": self.grid}
+        return {**named, **settings, **range_entry(self.value_range)}
 
     @classmethod
     def from_json(cls, value: Any, path: Path) -> "StoreInfo":
@@ -169,7 +175,7 @@ class StoreInfo:
         if value.get("version") != FORMAT_VERSION:
             versions = f"format version {value.get('version')!r}, this fastmae reads {FORMAT_VERSION}"
             raise InputError(f"{path}: {versions}; use the fastmae that made it, or tokenize again")
-        settings = _checked_fields(cls, value, path)
+        settings = _checked_fields(cls, {"value_range": AUTO, **value}, path)
         parts = tuple(Part(**_checked_fields(Part, part, path)) for part in value["parts"])
         for part in parts:
             if not Path(part.source).is_absolute() or ".." in Path(part.source).parts:
@@ -178,6 +184,10 @@ class StoreInfo:
         sizes = [info.middle_size, info.patch_size, info.channels, info.token_dim, info.shard_size]
         if not parts or min(sizes + [part.images for part in parts]) < 1 or info.middle_size % info.patch_size:
             raise InputError(f"{path}: impossible sizes (middle {info.middle_size}, patch {info.patch_size}){_BY_HAND}")
+        try:
+            bounds_of(info.value_range)
+        except InputError as error:
+            raise InputError(f"{path}: {error}{_BY_HAND}") from error
         return info
 
     def differences(self, other: "StoreInfo") -> list[str]:

@@ -30,6 +30,7 @@ class Validation:
         split: the validation split.
         limits: of the photos' size for the network.
         channels: number of channels that photos are decoded to, 1 or 3.
+        value_range: how their values of more than 8 bits become 8 bits.
         workers: number of loading processes; -1 for automatic.
         num_pictures: number of photos that are drawn; 0 for none.
         pictures_file: where they are drawn.
@@ -38,13 +39,14 @@ class Validation:
     split: Split
     limits: SizeLimits
     channels: int
+    value_range: str
     workers: int
     num_pictures: int
     pictures_file: Path
 
     def __call__(self, network: nn.Module, fabric: Fabric) -> dict[str, float]:
         """COCO's figures, the same in every process; see `average_precision`."""
-        photos = ValidationPhotos(self.split, self.limits, self.channels)
+        photos = ValidationPhotos(self.split, self.limits, self.channels, self.value_range)
         # One photo at a time: in a batch, the padding of its feature maps would change a photo's proposals a little.
         samples = val_batches(photos, fabric, 1, self.workers, itemgetter(0))
         detections = []
@@ -60,7 +62,7 @@ class Validation:
             figures.update(average_precision(self.split, detections))
             if self.num_pictures:
                 images = choose_images(self.split, self.num_pictures)
-                png = draw_detections(self.split, detections, images, self.channels)
+                png = draw_detections(self.split, detections, images, self.channels, self.value_range)
                 write_whole(self.pictures_file, lambda file: file.write_bytes(png))
 
         on_first_process(fabric, measure_and_draw)
