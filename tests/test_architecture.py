@@ -156,3 +156,20 @@ def test_no_data_file_is_unpickled():
     for call in loads:
         assert ast.unparse(call.func) == "torch.load"
         assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
+
+
+READERS = {"decode_bands", "resized_pixels", "make_middle_image", "WholeImages", "LabelledImages", "PairReader"} | {
+    *("check_data", "check_sizes", "TrainingPhotos", "ValidationPhotos", "load_photo", "draw_detections"),
+}
+"""What decodes images, or hands on how they are decoded."""
+
+
+def test_all_that_decodes_images_is_told_their_value_range():
+    without = [
+        f"{path.relative_to(SOURCE)}: {ast.unparse(node)}"
+        for path in modules()
+        if folder_of(path) in {"images", "offline", "probes", "evaluate", "bench", "studies"}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in READERS and "value_range" not in ast.unparse(node)
+    ]
+    assert [call for call in without if not call.startswith("bench/") or "check_sizes" not in call] == []

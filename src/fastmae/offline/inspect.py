@@ -59,7 +59,7 @@ def _inspect_quality(config: InspectConfig, store: TokenStore) -> dict[str, Any]
         write_whole(sheet, lambda aside: aside.write_bytes(contact_sheet_png(drawn)))
         log.info(f"{sheet}: {counted(len(drawn), 'suspicious image')}")
     if not lines:
-        log.info(f"nothing looks wrong in the {quality.looked_at} images looked at")
+        log.info(f"nothing looks wrong; {counted(quality.looked_at, 'image')} looked at")
     return {**as_json(quality, store), "sheet": str(sheet) if drawn else None}
 
 

@@ -19,9 +19,9 @@ FIRST, SPREAD = 512, 1024
 """Images that are looked at: the first ones, which are compared with each other, and some all over the store."""
 ONE_COLOUR = 3
 """Largest difference between the values of a channel in a picture of one colour."""
-FEW_LEVELS = 40
-"""A picture whose values all lie this close together uses few of its 256 levels. 12-bit values in 16 bits lie within 16
-levels, 13-bit ones within 32; resizing and JPEG add a few."""
+DARK, FEW_LEVELS = 40, 16
+"""A picture uses few of its 256 levels if all its values are below the first, or differ by less than the second. Of 16
+bits, 12 lie below 16, and 13 below 32; resizing and JPEG add a few. A photo of the sky has more."""
 THUMBNAIL = 16
 """Side of the thumbnails that are compared, in pixels."""
 SAME = 0.998
@@ -70,7 +70,7 @@ def look_at(store: TokenStore) -> Quality:
         spans = np.ptp(pixels.numpy(), axis=(1, 2))
         if spans.max() <= ONE_COLOUR:
             one_colour.append(number)
-        elif spans.max() < FEW_LEVELS:
+        elif pixels.max() < DARK or spans.max() < FEW_LEVELS:
             few_levels.append(number)
         if number < first:
             thumbnails.append(F.adaptive_avg_pool2d(pixels.float(), THUMBNAIL).flatten())
@@ -121,22 +121,22 @@ def as_lines(quality: Quality, store: TokenStore) -> list[str]:
     """For people: a line for each kind that was found, with a way out."""
     range_hint = "--value-range" if store.info.value_range == AUTO else "another --value-range"
     lines = []
-    seen = f"of {quality.looked_at} images looked at,"
     if quality.one_colour:
         lines.append(
-            f"{seen} {len(quality.one_colour)} are of one colour ({store.key(quality.one_colour[0])}); 16-bit, integer "
-            f"or float values need {range_hint}, others are best removed"
+            f"one colour: {len(quality.one_colour)} of {quality.looked_at} images looked at "
+            f"({store.key(quality.one_colour[0])}); 16-bit, integer or float values need {range_hint}, others are best "
+            "removed"
         )
     if quality.few_levels:
         lines.append(
-            f"{seen} {len(quality.few_levels)} use few of their 256 levels ({store.key(quality.few_levels[0])}); "
-            f"16-bit, integer or float values need {range_hint}"
+            f"few of their 256 levels: {len(quality.few_levels)} of {quality.looked_at} images looked at "
+            f"({store.key(quality.few_levels[0])}); 16-bit, integer or float values need {range_hint}"
         )
     if quality.duplicates:
         number, earlier = quality.duplicates[0]
         lines.append(
-            f"of the first {quality.first} images, {len(quality.duplicates)} are nearly the same as an earlier one "
-            f"({store.key(number)} as {store.key(earlier)}); each weighs as much as any other image, so thin them out"
+            f"nearly the same as an earlier image: {len(quality.duplicates)} of the first {quality.first} "
+            f"({store.key(number)} as {store.key(earlier)}); each weighs as much as any other, so thin them out"
         )
     if quality.token_spread is not None and quality.token_spread < LEAST_SPREAD:
         teacher = store.info.teacher
