@@ -19,7 +19,9 @@ from fastmae.errors import InputError
 
 Layer = tuple[str, Mapping[str, Any]]
 """A source of values: its name for messages ('' for the caller), and option -> value."""
-CALLER_ONLY = ("json", "config", "print_config")
+COMMAND_LINE_ONLY = ("json", "print_config", "traceback")
+"""Flags that mean nothing to a caller from Python."""
+CALLER_ONLY = ("config", *COMMAND_LINE_ONLY)
 """Options that a file can't set."""
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar
 from fastmae.config.common import Common, Precision
 from fastmae.config.options import options
 from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, WORKERS
+from fastmae.config.resolve import CALLER_ONLY
 
 
 @options
@@ -12,7 +13,8 @@ class TrainingConfig(Common):
     """What pretrain, finetune, linear, segment and detect share."""
 
     may_change: ClassVar[tuple[str, ...]] = (
-        *("config", "print_config", "json", "resume", "device", "devices", "workers", "save_every", "log_every"),
+        *CALLER_ONLY,
+        *("resume", "device", "devices", "workers", "save_every", "log_every"),
         *("micro_batch", "checkpoint_activations", "deterministic"),
     )
     """Options that may change when a run is continued: they change where and how fast it trains, but not what."""

@@ -33,7 +33,7 @@ from fastmae.student.feature_map import accepted_arguments
 from fastmae.training.driver import train
 from fastmae.training.evaluation import val_batches
 from fastmae.training.optimiser import layer_decayed_groups
-from fastmae.training.task import Settings, Task
+from fastmae.training.task import Evaluated, Settings, Task
 
 log = logging.getLogger(__name__)
 IMAGENET = Recipe(images=1_281_167, epochs=100, batch_size=1024, lr=2e-3, warmup_epochs=5, lr_power=0.25)
@@ -201,7 +201,7 @@ def _measure(
     data: LabelledFolder,
     opened: OpenedEncoder,
     batch_size: int,
-) -> Mapping[str, float]:
+) -> Evaluated:
     assert config.out is not None
     images = LabelledImages(
         data.val, data.val_labels, opened.channels, centre_crop(opened), value_range=opened.value_range

@@ -29,7 +29,7 @@ from fastmae.runtime.processes import this_process
 from fastmae.runtime.wording import counted, weight_count
 from fastmae.runtime.workers import as_is
 from fastmae.training.driver import train
-from fastmae.training.task import ParameterGroups, Step, Task
+from fastmae.training.task import Evaluated, ParameterGroups, Step, Task
 
 log = logging.getLogger(__name__)
 IMAGENET = Recipe(images=1_281_167, epochs=90, batch_size=16384, lr=6.4, warmup_epochs=10, lr_power=0.0)
@@ -197,7 +197,7 @@ def _loss(model: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> Map
 
 def _measure(
     network: nn.Module, fabric: Fabric, *, data: LabelledFolder, features: torch.Tensor, out: Path
-) -> Mapping[str, float]:
+) -> Evaluated:
     share = slice(fabric.global_rank, None, fabric.world_size)
     batch = features[share].to(fabric.device), data.val_labels[share].to(fabric.device)
     return measure_classifier(network, [batch], data.classes, fabric, out / "confusion.png")

@@ -28,7 +28,7 @@ from fastmae.tokens.files import is_url
 from fastmae.training.driver import train
 from fastmae.training.optimiser import muon, muon_groups
 from fastmae.training.sampler import ShuffleOrder
-from fastmae.training.task import Task, no_initialisation
+from fastmae.training.task import Evaluated, Task, no_initialisation
 
 log = logging.getLogger(__name__)
 SHARDED_BLOCKS = (Block, EvaBlock)
@@ -101,9 +101,9 @@ def _parameter_groups(config: PretrainConfig, student: nn.Module) -> list[dict[s
 
 def _evaluation(
     config: PretrainConfig, plan: Plan, measure: Measure | None
-) -> Callable[[nn.Module, Fabric], Mapping[str, float]]:
+) -> Callable[[nn.Module, Fabric], Evaluated]:
     if measure is not None:
-        return lambda student, _: measure(student)  # type: ignore[arg-type]  # the task's network is a student
+        return lambda student, _: Evaluated(measure(student))  # type: ignore[arg-type]  # the task's network is a student
     return StudentKnn(config, plan)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 
 from fastmae.config import FinetuneConfig, PretrainConfig, TokenizeConfig
-from fastmae.config.resolve import near
+from fastmae.config.resolve import CALLER_ONLY, near
 from fastmae.errors import InputError
 from fastmae.tokens.files import is_url
 
-EVERYWHERE = ("seed", "device", "workers", "json", "config", "print_config")
+EVERYWHERE = ("seed", "device", "workers", *CALLER_ONLY)
 """Options that the study sets for all its commands."""
 SET_BY_STUDY = {
     PretrainConfig: (*EVERYWHERE, "stores", "run", "devices", "resume", "profile", "knn_every", "knn_data"),

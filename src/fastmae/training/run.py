@@ -195,6 +195,7 @@ def take_step(
             share = _share(value.detach(), accum_steps)
             scalars[name] = scalars[name] + share if name in scalars else share
     grad_norm = state.clip_gradients(fabric, clip_grad)
+    state.sound = False  # until `count_step`
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return {**scalars, "grad_norm": grad_norm}

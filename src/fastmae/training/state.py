@@ -39,6 +39,7 @@ class TrainState:
         sums: sum of each scalar since the last log entry.
         summed_steps: number of steps in these sums.
         best: the largest value of the task's metric so far.
+        sound: whether everything is as it was after `step` steps; not while an optimizer's step is under way.
     """
 
     network: nn.Module
@@ -50,11 +51,19 @@ class TrainState:
     sums: dict[str, float] = field(default_factory=dict)
     summed_steps: int = 0
     best: float = -math.inf
+    sound: bool = True
 
     @property
     def evaluated_network(self) -> nn.Module:
         """The network whose figures count: the moving average, if there is one."""
         return self.network if self.ema is None else self.ema.module
+
+    def count_step(self) -> None:
+        """After the optimizer's step: it is done."""
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.network, self.step)
+        self.sound = True
 
     def save(self, fabric: Fabric, folder: RunFolder) -> None:
         """Write the checkpoint, whole or not at all. Every process takes part."""
