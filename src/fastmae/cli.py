@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import traceback
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from importlib import import_module
@@ -26,7 +27,7 @@ import yaml
 from fastmae.config.commands import COMMANDS
 from fastmae.config.common import Common
 from fastmae.config.options import help_texts, positionals
-from fastmae.config.resolve import CALLER_ONLY, converted, flag, label, placeholder, range_of
+from fastmae.config.resolve import CALLER_ONLY, converted, flag, label, placeholder, range_of, words_or_numbers
 from fastmae.errors import (
     FailedCheckError,
     InputError,
@@ -200,7 +201,8 @@ def _typed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], list[str]
     shared.add_argument("-h", "--help", action="help", help="Show this text and exit.")
     parser.add_argument("_words", nargs="*", help=argparse.SUPPRESS)
     options, protected = _split_at_dashes(args)
-    typed, unknown = parser.parse_known_intermixed_args([_dashed(arg) for arg in options])
+    options = _joined([_dashed(arg) for arg in options], hints)
+    typed, unknown = parser.parse_known_intermixed_args(options)
     values = {name: value for name, value in vars(typed).items() if not name.startswith("_")}
     if unknown:
         flags = [action for option in parser._actions for action in option.option_strings]
@@ -231,6 +233,9 @@ def _add_flag(parser: argparse._ArgumentGroup, name: str, hint: Any, default: An
     kinds = [kind for kind in get_args(plain) or [plain] if kind is not NoneType]
     if get_origin(plain) is Literal:
         metavar: Any = "{" + ",".join(kinds) + "}"
+    elif word_or_numbers := words_or_numbers(plain):
+        words, numbers = word_or_numbers
+        metavar = "{" + ",".join(words) + "}|" + " ".join(kind.__name__.upper() for kind in get_args(numbers))
     else:
         metavar = getattr(kinds[0], "__name__", "value").upper()
     span = range_of(hint)
@@ -271,6 +276,20 @@ def _dashed(arg: str) -> str:
     """A flag as argparse knows it: `--batch_size=8` -> `--batch-size=8`."""
     name, equals, value = arg.partition("=")
     return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
+
+
+def _joined(args: list[str], hints: dict[str, Any]) -> list[str]:
+    """The arguments with the numbers of an option that takes a word or several numbers in one: argparse can't tell."""
+    joined, rest = [], deque(args)
+    while rest:
+        arg = rest.popleft()
+        either = words_or_numbers(hints.get(arg.removeprefix("--").replace("-", "_"))) if arg.startswith("--") else None
+        if rest and either:
+            words, numbers = either
+            count = 1 if rest[0] in words else len(get_args(numbers))
+            arg += "=" + " ".join(rest.popleft() for _ in range(min(count, len(rest))))
+        joined.append(arg)
+    return joined
 
 
 def _shown(value: Any) -> str:

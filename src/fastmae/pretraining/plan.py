@@ -113,7 +113,7 @@ def open_stores(config: PretrainConfig) -> list[list[TokenStore]]:
 
 
 def _check_alike(first: TokenStore, other: TokenStore) -> None:
-    for name in ("images_sha256", "middle_size", "patch_size", "channels", "resize", "flips"):
+    for name in ("images_sha256", "middle_size", "patch_size", "channels", "resize", "value_range", "flips"):
         expected, actual = getattr(first.info, name), getattr(other.info, name)
         if actual != expected:
             difference = "other images" if name == "images_sha256" else f"{name} {actual}, not {expected},"
