@@ -1,4 +1,4 @@
-"""A signal ends a command within seconds, whatever it does. Each case is a fork of this process, for torch is loaded."""
+"""A signal ends a command within seconds, whatever it does. Each case is a fork of this one, where torch is loaded."""
 
 import contextlib
 import ctypes

@@ -6,7 +6,7 @@ takes longer but always works.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import default_collate, get_worker_info
 
 from fastmae.errors import InputError
-from fastmae.runtime.fabric import apply_to_collection
 from fastmae.runtime.memory import available_for_sharing, free_handles, free_shared_folder
 
 SPARE_FACTOR = 2
@@ -44,7 +43,7 @@ class Sending:
         if worker is None:
             return batch
         tensors: list[torch.Tensor] = []
-        apply_to_collection(batch, torch.Tensor, tensors.append, allow_frozen=True)
+        mapped(batch, torch.Tensor, tensors.append)
         if not tensors:
             return batch
         num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
@@ -88,15 +87,15 @@ class Sent:
     @classmethod
     def of(cls, batch: Any) -> "Sent":
         """Pack a batch."""
-        return cls(apply_to_collection(batch, torch.Tensor, SentTensor.of, allow_frozen=True))
+        return cls(mapped(batch, torch.Tensor, SentTensor.of))
 
     def unpacked(self) -> Any:
         """The batch."""
-        return apply_to_collection(self.batch, SentTensor, SentTensor.unpacked, allow_frozen=True)
+        return mapped(self.batch, SentTensor, SentTensor.unpacked)
 
     def pin_memory(self, device: Any = None) -> Any:
         """The batch in pinned memory; torch calls this."""
-        return apply_to_collection(self.unpacked(), torch.Tensor, torch.Tensor.pin_memory, allow_frozen=True)
+        return mapped(self.unpacked(), torch.Tensor, torch.Tensor.pin_memory)
 
 
 @dataclass
@@ -126,6 +125,21 @@ class SentTensor:
 def received(batch: Any) -> Any:
     """A batch as the data set has made it, whichever way it came."""
     return batch.unpacked() if isinstance(batch, Sent) else batch
+
+
+def mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """A batch with each part of a kind replaced, in dataclasses (frozen ones too), dictionaries, lists and tuples."""
+    if isinstance(value, kind):
+        return function(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in fields(value) if field.init]
+        return replace(value, **{name: mapped(getattr(value, name), kind, function) for name in names})
+    if isinstance(value, dict):
+        return {key: mapped(part, kind, function) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [mapped(part, kind, function) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def collated(samples: list[Any]) -> Any:
