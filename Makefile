@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast gpu-check lint format clean
+.PHONY: setup demo test test-fast test-faults gpu-check lint format clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ test: setup
 # The unit tests that take little time: under three minutes on two cores.
 test-fast: setup
 	$(PYTEST) -m "not slow" --ignore tests/end_to_end
+
+# What docs/reliability.md promises, with more rounds than `make test` has; ends with its table.
+test-faults: setup
+	FAULTS=thorough $(PYTEST) -m promise
 
 # On a machine with a GPU: what works there, and how fast. `make gpu-check ARGS="--budget 900"` gives it more time.
 gpu-check: setup

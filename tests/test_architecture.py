@@ -109,6 +109,7 @@ def test_the_store_knows_no_models_and_the_student_no_files():
     for path in (SOURCE / "tokens").glob("*.py"):
         assert {folder_of(file) for file in imported_modules(path)} <= {
             "errors",
+            "outside",
             "runtime",
             "images",
             "tokens",
@@ -156,3 +157,13 @@ def test_no_data_file_is_unpickled():
     for call in loads:
         assert ast.unparse(call.func) == "torch.load"
         assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
+
+
+def test_every_image_is_opened_by_the_one_function_that_names_the_formats():
+    opening = {
+        (str(path.relative_to(SOURCE)), ast.unparse(node))
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")
+    }
+    assert opening == {("images/decode.py", "Image.open(file, formats=FORMATS)")}

@@ -7,6 +7,8 @@ import pytest
 from fastmae.errors import InputError
 from fastmae.outside.documents import checked, parse_yaml, read_json, read_json_lines, read_yaml
 
+pytestmark = pytest.mark.promise("files")
+
 
 @dataclass
 class Size:

@@ -6,6 +6,8 @@ import pytest
 from fastmae.errors import InputError
 from fastmae.outside.regular_file import NotRegularError, open_regular, read_bounded
 
+pytestmark = pytest.mark.promise("files")
+
 
 def test_a_regular_file_is_read_to_its_end(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")

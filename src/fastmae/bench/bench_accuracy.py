@@ -21,6 +21,7 @@ from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.reporting.charts import Curves, curves_png
 from fastmae.reporting.html_page import Section, write_page
 from fastmae.runtime.durable import write_json, write_whole
+from fastmae.runtime.ownership import owned
 from fastmae.runtime.table import with_std
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,13 @@ def bench_accuracy(config: BenchAccuracyConfig) -> dict[str, Any]:
     """Tokenise, train and measure all methods, compare, draw; the command's JSON.
 
     Raises:
-        InputError: images or options that can't be used.
+        InputError: images or options that can't be used, or another process that works in the folder.
     """
+    with owned(config.out, "bench accuracy"):
+        return _bench_accuracy(config)
+
+
+def _bench_accuracy(config: BenchAccuracyConfig) -> dict[str, Any]:
     data = open_labelled(config.images)
     runs = AccuracyRuns(config, config.out / "accuracy.tokens", data, methods(config))
     _check_record(config)

@@ -36,6 +36,7 @@ from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import remove_parts, write_whole
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch
+from fastmae.runtime.ownership import owned_place
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.workers import as_is, batches
 
@@ -132,9 +133,15 @@ def features(config: FeaturesConfig) -> dict[str, Any]:
     """Embed the images and write the file; the command's JSON.
 
     Raises:
-        InputError: options, images or a file that can't be used; or no image that can be decoded.
+        InputError: options, images or a file that can't be used; no image that can be decoded; or another process that
+            writes the file.
     """
     check_file(config.out, config.dense)
+    with owned_place(config.out, "features"):
+        return _features(config)
+
+
+def _features(config: FeaturesConfig) -> dict[str, Any]:
     fabric = launch(config.device, config.precision, 1, config.seed)
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=config.pretrained)
     embed = batch_embedder(opened, config.pool, config.block, config.dense, fabric)

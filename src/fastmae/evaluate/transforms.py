@@ -1,6 +1,7 @@
 """Labelled images as a training or evaluation set, and how they are augmented or cropped."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from fastmae.errors import InputError
-from fastmae.images.decode import UndecodableError, decode_bands
+from fastmae.images.decode import decode_bands
+from fastmae.images.reading import read_or_refuse
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runtime.seeding import drawn_from
 
@@ -49,11 +51,9 @@ class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
             return self.transform(bands[0] if len(bands) == 1 else bands), int(self.labels[index])
 
     def _decode(self, path: Path) -> list[Image.Image]:
-        try:
-            with path.open("rb") as file:
-                return decode_bands(file, path.name, self.channels)[0]
-        except UndecodableError as error:
-            raise InputError(f"{path}: {error}; remove it from the data") from error
+        return read_or_refuse(
+            path, lambda file: decode_bands(file, path.name, self.channels)[0], "remove it from the data"
+        )
 
 
 def full_augmentation(opened: OpenedEncoder, rand_augment: str, erasing: float) -> Transform:
@@ -103,13 +103,38 @@ def crop_augmentation(opened: OpenedEncoder) -> Transform:
 
 def centre_crop(opened: OpenedEncoder) -> Transform:
     """Resize the shorter side to 256/224 of the image size and crop the centre, as MAE evaluates."""
-    size = opened.image_size
-    return _to_normalised(opened, v2.Resize(round(size / CROP_RATIO), BICUBIC, antialias=True), v2.CenterCrop(size))
+    return _to_normalised(opened, _CentreCrop(opened.image_size))
 
 
 def _to_normalised(opened: OpenedEncoder, *geometry: Any) -> Transform:
+    """The geometry works on the PIL images: tensors of whole pictures would be copies of them."""
     normalise = v2.Normalize(list(opened.mean), list(opened.std))
-    return v2.Compose([_ToTensor(), *geometry, v2.ToDtype(torch.float32, scale=True), normalise])
+    return v2.Compose([*geometry, _ToTensor(), v2.ToDtype(torch.float32, scale=True), normalise])
+
+
+@dataclass(frozen=True)
+class _CentreCrop:
+    """PIL images -> their centre, S x S, of the picture whose shorter side has S / `CROP_RATIO` pixels.
+
+    That picture is never made: of one row of 20000 pixels, it would take gigabytes. Only its centre is resized.
+
+    Attributes:
+        size: S, in pixels.
+    """
+
+    size: int
+
+    def __call__(self, image: Any) -> Any:
+        return [self._cut(band) for band in image] if isinstance(image, list) else self._cut(image)
+
+    def _cut(self, image: Image.Image) -> Image.Image:
+        short_side = round(self.size / CROP_RATIO)
+        resized = [short_side * side // min(image.size) for side in image.size]
+        # Where the crop begins in the resized picture, and in the image itself.
+        left, top = (round((side - self.size) / 2) for side in resized)
+        x_scale, y_scale = (own / side for own, side in zip(image.size, resized, strict=True))
+        box = (left * x_scale, top * y_scale, (left + self.size) * x_scale, (top + self.size) * y_scale)
+        return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
 
 
 class _ToTensor:

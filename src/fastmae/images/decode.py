@@ -14,6 +14,15 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "SGI", "PSD", "PCX", "XBM", "XPM"),
+    "TGA",  # has no mark at its start, so it comes last
+)
+"""The formats that are read, by Pillow's names: those of the suffixes that count as images.
+
+Pillow knows more. Some of them start a program (Ghostscript for EPS), call what a handler was registered for, or hold
+another file of any format.
+"""
 MAX_PIXELS = 1 << 27
 """134 megapixels, or 400 MB as RGB. A larger image is refused before decoding: a few bytes can declare gigabytes."""
 
@@ -28,11 +37,42 @@ EXIF_ORIENTATION = 0x0112
 TRANSPOSED_ORIENTATIONS = {5, 6, 7, 8}
 """EXIF orientations whose upright image has width and height swapped."""
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` bounds the pixels
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # half a picture must not pass for a whole one, with tokens of grey areas
 
 
 class UndecodableError(Exception):
     """The file holds no image that can be decoded. The message is the reason, in one line."""
+
+
+def load_image(image: ImageFile.ImageFile) -> None:
+    """Decode the pixels of an image that `open_image` opened.
+
+    Raises:
+        UndecodableError: a damaged or truncated file.
+        OSError: the file itself can't be read (a failing disk).
+    """
+    try:
+        image.load()
+    except Exception as error:  # codecs raise nearly any type on hostile files
+        raise _error_to_raise(error, "damaged") from error
+
+
+def upright_size(file: BinaryIO) -> tuple[tuple[int, int], bool]:
+    """Size of an image as it is shown, from its header alone.
+
+    Args:
+        file: as in `decode_image`.
+
+    Returns:
+        (width, height) in pixels, and whether the EXIF orientation swaps them.
+
+    Raises:
+        UndecodableError, OSError: as in `open_image`.
+    """
+    with open_image(file) as image:
+        swapped = _is_turned(image)
+        return (image.height, image.width) if swapped else image.size, swapped
 
 
 def decode_image(file: BinaryIO, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
@@ -55,13 +95,13 @@ def decode_image(file: BinaryIO, at_least: int | None = None) -> tuple[Image.Ima
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which doesn't affect the pixels
-        image = _open_image(file)
+        image = open_image(file)
         width, height = image.size
+        if at_least is not None:
+            image.draft("RGB", (2 * at_least, 2 * at_least))
+        load_image(image)
+        transposed = _is_turned(image)
         try:
-            if at_least is not None:
-                image.draft("RGB", (2 * at_least, 2 * at_least))
-            image.load()
-            transposed = image.getexif().get(EXIF_ORIENTATION) in TRANSPOSED_ORIENTATIONS
             rgb = to_rgb(ImageOps.exif_transpose(image))
         except Exception as error:  # codecs raise nearly any type on hostile files
             raise _error_to_raise(error, "damaged") from error
@@ -98,29 +138,42 @@ def decode_bands(
 
 
 def _decode_n_bands(file: BinaryIO, channels: int) -> tuple[list[Image.Image], tuple[int, int]]:
-    image = _open_image(file)
+    image = open_image(file)
     bands = len(image.getbands())
     if bands != channels:
         raise UndecodableError(
             f"has {bands} channels, not {channels}; n-channel images are read from .npy files, [H, W, {channels}]"
         )
-    try:
-        image.load()
-        return list(image.split()), image.size
-    except Exception as error:
-        raise _error_to_raise(error, "damaged") from error
+    load_image(image)
+    return list(image.split()), image.size
 
 
-def _open_image(file: BinaryIO) -> ImageFile.ImageFile:
-    """Read an image's header and refuse more than `MAX_PIXELS`."""
+def open_image(file: BinaryIO) -> ImageFile.ImageFile:
+    """Read an image's header. Every image from outside is opened here, and nothing of it is decoded yet.
+
+    Args:
+        file: open and seekable. It is left open, and must stay open until the image is loaded.
+
+    Raises:
+        UndecodableError: not an image in one of `FORMATS`, a damaged header, or more than `MAX_PIXELS`.
+        OSError: the file itself can't be read (a failing disk).
+    """
     try:
-        image = Image.open(file)
+        image = Image.open(file, formats=FORMATS)
     except Exception as error:
         raise _error_to_raise(error, "not an image") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UndecodableError(f"declares {width} x {height} pixels, more than the {MAX_PIXELS >> 20} Mpx allowed")
     return image
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether the EXIF orientation swaps width and height."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION) in TRANSPOSED_ORIENTATIONS
+    except Exception as error:
+        raise _error_to_raise(error, "damaged") from error
 
 
 def _read_npy(file: BinaryIO, channels: int) -> np.ndarray:
@@ -201,6 +254,6 @@ def _error_to_raise(error: Exception, default_reason: str) -> Exception:
     if isinstance(error, Image.DecompressionBombError):
         return UndecodableError("declares far more pixels than its size can hold (a decompression bomb)")
     if isinstance(error, Image.UnidentifiedImageError):
-        return UndecodableError("not an image, or its header is damaged")
+        return UndecodableError("not an image in a format that is read, or its header is damaged")
     text = " ".join(str(error).split())
     return UndecodableError(f"{default_reason}: {text}" if text else default_reason)

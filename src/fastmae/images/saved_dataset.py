@@ -17,6 +17,7 @@ import xxhash
 
 from fastmae.errors import InputError, first_line
 from fastmae.images.entries import entry_of, key_of, numbers_of
+from fastmae.outside.regular_file import open_regular
 
 STATE_FILE, INFO_FILE, SPLITS_FILE = "state.json", "dataset_info.json", "dataset_dict.json"
 SPLIT = "train"
@@ -73,6 +74,7 @@ class DatasetSource:
 
         Raises:
             InputError: the dataset has no such row any more; or the row has neither bytes nor a full path.
+            NotRegularError: the row names a pipe, a socket or a device.
             OSError: that file can't be opened.
         """
         (row,) = numbers_of(entry, 1, self.path)
@@ -91,7 +93,7 @@ class DatasetSource:
                 f"{self.path}: row {row} ({key_of(entry)[:80]!r}) holds no image, only a name; "
                 "save the dataset with its images"
             )
-        return path.open("rb")
+        return open_regular(path)
 
     def _table(self) -> Any:
         """The column of images as a memory-mapped `datasets.Dataset`, opened once in each process."""

@@ -12,7 +12,7 @@ from fastmae.runtime.processes import this_process
 from fastmae.teachers import Teacher
 from fastmae.teachers.precision import AUTOCAST_DTYPES
 from fastmae.tokens.codec import parse_codec
-from fastmae.tokens.format import Part, StoreInfo
+from fastmae.tokens.format import LARGEST_SIDE, Part, StoreInfo
 
 AUTO = "auto"
 """The value of an option that is settled by measuring (`settle`)."""
@@ -23,6 +23,11 @@ class Share(NamedTuple):
 
     rank: int
     world_size: int
+
+    @property
+    def name(self) -> str:
+        """'0-of-2'; '' for the whole store."""
+        return f"{self.rank}-of-{self.world_size}" if self.world_size > 1 else ""
 
     def shards(self, num_shards: int) -> range:
         """The shards of this process, out of all of the store's."""
@@ -77,6 +82,8 @@ def middle_sizes(config: TokenizeConfig) -> list[int]:
         ) from error
     patch_size = config.patch_size
     for size in sizes:
+        if size > LARGEST_SIDE:
+            raise InputError(f"--middle-size {size}: give {LARGEST_SIDE} pixels at most")
         if size < patch_size or size % patch_size:
             nearest = max(1, round(size / patch_size)) * patch_size
             raise InputError(f"--middle-size {size}: not a multiple of --patch-size {patch_size}; take {nearest}")

@@ -22,7 +22,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 
 from fastmae.config import TokenizeConfig
 from fastmae.errors import InputError, InterruptedRunError
@@ -37,11 +36,12 @@ from fastmae.offline.sample import sample_tokens
 from fastmae.offline.settle import begun_store, settle
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import holds_anything, write_json
+from fastmae.runtime.ownership import owned
 from fastmae.runtime.progress import Progress
 from fastmae.teachers import Teacher
 from fastmae.teachers.factory import load_network
 from fastmae.tokens import TokenStore
-from fastmae.tokens.codec import Codec, learns, load_codec
+from fastmae.tokens.codec import Codec, learns, learnt_shapes, load_codec
 from fastmae.tokens.format import (
     CODEBOOKS_COPY,
     CODEBOOKS_FILE,
@@ -53,8 +53,10 @@ from fastmae.tokens.format import (
     read_store_info,
     shard_path,
 )
+from fastmae.tokens.index import read_rows
 from fastmae.tokens.learn import learn_from
-from fastmae.tokens.manifest import Manifest, load_tensors
+from fastmae.tokens.manifest import Manifest
+from fastmae.tokens.tensor_file import load_tensors
 from fastmae.tokens.writer import StoreWriter, begin_folder
 
 log = logging.getLogger(__name__)
@@ -71,7 +73,8 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
         The command's JSON.
 
     Raises:
-        InputError: options, images, a teacher or a folder that can't be used.
+        InputError: options, images, a teacher or a folder that can't be used, or another process that builds the same
+            shards.
         InterruptedRunError: Ctrl-C; the same call continues.
     """
     sizes = middle_sizes(config)
@@ -84,14 +87,15 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
         with listed_images(config.images, config.add, folders[0]) as listed:
             return dry_run(config, sizes, listed, load())
     summaries = []
-    for size, folder in zip(sizes, folders, strict=True):
-        with listed_images(config.images, config.add, folder) as listed:
-            teacher = build_teacher(config, size, *deepcopy(load()))
-            info = describe_store(config, size, teacher, listed.part)
-            if len(sizes) > 1:
-                _begin_scales(config.store, sizes)
-                log.info(f"middle size {size}:")
-            summaries.append(_build_store(config, info, folder, listed, teacher, share, codebooks_from=folders[0]))
+    with owned(config.store, "tokenize", share.name):
+        for size, folder in zip(sizes, folders, strict=True):
+            with listed_images(config.images, config.add, folder) as listed:
+                teacher = build_teacher(config, size, *deepcopy(load()))
+                info = describe_store(config, size, teacher, listed.part)
+                if len(sizes) > 1:
+                    _begin_scales(config.store, sizes)
+                    log.info(f"middle size {size}:")
+                summaries.append(_build_store(config, info, folder, listed, teacher, share, codebooks_from=folders[0]))
     return summaries[0] if len(sizes) == 1 else summary_over_scales(summaries)
 
 
@@ -256,11 +260,12 @@ def _prepare_codec(
         InputError: the codebooks of existing shards are gone.
     """
     info, file = writer.info, writer.folder / CODEBOOKS_FILE
-    if not learns(info.codec):
+    shapes = learnt_shapes(info.codec, info.token_dim)
+    if not shapes:
         return stored_codec(writer.folder, info)
     for existing in (writer.folder / CODEBOOKS_COPY, codebooks_from / CODEBOOKS_FILE):
         if not file.exists() and existing.exists():
-            writer.keep_codebooks(load_codec(info.codec, info.token_dim, load_tensors(existing)))
+            writer.keep_codebooks(load_codec(info.codec, info.token_dim, load_tensors(existing, shapes)))
     if file.exists():
         return stored_codec(writer.folder, info)
     if len(writer.missing_shards()) < info.shards:
@@ -291,10 +296,9 @@ def _report_finished(store: TokenStore, images_per_second: float | None) -> dict
 def _skipped_images(store: TokenStore) -> str:
     """The first images that were skipped, each with the reason, a line each."""
     rows: list[dict[str, str]] = []
-    with store.files.path(INDEX_FILE).open("rb") as file:  # read in batches: the index may list millions of images
-        for batch in pq.ParquetFile(file).iter_batches(columns=["path", "status"], use_threads=False):
-            if len(rows) < SHOWN_SKIPS:
-                rows += batch.filter(pa.compute.not_equal(batch["status"], "ok")).to_pylist()
+    for batch in read_rows(store.files.path(INDEX_FILE), store.info):  # the index may list millions of images
+        if len(rows) < SHOWN_SKIPS:
+            rows += batch.filter(pa.compute.less(batch["row"], 0)).slice(0, SHOWN_SKIPS).to_pylist()
     lines = [f"skipped {store.skipped} of {store.info.images} files:"]
     lines += [f"  {row['path']}: {row['status']}" for row in rows[:SHOWN_SKIPS]]
     if store.skipped > SHOWN_SKIPS:

@@ -4,6 +4,8 @@ msgspec checks the types while it reads: a key that the type does not have is sk
 says where in the document it is.
 """
 
+import json
+import re
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -44,7 +46,7 @@ def read_json(path: Path, kind: Any = Any, *, way_out: str, limit: int = LARGEST
 def parse_json(data: bytes | str, kind: Any = Any, *, name: object, way_out: str) -> Any:
     """Parse a JSON document; `name` is what messages call it. Otherwise as `read_json`."""
     try:
-        return msgspec.json.decode(data, type=kind)
+        return _decoded(data, kind)
     except (msgspec.DecodeError, UnicodeError, ValueError, RecursionError, OverflowError) as error:
         raise InputError(f"{name}: {_cause(error, 'JSON')}; {way_out}") from None
 
@@ -128,6 +130,19 @@ class _PlainLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _decoded(data: bytes | str, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        # Python writes the bytes of a file name that are not UTF-8 as lone surrogates, which msgspec does not read.
+        text = data if isinstance(data, str) else data.decode()
+        if not re.search(r"\\ud[c-f]", text, re.IGNORECASE):
+            raise
+        return msgspec.convert(json.loads(text), kind)
 
 
 def _cause(error: Exception, language: str) -> str:

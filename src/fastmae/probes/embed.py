@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from fastmae.config import TokenizeConfig
 from fastmae.errors import InputError
-from fastmae.images.decode import UndecodableError
 from fastmae.images.middle import resized_pixels
+from fastmae.images.reading import read_or_refuse
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, PixelScale
 from fastmae.probes.labelled import LabelledFolder
 from fastmae.runtime.arithmetic import float32_products
@@ -51,11 +51,11 @@ class WholeImages(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         path = self.paths[index]
-        try:
-            with path.open("rb") as file:
-                return resized_pixels(file, path.name, self.size, self.resize, self.channels)[0]
-        except UndecodableError as error:
-            raise InputError(f"{path}: {error}; remove it from the data") from error
+        return read_or_refuse(
+            path,
+            lambda file: resized_pixels(file, path.name, self.size, self.resize, self.channels)[0],
+            "remove it from the data",
+        )
 
 
 def check_decodable(data: LabelledFolder, options: TokenizeConfig, name: str) -> None:

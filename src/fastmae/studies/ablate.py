@@ -21,6 +21,7 @@ from fastmae.offline.tokenize import tokenize
 from fastmae.probes.embed import check_decodable
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.runtime.durable import write_json
+from fastmae.runtime.ownership import owned
 from fastmae.runtime.wording import counted
 from fastmae.studies.held_out import held_out_fifth
 from fastmae.studies.jobs import Job, Outcome, run_jobs
@@ -46,7 +47,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     """Do what is missing of a study, then draw it; the command's JSON.
 
     Raises:
-        InputError: a mistake in the study or its data.
+        InputError: a mistake in the study or its data, or another process that works on the study.
         FailedCheckError: a run has failed. The others are finished and shown.
         InterruptedRunError: after a signal, when the runs are saved.
     """
@@ -55,7 +56,12 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     check_folder_names(names, "DATA")
     out = (config.out or Path("fastmae-ablate") / study.name).absolute()
     runs = Runs(study, config, dict(zip(names, (path.absolute() for path in config.data), strict=True)), out)
-    data = {name: open_labelled(path) for name, path in runs.data.items()}
+    with owned(out, "ablate"):
+        return _ablate(config, runs)
+
+
+def _ablate(config: AblateConfig, runs: Runs) -> dict[str, Any]:
+    study, data = runs.study, {name: open_labelled(path) for name, path in runs.data.items()}
     if config.held_out or any(len(arm.candidates) > 1 for arm in study.arms.values()):
         for name, labelled in data.items():
             held_out_fifth(labelled, name)

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from fastmae.errors import InputError
 from fastmae.evaluate.detection import masks
 from fastmae.evaluate.detection.coco import Split
 from fastmae.evaluate.detection.masks import Size
-from fastmae.images.decode import UndecodableError, decode_bands
+from fastmae.images.decode import decode_bands
+from fastmae.images.reading import read_or_refuse
 
 Objects = dict[str, torch.Tensor]
 """`boxes` float32 [N, 4] (left, top, right, bottom in pixels of the photo), `labels` int64 [N] from 1, `masks` uint8
@@ -139,11 +139,11 @@ def load_photo(split: Split, image: int, limits: SizeLimits, channels: int) -> t
     own_size, path = split.size(image), split.path(image)
     size = limits.shrink(own_size)
     at_least = min(size) if size != own_size else None  # lets a JPEG be decoded no larger than needed
-    try:
-        with path.open("rb") as file:
-            bands, _ = decode_bands(file, path.name, channels, at_least)
-    except UndecodableError as error:
-        raise InputError(f"{path}: {error}; replace it, or remove it from {split.files.annotations}") from error
+    bands, _ = read_or_refuse(
+        path,
+        lambda file: decode_bands(file, path.name, channels, at_least),
+        f"replace it, or remove it from {split.files.annotations}",
+    )
     (band,) = bands  # one RGB or one grey image
     pixels = np.asarray(band if band.size == size else band.resize(size, Image.Resampling.BILINEAR))
     return torch.from_numpy(np.atleast_3d(pixels).transpose(2, 0, 1).copy())

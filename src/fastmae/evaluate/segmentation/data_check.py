@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmae.errors import InputError, first_line
+from fastmae.errors import InputError
 from fastmae.evaluate.file_checks import map_in_threads, upright_size
 from fastmae.evaluate.segmentation.layout import Pair, SegmentationData
 from fastmae.evaluate.segmentation.masks import IGNORED, MaskEncoding, mask_size, read_mask
 from fastmae.images.decode import decode_bands
+from fastmae.images.reading import read_or_refuse
 from fastmae.runtime.device import cores
 from fastmae.runtime.progress import Progress
 
@@ -122,15 +123,10 @@ def check_ids(pair: Pair, counts: np.ndarray, num_classes: int, data: Segmentati
 
 
 def _image_size(pair: Pair, channels: int) -> tuple[int, int]:
-    try:
-        if pair.image.suffix.lower() == ".npy":
-            with pair.image.open("rb") as file:
-                return decode_bands(file, pair.image.name, channels)[1]
-        return upright_size(pair.image)[0]
-    except Exception as error:  # codecs raise nearly any type on damaged files
-        raise InputError(
-            f"{pair.image}: not an image, or damaged ({first_line(error)}); remove it from the data"
-        ) from error
+    way_out = "remove it and its mask from the data"
+    if pair.image.suffix.lower() == ".npy":
+        return read_or_refuse(pair.image, lambda file: decode_bands(file, pair.image.name, channels)[1], way_out)
+    return upright_size(pair.image, way_out)[0]
 
 
 def _spread(pairs: Sequence[Pair], at_most: int) -> Sequence[Pair]:

@@ -15,8 +15,9 @@ from fastmae.evaluate.segmentation.augment import Augmentation, size_for_short_s
 from fastmae.evaluate.segmentation.data_check import check_ids, check_sizes
 from fastmae.evaluate.segmentation.layout import Pair, SegmentationData
 from fastmae.evaluate.segmentation.masks import IGNORED, read_mask
-from fastmae.images.decode import UndecodableError, decode_bands
+from fastmae.images.decode import decode_bands
 from fastmae.images.middle import to_tensor
+from fastmae.images.reading import read_or_refuse
 from fastmae.runtime.seeding import drawn_from
 
 
@@ -40,11 +41,11 @@ class PairReader:
         Raises:
             InputError: a damaged photo or mask, sizes that differ, or an id that no class has.
         """
-        try:
-            with pair.image.open("rb") as file:
-                bands, _ = decode_bands(file, pair.image.name, self.channels)
-        except UndecodableError as error:
-            raise InputError(f"{pair.image}: {error}; remove it and its mask from the data") from error
+        bands, _ = read_or_refuse(
+            pair.image,
+            lambda file: decode_bands(file, pair.image.name, self.channels),
+            "remove it and its mask from the data",
+        )
         image = torch.cat([to_tensor(band) for band in bands])
         mask = torch.from_numpy(read_mask(pair.mask, self.data.encoding))
         if image.shape[1:] != mask.shape:
