@@ -18,7 +18,7 @@ from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -27,7 +27,7 @@ from fastmae.config.common import Common
 from fastmae.config.options import help_texts, positionals
 from fastmae.config.resolve import CALLER_ONLY, converted, flag, label, placeholder, range_of
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError, OneProcessError
-from fastmae.runtime import console
+from fastmae.runtime import console, startup
 from fastmae.runtime.processes import this_process
 
 OK, CLOSED_PIPE = 0, 141
@@ -41,12 +41,17 @@ EXIT_CODES: dict[type[BaseException], int] = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the `fastmae` command; exits with the contract's code."""
+    """The `fastmae` command, once the process is prepared; exits with the contract's code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may hold characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    code = run(sys.argv[1:] if args is None else list(args))
+    try:
+        code = run(sys.argv[1:] if args is None else list(args))
+    except KeyboardInterrupt:  # a second Ctrl-C, while the first one was being reported
+        code = EXIT_CODES[KeyboardInterrupt]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: Ctrl-C now would only change the exit code
+    for stream in (sys.stdout, sys.stderr):
+        _close(stream)
     sys.exit(code)
 
 
@@ -73,7 +78,6 @@ def run(args: list[str]) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # as in `fastmae ... | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps the interpreter's last flush silent
         return CLOSED_PIPE
     except tuple(EXIT_CODES) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
@@ -81,7 +85,8 @@ def run(args: list[str]) -> int:
         # All processes of a run meet most errors; the first one on a machine reports them.
         local_rank = int(os.environ.get("LOCAL_RANK", this_process().local_rank))
         if isinstance(error, OneProcessError) or local_rank == 0:
-            print(f"fastmae {command}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody can be told
+                print(f"fastmae {command}: {' '.join(message.split())}", file=sys.stderr, flush=True)
         return code
     return OK
 
@@ -145,13 +150,33 @@ def _do(command: str, args: list[str]) -> None:
     try:
         # With --json, the messages for people move to standard error, so that the last line of standard output is JSON.
         with contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext():
-            result = COMMANDS[command].run(config)
+            work = COMMANDS[command].load()
+            startup.begin()
+            result = work(config)
     except FailedCheckError as failed:
         if config.json and failed.result is not None:
-            print(json.dumps(failed.result), flush=True)
+            _print_result(failed.result)
         raise
     if config.json and result is not None:
+        _print_result(result)
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    try:
         print(json.dumps(result), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _close(stream: TextIO) -> None:
+    """Write what is left. If that fails, it has failed before: keep the interpreter's last attempt silent."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
