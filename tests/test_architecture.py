@@ -186,6 +186,39 @@ def test_no_data_file_is_unpickled():
         assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
 
 
+READS_ITS_OWN = {
+    "bench/memory.py": "the system's account of this process",
+    "bench/table.py": "the system's description of the CPU",
+    "config/recipes/__init__.py": "the package's recipes",
+    "exporting/model_card.py": "the package's template",
+    "reporting/html_page.py": "the package's template",
+    "runtime/memory.py": "the system's account of memory",
+    "runtime/ownership.py": "the system's account of its start",
+    "runtime/processes.py": "the system's account of a process",
+}
+"""Modules that read what no stranger can have written, and what that is."""
+NOT_YET_BY_A_DOOR = {"exporting/output_folder.py", "runs/folder.py", "tokens/cache.py"}
+
+
+def test_documents_from_outside_are_read_by_a_door_alone():
+    by_themselves = {
+        str(path.relative_to(SOURCE))
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and reads_a_document(ast.unparse(node.func))
+    }
+    doors = {name for name in by_themselves if name.startswith("outside/")}
+    assert doors
+    assert by_themselves - doors == READS_ITS_OWN.keys() | NOT_YET_BY_A_DOOR
+
+
+def reads_a_document(function: str) -> bool:
+    """Whether a function that is called parses JSON or YAML, or reads a whole file."""
+    return function in {"json.load", "json.loads", "yaml.load", "yaml.safe_load"} or function.endswith(
+        (".read_text", ".read_bytes")
+    )
+
+
 def test_every_image_is_opened_by_the_one_function_that_names_the_formats():
     opening = {
         (str(path.relative_to(SOURCE)), ast.unparse(node))
@@ -194,3 +227,20 @@ def test_every_image_is_opened_by_the_one_function_that_names_the_formats():
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")
     }
     assert opening == {("images/decode.py", "Image.open(file, formats=FORMATS)")}
+
+
+READERS = {"decode_bands", "resized_pixels", "make_middle_image", "WholeImages", "LabelledImages", "PairReader"} | {
+    *("check_data", "check_sizes", "TrainingPhotos", "ValidationPhotos", "load_photo", "draw_detections"),
+}
+"""What decodes images, or hands on how they are decoded."""
+
+
+def test_all_that_decodes_images_is_told_their_value_range():
+    without = [
+        f"{path.relative_to(SOURCE)}: {ast.unparse(node)}"
+        for path in modules()
+        if folder_of(path) in {"images", "offline", "probes", "evaluate", "bench", "studies"}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in READERS and "value_range" not in ast.unparse(node)
+    ]
+    assert [call for call in without if not call.startswith("bench/") or "check_sizes" not in call] == []

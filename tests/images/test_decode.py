@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from fastmae.images import decode as decode_module
-from fastmae.images.decode import UndecodableError, decode_bands, decode_image, to_rgb, upright_size
+from fastmae.images.decode import UndecodableError, decode_bands, decode_image, upright_size
+from fastmae.images.rgb import to_rgb
 
 
 def gradient(height=24, width=40):
@@ -89,48 +90,8 @@ def test_cmyk_and_lab_are_converted_close_to_their_rgb(tmp_path):
     photo = Image.fromarray(gradient()).convert("CMYK")
     pixels, _ = decoded(photo, tmp_path / "x.jpg", quality=100, subsampling=0)
     assert abs(pixels - gradient()).mean() < 6
-    white = to_rgb(
-        Image.new("LAB", (4, 4), (255, 128, 128))
-    )  # in Pillow, L is at most 255, and a and b are neutral at 128
+    white = to_rgb(Image.new("LAB", (4, 4), (255, 128, 128)))  # L is at most 255, a and b are neutral at 128
     assert np.asarray(white).min() > 245
-
-
-def pictures():
-    """The same gradient in every mode that has its own conversion."""
-    rgb = Image.fromarray(gradient())
-    grey = gradient()[..., 0]
-    clear = rgb.convert("RGBA")
-    clear.putalpha(Image.fromarray(gradient()[..., 1]))
-    keyed = rgb.copy()
-    keyed.info["transparency"] = rgb.getpixel((3, 4))
-    palette = rgb.quantize(16)
-    palette.info["transparency"] = 2
-    return {
-        "RGB": rgb,
-        "keyed": keyed,
-        "RGBA": clear,
-        "LA": clear.convert("LA"),
-        "P": palette,
-        "1": rgb.convert("1"),
-        "CMYK": rgb.convert("CMYK"),
-        "LAB": Image.merge("LAB", rgb.split()),
-        "I;16": Image.fromarray(grey.astype(np.uint16) * 257),
-        "I": Image.fromarray(grey.astype(np.int32) * 300),
-        "F up to 1": Image.fromarray(grey.astype(np.float32) / 255),
-        "F up to 255": Image.fromarray(grey.astype(np.float32)),
-    }
-
-
-@pytest.mark.parametrize("name", pictures())
-def test_strips_give_the_same_pixels_as_the_whole_image_and_a_reduction_gives_their_means(name, monkeypatch):
-    image = pictures()[name]
-    whole = to_rgb(image)
-    monkeypatch.setattr(decode_module, "STRIP_PIXELS", 7 * 40)
-    assert (np.asarray(to_rgb(image)) == np.asarray(whole)).all()
-    reduced = np.asarray(to_rgb(image, 3)).astype(int)
-    assert reduced.shape == (8, 14, 3)
-    means = np.asarray(whole)[:, :39].reshape(8, 3, 13, 3, 3).mean((1, 3))
-    assert abs(reduced[:, :13] - means).max() <= 0.6
 
 
 def test_a_large_image_is_reduced_only_where_a_small_one_is_wanted(tmp_path, monkeypatch):

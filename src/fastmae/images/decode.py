@@ -8,14 +8,15 @@ import errno
 import math
 import os
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageFile
 
 from fastmae.images.codec_memory import bytes_per_pixel, codec_bytes
+from fastmae.images.rgb import is_wide, pixels_of, to_rgb
+from fastmae.images.value_range import AUTO, to_8_bits
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "SGI", "PSD", "PCX", "XBM", "XPM"),
@@ -35,8 +36,6 @@ Pillow holds a colour image at 4 bytes a pixel. What comes on top depends on the
 """
 LARGE_PIXELS = 1 << 25
 """A decoded image of more pixels, 34 megapixels, is reduced by a whole factor where a much smaller one is wanted."""
-STRIP_PIXELS = 1 << 20
-"""Pixels that are converted to RGB at a time."""
 
 BAD_FILE_ERRNOS = {None, errno.EINVAL, errno.EOVERFLOW}
 """`errno` of an OSError that a bad file causes.
@@ -139,17 +138,20 @@ def upright_size(file: BinaryIO) -> tuple[tuple[int, int], bool]:
         return (image.height, image.width) if swapped else image.size, swapped
 
 
-def decode_image(file: BinaryIO, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+def decode_image(
+    file: BinaryIO, at_least: int | None = None, value_range: str = AUTO
+) -> tuple[Image.Image, tuple[int, int]]:
     """Decode the first frame to 8-bit RGB, turned upright by its EXIF orientation.
 
-    Grey and palette images become RGB; CMYK and Lab are converted; 16-bit grey keeps its high byte; transparent pixels
-    are blended onto white.
+    Grey and palette images become RGB; CMYK and Lab are converted; 16-bit grey keeps its high byte unless a value range
+    says otherwise; transparent pixels are blended onto white.
 
     Args:
         file: open and seekable, positioned at its start. It is left open.
         at_least: allows a large JPEG to be decoded at 1/2, 1/4 or 1/8 of its size (by dropping DCT coefficients) as
             long as both sides stay at least twice this many pixels; and any image of more than `LARGE_PIXELS` to be
             reduced by a whole factor within the same bound. None decodes at full size.
+        value_range: how values of more than 8 bits become 8 bits (`value_range`).
 
     Returns:
         The image, and its full upright (width, height) before any such reduction.
@@ -162,6 +164,8 @@ def decode_image(file: BinaryIO, at_least: int | None = None) -> tuple[Image.Ima
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which doesn't affect the pixels
         image = open_image(file)
+        if value_range != AUTO:
+            _check_values_are_whole(image)
         width, height = image.size
         factor, codec = 1, codec_memory(image)
         if at_least is not None:
@@ -170,12 +174,15 @@ def decode_image(file: BinaryIO, at_least: int | None = None) -> tuple[Image.Ima
                 factor = max(1, min(image.size) // (2 * at_least))
         result_bytes = 4 * math.prod(-(-side // factor) for side in image.size)
         is_result = image.mode == "RGB" and "transparency" not in image.info and factor == 1
-        load_image(image, codec, 0 if is_result else result_bytes)
+        made_bytes = 0 if is_result else result_bytes
+        if is_wide(image):  # the values as an array, then as 8 bits, of which the result is made
+            made_bytes = math.prod(image.size) + max(math.prod(image.size) * bytes_per_pixel(image.mode), result_bytes)
+        load_image(image, codec, made_bytes)
         orientation = _orientation(image)  # of a PNG, it may follow the pixels
         if orientation in UPRIGHT:
             _check_memory(image, 2 * result_bytes)
         try:
-            rgb = to_rgb(image, factor)
+            rgb = to_rgb(image, value_range, factor)
             del image  # its memory is free for the upright copy
             if orientation in UPRIGHT:
                 rgb = rgb.transpose(UPRIGHT[orientation])
@@ -197,7 +204,7 @@ def _has_late_metadata(file: BinaryIO) -> bool:
 
 
 def decode_bands(
-    file: BinaryIO, name: str, channels: int, at_least: int | None = None
+    file: BinaryIO, name: str, channels: int, at_least: int | None = None, value_range: str = AUTO
 ) -> tuple[list[Image.Image], tuple[int, int]]:
     """Decode to a fixed number of channels.
 
@@ -207,6 +214,7 @@ def decode_bands(
         channels: 3 gives RGB, 1 grey (the luma of a colour image); any other number needs .npy, or an image with
             exactly that many bands.
         at_least: as in `decode_image`.
+        value_range: as in `decode_image`; it maps arrays of 8 bits too.
 
     Returns:
         One RGB image, or one 8-bit image for each channel; and the full (width, height) as in `decode_image`.
@@ -216,17 +224,42 @@ def decode_bands(
         OSError: as in `decode_image`.
     """
     if Path(name).suffix.lower() == ".npy":
-        array = _read_npy(file, channels)
+        array = _npy_to_8_bits(_read_npy(file, channels), value_range)
         planes = [array] if channels == 3 else [array[..., channel] for channel in range(channels)]
         return [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes], (array.shape[1], array.shape[0])
     if channels in (1, 3):
-        image, size = decode_image(file, at_least)
+        image, size = decode_image(file, at_least, value_range)
         return [image if channels == 3 else image.convert("L")], size
-    return _decode_n_bands(file, channels)
+    return _decode_n_bands(file, channels, value_range)
 
 
-def _decode_n_bands(file: BinaryIO, channels: int) -> tuple[list[Image.Image], tuple[int, int]]:
+def wide_values(file: BinaryIO, name: str, channels: int) -> np.ndarray | None:
+    """The values of an image that a value range would map, [H, W] or [H, W, K]; None for a picture of 8 bits.
+
+    Raises:
+        UndecodableError, OSError: as in `decode_bands`.
+    """
+    if Path(name).suffix.lower() == ".npy":
+        return _read_npy(file, channels)
     image = open_image(file)
+    _check_values_are_whole(image)
+    if not is_wide(image):
+        return None
+    load_image(image, codec_memory(image), math.prod(image.size) * bytes_per_pixel(image.mode))
+    return pixels_of(image)
+
+
+def _check_values_are_whole(image: ImageFile.ImageFile) -> None:
+    """Refuse files of 16 bits in several channels, of which Pillow reads the high bytes only."""
+    layout = str(image.tile[0].args) if image.tile else ""
+    if ";16" in layout and not is_wide(image):
+        raise UndecodableError("16 bits in several channels, which a value range can't map; save it as .npy")
+
+
+def _decode_n_bands(file: BinaryIO, channels: int, value_range: str) -> tuple[list[Image.Image], tuple[int, int]]:
+    image = open_image(file)
+    if value_range != AUTO:
+        _check_values_are_whole(image)
     bands = len(image.getbands())
     if bands != channels:
         raise UndecodableError(
@@ -264,22 +297,32 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _read_npy(file: BinaryIO, channels: int) -> np.ndarray:
-    """uint8 [H, W, channels] from an array of unsigned 8 or 16 bits, or of floats in [0, 1]."""
+    """The values of an array, [H, W, channels], as they are in the file."""
     declared_shape, fortran_order, dtype = _read_npy_header(file)
     shape = (*declared_shape, 1) if len(declared_shape) == 2 else declared_shape
     if len(shape) != 3 or min(shape) < 1 or shape[0] * shape[1] > MAX_PIXELS:
         raise UndecodableError(f"an array of shape {declared_shape}, not [H, W, channels]")
     if shape[2] != channels:
         raise UndecodableError(f"has {shape[2]} channels, not {channels}")
-    if dtype in (np.uint8, np.uint16) or dtype.kind == "f":
-        array = _read_npy_values(file, math.prod(shape), dtype).reshape(shape, order="F" if fortran_order else "C")
-        if dtype == np.uint8:
-            return array
-        if dtype == np.uint16:
-            return (array >> 8).astype(np.uint8)
-        if np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1:
-            return (np.asarray(array, dtype=np.float32) * 255).round().astype(np.uint8)
-    raise UndecodableError(f"an array of {dtype} that is neither 8 nor 16 bits unsigned, nor from 0 to 1")
+    if dtype.kind not in "uif":
+        raise UndecodableError(f"an array of {dtype} that is neither 8 nor 16 bits unsigned, nor other numbers")
+    return _read_npy_values(file, math.prod(shape), dtype).reshape(shape, order="F" if fortran_order else "C")
+
+
+def _npy_to_8_bits(array: np.ndarray, value_range: str) -> np.ndarray:
+    """An array of numbers as uint8. `auto` takes unsigned 8 or 16 bits, and floats in [0, 1]."""
+    if value_range != AUTO:
+        return to_8_bits(array, value_range)
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.newbyteorder("=") == np.uint16:
+        return (array >> 8).astype(np.uint8)
+    if array.dtype.kind == "f" and np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1:
+        return (np.asarray(array, dtype=np.float32) * 255).round().astype(np.uint8)
+    raise UndecodableError(
+        f"an array of {array.dtype} that is neither 8 nor 16 bits unsigned, nor from 0 to 1; tokenize --value-range "
+        "maps any values"
+    )
 
 
 def _read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -309,55 +352,6 @@ def _read_npy_values(file: BinaryIO, length: int, dtype: np.dtype) -> np.ndarray
         raise UndecodableError(f"not a plain .npy array: declares {bytes_declared} bytes and holds {bytes_present}")
     file.seek(start)
     return np.frombuffer(file.read(bytes_declared), dtype, length)
-
-
-def to_rgb(image: Image.Image, factor: int = 1) -> Image.Image:
-    """Convert any Pillow mode to 8-bit RGB: 16-bit values are scaled, not clipped, and transparency becomes white.
-
-    A large image is converted in strips, so that only one copy of it exists.
-
-    Args:
-        image: its pixels are loaded.
-        factor: whole number by which both sides are reduced, rounded up; each pixel is the mean of those it stands for.
-    """
-    rows = max(1, STRIP_PIXELS // (image.width * factor)) * factor
-    if rows >= image.height and factor == 1:
-        return _to_rgb(image, _float_scale([image]))
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image if factor == 1 else image.reduce(factor)
-    strips = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-    scale = _float_scale(map(image.crop, strips))
-    result = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
-    for strip in strips:
-        result.paste(_to_rgb(image.crop(strip), scale).reduce(factor), (0, strip[1] // factor))
-    return result
-
-
-def _float_scale(strips: Iterable[Image.Image]) -> float:
-    """The format of floats declares no range: [0, 1] if no value of the image is above 1, else [0, 255]."""
-    is_above = any(strip.mode == "F" and np.nan_to_num(np.asarray(strip)).max() > 1.0 for strip in strips)
-    return 1.0 if is_above else 255.0
-
-
-def _to_rgb(image: Image.Image, float_scale: float) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # I;16 and I hold integers of 16 bits or more; the high byte is the 8-bit value
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        return Image.fromarray((values * float_scale).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
-        assert converted is not None
-        return converted
-    if image.has_transparency_data:
-        on_white = Image.new("RGBA", image.size, "white")
-        on_white.alpha_composite(image.convert("RGBA"))
-        return on_white.convert("RGB")
-    return image.convert("RGB")
 
 
 def _error_to_raise(error: Exception, default_reason: str) -> Exception:

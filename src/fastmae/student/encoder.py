@@ -252,7 +252,7 @@ def layer_numbers(layers: str, depth: int) -> list[int]:
     if layers in named:
         return list(named[layers])
     words = [word.strip() for word in layers.split(",")]
-    if not all(word.isdecimal() and int(word) < depth for word in words):
+    if not all(word.isdecimal() and len(word) < 6 and int(word) < depth for word in words):
         raise InputError(
             f"--relation-layers {layers}: give last, all, or numbers from 0 to {depth - 1}, as 0,{depth - 1}"
         )
