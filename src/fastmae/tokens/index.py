@@ -122,7 +122,7 @@ class IndexComparison:
                 self.problem = "ends before the last image"
                 return
             except InputError as error:
-                self.problem = first_line(error).removeprefix(f"{self._path}: ")
+                self.problem = str(error).removeprefix(f"{self._path}: ")
                 return
             taken = min(len(table), count - position)
             rows, self._left = table.slice(0, taken), table.slice(taken)
