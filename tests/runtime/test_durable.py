@@ -49,10 +49,13 @@ def test_only_parts_whose_writer_is_gone_are_removed(tmp_path):
         "this machine, running": f"1.safetensors.{HOST}.{os.getppid()}.part",
         "another machine, new": f"2.safetensors.elsewhere.{NO_PROCESS}.part",
         "another machine, old": f"3.safetensors.elsewhere.{NO_PROCESS}.part",
+        "no process's number": f"4.safetensors.{HOST}.{10**20}.part",
+        "zero": f"5.safetensors.{HOST}.0.part",
         "the user's own": "film.part",
     }
     for name in parts.values():
         (tmp_path / name).write_bytes(b"x")
+    (tmp_path / f"folder.{HOST}.{NO_PROCESS}.part").mkdir()
     old = (tmp_path / parts["another machine, old"]).stat().st_mtime - 2 * ABANDONED_AFTER
     os.utime(tmp_path / parts["another machine, old"], (old, old))
     assert not holds_anything(tmp_path)

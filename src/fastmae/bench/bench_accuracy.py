@@ -5,7 +5,6 @@ measured on held-out images, by k-NN and by a linear classifier. Tokenising is p
 without it and with it.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,11 +15,13 @@ from fastmae.bench.table import Table, machine
 from fastmae.config import BenchAccuracyConfig
 from fastmae.errors import InputError
 from fastmae.offline.timed import tokenize_timed
+from fastmae.outside.documents import read_json
 from fastmae.probes.embed import check_decodable
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.reporting.charts import Curves, curves_png
 from fastmae.reporting.html_page import Section, write_page
 from fastmae.runtime.durable import write_json, write_whole
+from fastmae.runtime.ownership import owned
 from fastmae.runtime.table import with_std
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,13 @@ def bench_accuracy(config: BenchAccuracyConfig) -> dict[str, Any]:
     """Tokenise, train and measure all methods, compare, draw; the command's JSON.
 
     Raises:
-        InputError: images or options that can't be used.
+        InputError: images or options that can't be used, or another process that works in the folder.
     """
+    with owned(config.out, "bench accuracy"):
+        return _bench_accuracy(config)
+
+
+def _bench_accuracy(config: BenchAccuracyConfig) -> dict[str, Any]:
     data = open_labelled(config.images)
     runs = AccuracyRuns(config, config.out / "accuracy.tokens", data, methods(config))
     _check_record(config)
@@ -83,7 +89,7 @@ def _check_record(config: BenchAccuracyConfig) -> None:
     """
     file = config.out / RECORD_FILE
     settings = _settings(config)
-    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings
+    record = read_json(file, dict[str, Any], way_out="give another --out") if file.exists() else settings
     differences = [
         f"{_as_flag(name, record.get(name))}, not {_as_flag(name, value)}"
         for name, value in settings.items()

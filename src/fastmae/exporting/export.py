@@ -21,7 +21,9 @@ from fastmae.exporting.output_folder import EXPORT_FILE, check_output_folder, co
 from fastmae.exporting.provenance import RANDOM_WEIGHTS, Provenance, provenance_of
 from fastmae.exporting.timm_format import TIMM
 from fastmae.exporting.transformers_format import TRANSFORMERS
+from fastmae.images.value_range import range_entry
 from fastmae.runs.encoder import open_encoder
+from fastmae.runtime.ownership import owned_place
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +38,15 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """Export a model; returns the command's JSON.
 
     Raises:
-        InputError: the model can't be opened or does not fit the format, or the output folder holds something else.
+        InputError: the model can't be opened or does not fit the format, or the output folder holds something else, or
+            another process exports to it.
         FailedCheckError: the other library computes other features from the files.
     """
+    with owned_place(config.out, "export"):
+        return _export(config)
+
+
+def _export(config: ExportConfig) -> dict[str, Any]:
     export_format = FORMATS[config.format]
     identity = {"format": config.format, "source": str(Path(config.run))}
     check_output_folder(config.out, identity)
@@ -106,6 +114,7 @@ def _describe(config: ExportConfig, model: ExportedModel, provenance: Provenance
         "mean": list(model.mean),
         "std": list(model.std),
         "resize": model.resize,
+        **range_entry(model.value_range),
         "crop": model.crop,
         "crop_share": model.crop_share,
         "classes": list(model.classes),

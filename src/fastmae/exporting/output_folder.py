@@ -4,12 +4,16 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
+
 from fastmae.errors import InputError
-from fastmae.runtime.durable import write_json
+from fastmae.runtime.durable import remove_parts, write_json
+from fastmae.runtime.ownership import check_owner
 
 EXPORT_FILE = "fastmae.json"
 """Describes the export. It is the last file to appear in the folder."""
@@ -57,9 +61,13 @@ def complete_folder(out: Path, description: dict[str, Any]) -> Iterator[Path]:
     Args:
         out: the folder to create or replace.
         description: the content of `EXPORT_FILE`; the list of files is added.
+
+    Raises:
+        OSError: a full disk, say; it names `out`.
     """
-    out = out.absolute()
+    shown, out = out, out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove_parts(out.parent)
     # The name is fixed, so that the next call removes what a killed call left behind.
     temporary = out.with_name(f".{out.name}.exporting")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -69,12 +77,25 @@ def complete_folder(out: Path, description: dict[str, Any]) -> Iterator[Path]:
         _flush(temporary)
         files = sorted(path.name for path in temporary.iterdir())
         write_json(temporary / EXPORT_FILE, {**description, "files": files})
+        check_owner(out)
         if out.exists() and any(out.iterdir()):
             _replace_files(out, temporary, files)
         else:
             temporary.rename(out)
+    except OSError as error:  # which names a file in the temporary folder, or none
+        cause = error.strerror or f"{error} (is the disk full?)"  # numpy does not say
+        raise OSError(error.errno, cause, str(shown)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write the weights file of an export.
+
+    Raises:
+        OSError: a full disk, say. safetensors' own writer would hide it behind an error of its own.
+    """
+    path.write_bytes(safetensors.torch.save(dict(weights), metadata={"format": "pt"}))
 
 
 def _replace_files(out: Path, temporary: Path, files: list[str]) -> None:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 
@@ -12,6 +11,8 @@ from fastmae import __version__
 from fastmae.config import ExportConfig
 from fastmae.exporting.export_format import ExportFormat
 from fastmae.exporting.exported_model import ExportedModel, model_outputs
+from fastmae.exporting.output_folder import write_weights
+from fastmae.images.value_range import range_entry
 from fastmae.runs.encoder import EXPORT_CONFIG, EXPORT_WEIGHTS
 from fastmae.runtime.durable import write_json
 
@@ -22,7 +23,7 @@ CROP_MODES = {"whole": "squash", "center": "center"}
 def write(model: ExportedModel, folder: Path, _: ExportConfig) -> None:
     """Write both files."""
     weights = {name: tensor.detach().contiguous() for name, tensor in model.network.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / EXPORT_WEIGHTS, metadata={"format": "pt"})
+    write_weights(folder / EXPORT_WEIGHTS, weights)
     write_json(folder / EXPORT_CONFIG, config(model))
 
 
@@ -54,7 +55,7 @@ def config(model: ExportedModel) -> dict[str, Any]:
             "first_conv": own["first_conv"],
             "classifier": own["classifier"],
         },
-        "fastmae": {"version": __version__, "resize": model.resize},
+        "fastmae": {"version": __version__, "resize": model.resize, **range_entry(model.value_range)},
     }
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from timm.layers import Mlp, QuickGELU
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -16,6 +15,7 @@ from fastmae.config import ExportConfig
 from fastmae.errors import FailedCheckError, InputError
 from fastmae.exporting.export_format import ExportFormat, import_extra
 from fastmae.exporting.exported_model import CLASS, PATCHES, ExportedModel
+from fastmae.exporting.output_folder import write_weights
 from fastmae.runs.encoder import EXPORT_WEIGHTS
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", QuickGELU: "quick_gelu"}
@@ -86,7 +86,7 @@ def write(model: ExportedModel, folder: Path, _: ExportConfig) -> None:
         dtype="float32",
     )
     config.save_pretrained(folder)
-    safetensors.torch.save_file(renamed_weights(network), folder / EXPORT_WEIGHTS, metadata={"format": "pt"})
+    write_weights(folder / EXPORT_WEIGHTS, renamed_weights(network))
     _processor(model, transformers).save_pretrained(folder)
 
 
@@ -119,8 +119,10 @@ def read(folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     transformers = import_extra("transformers")
     with _quiet(transformers):
-        model, loading = transformers.ViTModel.from_pretrained(folder, output_loading_info=True)
-        transformers.AutoImageProcessor.from_pretrained(folder)
+        model, loading = transformers.ViTModel.from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=False
+        )
+        transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     mismatches = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
     if mismatches:
         raise FailedCheckError(

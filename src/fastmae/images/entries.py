@@ -43,6 +43,14 @@ def entry_of(source: Path, key: str | bytes, location: str = "") -> bytes:
     return entry
 
 
+def plain_name(name: str) -> str:
+    """A path without what leads nowhere else: `./a//b/./1.jpg` -> `a/b/1.jpg`. `..` stays, as links may change it."""
+    if not name.startswith("./") and "/./" not in name and "//" not in name:
+        return name
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return "/" * name.startswith("/") + "/".join(parts) if parts else name
+
+
 def key_bytes(entry: bytes) -> bytes:
     """The key of an entry as bytes, for sorting and hashing."""
     return entry.partition(KEY_END)[0]

@@ -15,7 +15,7 @@ import operator
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,24 +47,27 @@ class ListInfo:
         images: number of images.
         sha256: digest of the keys in the list's order, each followed by a zero byte. Lists with the same digest hold
             the same images at the same positions.
+        repeated: number of entries that were left out because another one has the same key.
     """
 
     images: int
     sha256: str
+    repeated: int = field(default=0, compare=False)
 
 
 def write_list(entries: Iterable[bytes], file: Path) -> ListInfo:
     """Sort entries and write them as a list, whole or not at all.
 
     Args:
-        entries: in any order; of entries with the same key, the first in byte order is kept.
+        entries: in any order; of entries with the same key, the last in byte order is kept.
         file: path of the list. Without any entry, the file is neither created nor changed.
 
     Raises:
         OSError: the disk is full, or fails.
         InputError: raised by `entries`.
     """
-    sorted_entries = _drop_repeated_keys(_sorted(entries, file.parent))
+    distinct = _Distinct(_sorted(entries, file.parent))
+    sorted_entries = iter(distinct)
     digest, images = hashlib.sha256(), 0
     first = next(sorted_entries, None)
     if first is None:
@@ -79,14 +82,14 @@ def write_list(entries: Iterable[bytes], file: Path) -> ListInfo:
                 images += 1
 
     write_whole(file, write)
-    return ListInfo(images, digest.hexdigest())
+    return ListInfo(images, digest.hexdigest(), distinct.repeated)
 
 
 def new_entries(entries: Iterable[bytes], known: Iterable["ImageList"], folder: Path) -> Iterator[bytes]:
-    """The entries whose key is in none of the known lists, sorted by key.
+    """The entries whose key is in none of the known lists, sorted, those with the same key too.
 
     Args:
-        entries: in any order; of entries with the same key, the first in byte order is kept.
+        entries: in any order.
         known: lists of images to leave out.
         folder: place for the temporary files of the sort.
 
@@ -96,7 +99,7 @@ def new_entries(entries: Iterable[bytes], known: Iterable["ImageList"], folder: 
     """
     known_keys = map(key_bytes, heapq.merge(*known))
     known_key = next(known_keys, None)
-    for entry in _drop_repeated_keys(_sorted(entries, folder)):
+    for entry in _sorted(entries, folder):
         key = key_bytes(entry)
         while known_key is not None and known_key < key:
             known_key = next(known_keys, None)
@@ -182,13 +185,30 @@ def _sorted(entries: Iterable[bytes], folder: Path) -> Iterator[bytes]:
     return heapq.merge(*map(_read_run, runs), in_memory)
 
 
-def _drop_repeated_keys(sorted_entries: Iterable[bytes]) -> Iterator[bytes]:
-    previous = None
-    for entry in sorted_entries:
-        key = key_bytes(entry)
-        if key != previous:
-            yield entry
-        previous = key
+class _Distinct:
+    """Sorted entries, of those with the same key only the last.
+
+    Args:
+        sorted_entries: the entries.
+
+    Attributes:
+        repeated: number of entries that were left out so far.
+    """
+
+    def __init__(self, sorted_entries: Iterable[bytes]):
+        self.sorted_entries, self.repeated = sorted_entries, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        held, held_key = None, None
+        for entry in self.sorted_entries:
+            key = key_bytes(entry)
+            if key == held_key:
+                self.repeated += 1
+            elif held is not None:
+                yield held
+            held, held_key = entry, key
+        if held is not None:
+            yield held
 
 
 def _write_run(run: Iterable[bytes], folder: Path) -> BinaryIO:

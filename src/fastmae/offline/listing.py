@@ -63,8 +63,13 @@ def listed_images(images: Path, add: bool, folder: Path) -> Iterator[ListedImage
         list_file, counter = Path(temporary) / "images.list", itertools.count()
         entries = (entry for entry, _ in zip(source.entries(), counter, strict=False))
         info = _write_part_list(entries, _lists_to_compare(folder, source) if add else [], list_file)
+        if info.repeated:
+            log.info(
+                f"{images}: names that are given more than once: the last image of each counts, "
+                f"{info.repeated} others are left out"
+            )
         if add:
-            known = next(counter) - info.images
+            known = next(counter) - info.images - info.repeated
             log.info(f"{images}: {info.images} new images; {known} are in the store already, by their names")
         elif not info.images:
             raise InputError(

@@ -32,10 +32,12 @@ from fastmae.offline.inspect import store_summary, summary_over_scales
 from fastmae.offline.listing import ListedImages, check_lists, keep_list, listed_images, sources_of
 from fastmae.offline.middle_images import LoaderOptions, MiddleImages
 from fastmae.offline.options import Share, build_teacher, check_options, describe_store, middle_sizes, process_share
+from fastmae.offline.quality import as_json, as_lines, look_at
 from fastmae.offline.sample import sample_tokens
 from fastmae.offline.settle import begun_store, settle
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import holds_anything, write_json
+from fastmae.runtime.ownership import owned
 from fastmae.runtime.progress import Progress
 from fastmae.teachers import Teacher
 from fastmae.teachers.factory import load_network
@@ -72,7 +74,8 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
         The command's JSON.
 
     Raises:
-        InputError: options, images, a teacher or a folder that can't be used.
+        InputError: options, images, a teacher or a folder that can't be used, or another process that builds the same
+            shards.
         InterruptedRunError: Ctrl-C; the same call continues.
     """
     sizes = middle_sizes(config)
@@ -85,14 +88,15 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
         with listed_images(config.images, config.add, folders[0]) as listed:
             return dry_run(config, sizes, listed, load())
     summaries = []
-    for size, folder in zip(sizes, folders, strict=True):
-        with listed_images(config.images, config.add, folder) as listed:
-            teacher = build_teacher(config, size, *deepcopy(load()))
-            info = describe_store(config, size, teacher, listed.part)
-            if len(sizes) > 1:
-                _begin_scales(config.store, sizes)
-                log.info(f"middle size {size}:")
-            summaries.append(_build_store(config, info, folder, listed, teacher, share, codebooks_from=folders[0]))
+    with owned(config.store, "tokenize", share.name):
+        for size, folder in zip(sizes, folders, strict=True):
+            with listed_images(config.images, config.add, folder) as listed:
+                teacher = build_teacher(config, size, *deepcopy(load()))
+                info = describe_store(config, size, teacher, listed.part)
+                if len(sizes) > 1:
+                    _begin_scales(config.store, sizes)
+                    log.info(f"middle size {size}:")
+                summaries.append(_build_store(config, info, folder, listed, teacher, share, codebooks_from=folders[0]))
     return summaries[0] if len(sizes) == 1 else summary_over_scales(summaries)
 
 
@@ -157,7 +161,7 @@ def _build_store(
         return _summary_of_share(writer, shards, images_per_second)
     if missing or not writer.finished:
         writer.finish()
-    return _report_finished(TokenStore(folder), images_per_second)
+    return _report_finished(TokenStore(folder), images_per_second, is_first_size=folder == codebooks_from)
 
 
 def _open_store(config: TokenizeConfig, info: StoreInfo, folder: Path, listed: ListedImages) -> StoreWriter:
@@ -278,7 +282,8 @@ def _prepare_codec(
     return stored_codec(writer.folder, info)  # another process may have kept its codebooks first
 
 
-def _report_finished(store: TokenStore, images_per_second: float | None) -> dict[str, Any]:
+def _report_finished(store: TokenStore, images_per_second: float | None, is_first_size: bool) -> dict[str, Any]:
+    """Say what the store holds, and once for all middle sizes, what looks wrong in it."""
     if store.skipped:
         log.info(_skipped_images(store))
     summary = store_summary(store, images_per_second)
@@ -287,6 +292,11 @@ def _report_finished(store: TokenStore, images_per_second: float | None) -> dict
         f"{store.folder}: {len(store)} images, {store.skipped} skipped, {megabytes:.1f} MB "
         f"({kilobytes:.1f} kB an image)"
     )
+    if is_first_size:
+        quality = look_at(store)
+        for line in as_lines(quality, store):
+            log.warning(line)
+        summary["quality"] = as_json(quality, store)
     return summary
 
 

@@ -1,5 +1,6 @@
 """`fastmae verify`: check a whole token store, its bytes and what they mean. `--repair` is in `repair`."""
 
+import contextlib
 import json
 import logging
 import re
@@ -13,6 +14,7 @@ from fastmae.offline.inspect import refuse_url
 from fastmae.offline.repair import repair
 from fastmae.outside.regular_file import read_bounded
 from fastmae.runtime.durable import write_json
+from fastmae.runtime.ownership import owned
 from fastmae.runtime.progress import Progress
 from fastmae.tokens.audit import Damage, audit, description_of
 from fastmae.tokens.format import MANIFEST_FILE, SCALES_FILE, STORE_FILE
@@ -31,9 +33,14 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
 
     Raises:
         FailedCheckError: something is damaged, and still is after a repair.
-        InputError: no store, or damage that can't be repaired.
+        InputError: no store, damage that can't be repaired, or another process that writes the store.
     """
     refuse_url(config.store, "verify")
+    with owned(config.store, "verify --repair") if config.repair else contextlib.nullcontext():
+        return _verify(config)
+
+
+def _verify(config: VerifyConfig) -> dict[str, Any]:
     sizes = _sizes(config.store)
     folders = [config.store / str(size) for size in sizes] or [config.store]
     damaged = _check_scales(config, sizes) if sizes else []

@@ -17,6 +17,7 @@ from fastmae.reporting.predictions import predictions_png
 from fastmae.reporting.study_page import PAGE_FILE, STUDY_FILE, read_study, write_study_page
 from fastmae.runs.encoder import open_encoder
 from fastmae.runs.folder import CHECKPOINT_FILE, read_evaluations, read_inputs, read_metrics, read_run
+from fastmae.runtime.durable import remove_parts
 from fastmae.runtime.wording import counted
 from fastmae.tokens import TokenStore
 from fastmae.tokens.reader import open_scales
@@ -62,6 +63,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         Section("Images and store", rows=_data(description["store"])),
     ]
     page = config.out or config.run / "report.html"
+    remove_parts(page.parent)
     write_page(page, config.run.resolve().name, _lead(description, entries[-1], evaluations), sections)
     log.info(f"{page}: open it in a browser")
     return {"html": str(page), "sections": [section.heading for section in sections]}
@@ -83,7 +85,7 @@ def _open_store(config: ReportConfig, description: dict[str, Any]) -> TokenStore
     Raises:
         InputError: the store is not where it was, or holds other images.
     """
-    location = config.store or next(iter(read_inputs(config.run).get("stores", ())), "")
+    location = config.store or next(iter(read_inputs(config.run).stores), "")
     if not location:
         raise InputError(f"{config.run}: does not say where its token store is; give --store STORE")
     try:
@@ -111,7 +113,7 @@ def _lead(description: dict[str, Any], last: Entry, evaluations: list[Entry]) ->
         f"{round(last['epoch'], 1):g} of {counted(options['epochs'], 'epoch')} took {last['seconds']:.0f} s.",
         f"The loss is {last['loss']:.4f}.",
     ]
-    if evaluations and "knn_top1" in evaluations[-1]:
+    if evaluations and evaluations[-1].get("knn_top1") is not None:
         sentences.append(f"The k-NN accuracy is {evaluations[-1]['knn_top1']:.1f} %.")
     return " ".join(sentences)
 
@@ -119,14 +121,14 @@ def _lead(description: dict[str, Any], last: Entry, evaluations: list[Entry]) ->
 def _training_curves(entries: list[Entry], evaluations: list[Entry]) -> Section:
     thinned = entries[:: math.ceil(len(entries) / MAX_POINTS)]
     losses = {
-        label: [{**entry, "loss": entry[term]} for entry in thinned]
+        label: [{**entry, "loss": entry.get(term)} for entry in thinned]
         for term, label in LOSS_TERMS.items()
         if term in thinned[-1]
     }
     charts = [Curves(losses, "epoch", "loss", "epoch", "loss").svg()]
     measured = [entry for entry in evaluations if "knn_top1" in entry]
     if measured:
-        accuracies = {"top-1": measured, "top-5": [{**entry, "knn_top1": entry["knn_top5"]} for entry in measured]}
+        accuracies = {"top-1": measured, "top-5": [{**entry, "knn_top1": entry.get("knn_top5")} for entry in measured]}
         charts.append(Curves(accuracies, "epoch", "knn_top1", "epoch", "k-NN accuracy (%)").svg())
     others = {"lr": "learning rate", "images_per_second": "images per second", "grad_norm": "gradient norm"}
     charts += [Curves({label: thinned}, "epoch", key, "epoch", label).svg() for key, label in others.items()]

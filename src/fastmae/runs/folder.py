@@ -8,19 +8,30 @@ RUN/metrics.jsonl           one line per log entry
 RUN/evaluations.jsonl       one line per evaluation
 RUN/tensorboard/            the same, for TensorBoard
 RUN/replaced-1/ ...         what --no-resume set aside
+RUN/LOG.damaged-1 ...       a log as it was, of which some or all lines can't be read; the run has gone on without them
 """
 
+import itertools
 import json
+import logging
 import math
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from torch.utils.tensorboard import SummaryWriter
 
-from fastmae.errors import InputError
+from fastmae.errors import InputError, first_line
+from fastmae.outside.documents import read_json, read_json_lines
+from fastmae.runs.description import WAY_OUT, check_description
 from fastmae.runtime.durable import holds_anything, remove_parts, write_json, write_whole
+from fastmae.runtime.ownership import check_owner
+from fastmae.runtime.wording import counted
+
+log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -31,6 +42,25 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 FILES = (CHECKPOINT_FILE, BEST_FILE, METRICS_FILE, EVALUATIONS_FILE, TENSORBOARD_FOLDER, RUN_FILE)
 """A run's files in the order in which they are set aside: run.json last, since a folder without it is no run."""
+LARGEST_LOG = 1 << 28
+"""Most bytes of a log: a million entries."""
+ALWAYS_LOGGED = {
+    METRICS_FILE: ("epoch", "loss", "lr", "seconds", "images_per_second"),
+    EVALUATIONS_FILE: ("epoch", "seconds"),
+}
+"""What every entry of a log has besides its step, as numbers."""
+Entry = dict[str, Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | float | None]
+"""A line of a log. None stands for a number that is infinite, which JSON doesn't have."""
+
+
+class Inputs(msgspec.Struct):
+    """Where a run's inputs were when it last trained.
+
+    Attributes:
+        stores: of a pre-training run; empty if that is not known.
+    """
+
+    stores: list[str] = []
 
 
 class RunFolder:
@@ -92,6 +122,8 @@ class RunFolder:
 class MetricsLog:
     """metrics.jsonl, evaluations.jsonl and TensorBoard.
 
+    A log that can't be read, or some of whose lines can't, stops no run: it is set aside, and goes on with the rest.
+
     Args:
         run: the run's folder.
         step: entries after it, from a killed call, are dropped.
@@ -100,9 +132,10 @@ class MetricsLog:
     def __init__(self, run: Path, step: int):
         self.run = run
         for name in (METRICS_FILE, EVALUATIONS_FILE):
-            lines = [line for line in _complete_lines(run / name) if json.loads(line)["step"] <= step]
-            if lines or (run / name).exists() or name == METRICS_FILE:
-                write_whole(run / name, partial(Path.write_text, data="".join(lines), encoding="utf-8"))
+            entries = _readable_entries(run / name)
+            if entries or (run / name).exists() or name == METRICS_FILE:
+                text = "".join(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step)
+                write_whole(run / name, partial(Path.write_text, data=text, encoding="utf-8"))
         self.board = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -114,6 +147,7 @@ class MetricsLog:
         self._write(EVALUATIONS_FILE, step, values)
 
     def _write(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        check_owner(self.run / name)
         entry = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with (self.run / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **entry}) + "\n")
@@ -129,42 +163,81 @@ def read_run(path: Path) -> dict[str, Any]:
     """A run's description.
 
     Raises:
-        InputError: not a run's folder.
+        InputError: not a run's folder, or a damaged description.
     """
     file = path / RUN_FILE
     if not file.is_file():
         raise InputError(f"{path}: not a run's folder (no {RUN_FILE} in it); make one with `fastmae pretrain`")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: can't be read ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: not a run's description")
-    return value
+    return check_description(read_json(file, way_out=WAY_OUT), file)
 
 
-def read_inputs(path: Path) -> dict[str, Any]:
-    """Where a run's inputs were when it last trained; empty if that is not known."""
+def read_inputs(path: Path) -> Inputs:
+    """Where a run's inputs were when it last trained. A file that can't be read says nothing."""
     file = path / INPUTS_FILE
-    value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return value if isinstance(value, dict) else {}
+    try:
+        inputs: Inputs = read_json(file, Inputs, way_out="taken as if it were not there")
+    except FileNotFoundError:
+        return Inputs()
+    except (InputError, OSError) as error:
+        log.warning(first_line(error))
+        return Inputs()
+    return inputs
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All entries of a run's metrics.jsonl, in their order."""
-    return [json.loads(line) for line in _complete_lines(path / METRICS_FILE)]
+    """All entries of a run's metrics.jsonl, in their order. Lines that can't be read are left out, with a warning.
+
+    Raises:
+        InputError: not a file, or a larger one than any log.
+        OSError: it can't be read.
+    """
+    return _read_log(path / METRICS_FILE)
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """All entries of a run's evaluations.jsonl, in their order."""
-    return [json.loads(line) for line in _complete_lines(path / EVALUATIONS_FILE)]
+    """All entries of a run's evaluations.jsonl, as `read_metrics`."""
+    return _read_log(path / EVALUATIONS_FILE)
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of a file, without an incomplete last one that a kill may have left."""
-    if not path.exists():
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    entries, unreadable = _entries(path)
+    if unreadable:
+        log.warning(f"{path}: {counted(unreadable, 'line')} can't be read, and left out")
+    return entries
+
+
+def _entries(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """A log's entries, and the number of its lines that are none. Both are empty if there is no log."""
+    try:
+        lines, unreadable = read_json_lines(path, Entry, limit=LARGEST_LOG)
+    except FileNotFoundError:
+        return [], 0
+    entries = [
+        entry
+        for entry in lines
+        if isinstance(entry.get("step"), int) and all(entry.get(key) is not None for key in ALWAYS_LOGGED[path.name])
+    ]
+    return entries, unreadable + len(lines) - len(entries)
+
+
+def _readable_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of the log of a run that goes on. If there is more in it, the file is kept under another name."""
+    damaged = next(
+        name for number in itertools.count(1) if not (name := path.with_name(f"{path.name}.damaged-{number}")).exists()
+    )
+    try:
+        entries, unreadable = _entries(path)
+    except (InputError, OSError) as error:
+        path.rename(damaged)
+        log.warning(f"{first_line(error)}; it was set aside as {damaged.name}, and the run goes on with a new log")
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    if unreadable:
+        write_whole(damaged, partial(shutil.copyfile, path))
+        log.warning(
+            f"{path}: {counted(unreadable, 'line')} can't be read; the log as it was is kept as {damaged.name}, and "
+            "goes on without them"
+        )
+    return entries
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastmae.runtime.ownership import check_owner, is_lock
+from fastmae.runtime.processes import is_running
+
 PART_SUFFIX = ".part"
 """Suffix of a half-written file, NAME.HOST.PID.part, which names its writer. A killed writer leaves it behind."""
 ABANDONED_AFTER = 24 * 3600
@@ -29,6 +32,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises:
         OSError: `write` failed (on a full disk, say). `path` is unchanged, and no part is left.
+        InputError: another process has taken over the folder meanwhile (`ownership`). As before.
     """
     part = _part_of(path)
     try:
@@ -36,6 +40,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.chmod(0o666 & ~_umask())  # some writers create files that only their owner may read
+        check_owner(path)
         part.replace(path)
     except BaseException as error:
         part.unlink(missing_ok=True)
@@ -50,7 +55,9 @@ def write_new(path: Path, data: bytes) -> None:
 
     Raises:
         OSError: a full disk, say; no part is left.
+        InputError: as `write_whole`.
     """
+    check_owner(path)
     part = _part_of(path)
     try:
         with part.open("wb") as file:
@@ -77,15 +84,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def holds_anything(folder: Path) -> bool:
-    """Whether a folder holds anything but half-written files."""
-    return any(not path.name.endswith(PART_SUFFIX) for path in folder.iterdir())
+    """Whether a folder holds anything but half-written files and locks."""
+    return any(not path.name.endswith(PART_SUFFIX) and not is_lock(path.name) for path in folder.iterdir())
 
 
 def remove_parts(folder: Path) -> None:
     """Delete the parts in `folder` that killed writers left; those of running writers stay."""
     for part in folder.glob(f"*{PART_SUFFIX}"):
         if _is_abandoned(part):
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # gone, or a folder of that name: it is in nobody's way
+                part.unlink()
 
 
 def _part_of(path: Path) -> Path:
@@ -101,13 +109,8 @@ def _is_abandoned(part: Path) -> bool:
         with contextlib.suppress(FileNotFoundError):
             return time.time() - part.stat().st_mtime > ABANDONED_AFTER
         return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's process
-        return False
-    return int(pid) == os.getpid()  # this process does not write while it cleans up
+    # This process does not write while it cleans up.
+    return int(pid) == os.getpid() or not is_running(int(pid))
 
 
 def _flush_folder(folder: Path) -> None:

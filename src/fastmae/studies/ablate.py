@@ -21,11 +21,12 @@ from fastmae.offline.tokenize import tokenize
 from fastmae.probes.embed import check_decodable
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.runtime.durable import write_json
+from fastmae.runtime.ownership import owned
 from fastmae.runtime.wording import counted
 from fastmae.studies.held_out import held_out_fifth
 from fastmae.studies.jobs import Job, Outcome, run_jobs
-from fastmae.studies.measure import finetune_options, read_figures
-from fastmae.studies.speeds import FORECAST_ROUNDS, ROUNDS, as_json, merged, signature
+from fastmae.studies.measure import finetune_options
+from fastmae.studies.speeds import FORECAST_ROUNDS, ROUNDS, as_json, merged, read_speeds, signature
 from fastmae.studies.study_call import StudyCall
 from fastmae.studies.study_file import check_data_names, load_study
 from fastmae.studies.study_results import speed_key
@@ -46,7 +47,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     """Do what is missing of a study, then draw it; the command's JSON.
 
     Raises:
-        InputError: a mistake in the study or its data.
+        InputError: a mistake in the study or its data, or another process that works on the study.
         FailedCheckError: a run has failed. The others are finished and shown.
         InterruptedRunError: after a signal, when the runs are saved.
     """
@@ -55,7 +56,12 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     check_folder_names(names, "DATA")
     out = (config.out or Path("fastmae-ablate") / study.name).absolute()
     runs = Runs(study, config, dict(zip(names, (path.absolute() for path in config.data), strict=True)), out)
-    data = {name: open_labelled(path) for name, path in runs.data.items()}
+    with owned(out, "ablate"):
+        return _ablate(config, runs)
+
+
+def _ablate(config: AblateConfig, runs: Runs) -> dict[str, Any]:
+    study, data = runs.study, {name: open_labelled(path) for name, path in runs.data.items()}
     if config.held_out or any(len(arm.candidates) > 1 for arm in study.arms.values()):
         for name, labelled in data.items():
             held_out_fifth(labelled, name)
@@ -97,7 +103,7 @@ def _check_images(runs: Runs, data: Mapping[str, LabelledFolder]) -> None:
     Raises:
         InputError: names the image. It is not too late to remove it: a store keeps its list of images.
     """
-    timed = read_figures(runs.out / SPEEDS_FILE)
+    timed = read_speeds(runs.out / SPEEDS_FILE)
     for name, labelled in data.items():
         if not any(key.startswith(f"{name}/") for key in timed):
             check_decodable(labelled, runs.tokenize_options(name, next(iter(runs.study.teachers)), Path()), name)
@@ -133,7 +139,7 @@ def _compare_images(source: str, name: str, location: str, images: int) -> None:
 def _speeds(runs: Runs) -> dict[str, dict[str, Any]]:
     """The speed of every variant, as recorded by an earlier call or measured now."""
     file = runs.out / SPEEDS_FILE
-    recorded: dict[str, dict[str, Any]] = read_figures(file)
+    recorded: dict[str, dict[str, Any]] = read_speeds(file)
     wanted = {
         variant: signature(runs.options(variant, runs.seeds[0]), runs.read[variant]) for variant in runs.variants()
     }
@@ -184,7 +190,7 @@ def _time_arms(runs: Runs, variants: list[Variant]) -> dict[str, dict[str, float
         return []
 
     run_jobs(jobs, runs.config.jobs, finished)
-    return merged([read_figures(job.file.with_name(SPEEDS_FILE)) for job in jobs])
+    return merged([read_speeds(job.file.with_name(SPEEDS_FILE)) for job in jobs])
 
 
 def _fix_epochs(runs: Runs, speeds: dict[str, dict[str, Any]]) -> None:

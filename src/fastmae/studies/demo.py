@@ -26,6 +26,7 @@ from fastmae.reporting.predictions import predictions_png
 from fastmae.reporting.report import LOSS_TERMS
 from fastmae.runs.folder import read_metrics
 from fastmae.runtime.durable import write_whole
+from fastmae.runtime.ownership import owned
 from fastmae.runtime.table import text_table
 from fastmae.tokens import TokenStore
 
@@ -43,7 +44,16 @@ FOLDERS = {MAE: "mae", PAPER: "fastmae", BEYOND: "visible"}
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
-    """Tokenise, pre-train all methods equally long, compare by k-NN, draw the page; the command's JSON."""
+    """Tokenise, pre-train all methods equally long, compare by k-NN, draw the page; the command's JSON.
+
+    Raises:
+        InputError: images that can't be used, or another process that works in the folder.
+    """
+    with owned(config.out, "demo"):
+        return _demo(config)
+
+
+def _demo(config: DemoConfig) -> dict[str, Any]:
     start = time.monotonic()
     data = config.images or _write_digits(config.out / "digits")
     data_options = PHOTO_OPTIONS if config.images else DIGIT_OPTIONS
@@ -181,7 +191,7 @@ def _sections(
 def _losses(method: str, entries: list[dict[str, Any]]) -> Svg:
     """The terms of a run's loss over time."""
     terms = {
-        label: [{"s": entry["seconds"], "loss": entry[term]} for entry in entries]
+        label: [{"s": entry["seconds"], "loss": entry.get(term)} for entry in entries]
         for term, label in LOSS_TERMS.items()
         if term in entries[-1]
     }

@@ -1,5 +1,6 @@
 """The training driver: the one sequence by which pretrain, finetune, linear, segment and detect train."""
 
+import contextlib
 import logging
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import write_json
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import on_first_process
+from fastmae.runtime.ownership import owned
 from fastmae.runtime.peers import ends_with_its_peers
 from fastmae.runtime.wording import counted
 from fastmae.training.loop import fit
@@ -27,17 +29,27 @@ log = logging.getLogger(__name__)
 def train(config: TrainingConfig, task: Task, settings: Settings) -> dict[str, Any] | None:
     """Train a run to its end, or continue it.
 
-    The sequence: launch the processes; initialise a new run; open its folder; put network, optimizer and schedule on
-    the device; restore the checkpoint; announce the run; train.
+    The sequence: launch the processes; own the folder, by the first one; initialise a new run; open its folder; put
+    network, optimizer and schedule on the device; restore the checkpoint; announce the run; train.
 
     Returns:
         What all training commands' JSON has in common, with the figures of the last evaluation. None in all processes
         but the first.
 
     Raises:
-        InputError: a folder that holds another run, or a batch that can't be divided among the processes.
+        InputError: a folder that holds another run or that another process trains in, or a batch that can't be divided
+            among the processes.
     """
     fabric, grad_accum_steps = launch_processes(config, task, settings)
+    with contextlib.ExitStack() as stack:
+        on_first_process(fabric, lambda: stack.enter_context(owned(task.out, task.name)))
+        return _train_owned(config, task, settings, fabric, grad_accum_steps)
+
+
+def _train_owned(
+    config: TrainingConfig, task: Task, settings: Settings, fabric: Fabric, grad_accum_steps: int
+) -> dict[str, Any] | None:
+    """Train in a folder that is this run's own."""
     stopped = config.resume and (task.out / RUN_FILE).exists()
     begun = config.resume and (task.out / CHECKPOINT_FILE).exists()
     initialised_with = "" if begun else task.initialise(task.network)  # may refuse; so before anything is written
@@ -79,6 +91,7 @@ def _options(config: TrainingConfig, settings: Settings) -> dict[str, Any]:
     """The options that make the run what it is; those that were left open, as the recipe has set them."""
     options = {name: value for name, value in vars(config).items() if name not in config.may_change}
     settled = {name: value for name, value in vars(settings).items() if name in options}
+    settled |= {name: None for name, value in settled.items() if value == math.inf}  # JSON has no infinity
     return {name: str(value) if isinstance(value, Path) else value for name, value in (options | settled).items()}
 
 
@@ -95,7 +108,8 @@ def _announcement(run: Run) -> str:
 
 
 def _outcome(folder: RunFolder, task: Task, settings: Settings) -> dict[str, Any]:
-    entries, evaluations = read_metrics(folder.path), read_evaluations(folder.path)
+    entries = read_metrics(folder.path)
+    evaluations = [entry for entry in read_evaluations(folder.path) if task.metric in entry]
     if not entries or (task.metric and not evaluations):
         raise InputError(f"{folder.path}: the run is finished, but its logs are gone; --no-resume trains it again")
     last = entries[-1]
