@@ -72,7 +72,9 @@ class MappedShard:
             whole = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()  # keeps no file open
         except DamagedError:
             raise
-        except (InputError, OSError, RuntimeError) as error:  # a copy in the cache can be evicted at any moment
+        except InputError as error:
+            raise DamagedError(str(error)) from error
+        except (OSError, RuntimeError) as error:  # a copy in the cache can be evicted at any moment
             raise DamagedError(first_line(error)) from error
         self.tensors, self.checksums = mapped_tensors(whole[len(header) :], entries), written.checksums
         for name in sorted({"record_checksums", "jpeg_offsets"} & self.tensors.keys()):

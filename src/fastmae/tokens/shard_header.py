@@ -193,7 +193,9 @@ def content_problem(info: StoreInfo, shard: int, entries: Mapping[str, TensorEnt
         entries: of the shard's tensors.
         metadata: of the shard.
     """
-    if metadata.version != FORMAT_VERSION or metadata.shard != shard:
+    if metadata.version != FORMAT_VERSION:
+        return f"has format version {metadata.version}, not {FORMAT_VERSION}"
+    if metadata.shard != shard:
         return f"holds shard {metadata.shard}: it was renamed"
     images = len(info.part_of(shard)[1])
     rows = [row for _, row, *_ in metadata.images if row >= 0]
