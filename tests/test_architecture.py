@@ -121,7 +121,7 @@ def test_the_store_knows_no_models_and_the_student_no_files():
 
 def test_training_knows_no_task():
     known = {folder_of(file) for path in (SOURCE / "training").glob("*.py") for file in imported_modules(path)}
-    assert known <= {"errors", "config", "runtime", "runs", "training"}
+    assert known <= {"errors", "outside", "config", "runtime", "runs", "training"}
 
 
 def test_every_command_has_a_file_of_options_named_like_it():
@@ -143,6 +143,33 @@ def test_the_package_logs_and_only_the_command_line_prints():
 def test_no_file_is_over_400_lines():
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
     assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_networks_are_built_and_tensors_read_in_one_place():
+    """But that the hub's weights are asked for by a user, and that an export is read back as timm reads it."""
+    places: dict[str, set[str]] = {}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                places.setdefault(ast.unparse(node.func), set()).add(str(path.relative_to(SOURCE)))
+    assert places["timm.create_model"] == {
+        "outside/networks.py",
+        "teachers/factory.py",
+        "exporting/timm_format.py",
+    }
+    assert places["torch.load"] == places["safetensors.torch.load_file"] == {"outside/tensors.py"}
+
+
+def test_no_code_that_comes_with_a_model_is_run():
+    calls = [
+        node
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained")
+    ]
+    assert calls
+    for call in calls:
+        assert any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in call.keywords)
 
 
 def test_no_data_file_is_unpickled():

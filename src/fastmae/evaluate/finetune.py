@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -24,6 +23,7 @@ from fastmae.evaluate.transforms import (
     crop_augmentation,
     full_augmentation,
 )
+from fastmae.outside.networks import create_network
 from fastmae.probes.embed import check_pool
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
@@ -117,7 +117,7 @@ def build_classifier(opened: OpenedEncoder, classes: int, pool: str, drop_path: 
     regularised = accepted_arguments(opened.architecture, {"drop_path_rate": drop_path})
     if drop_path and not regularised:
         log.info(f"{opened.architecture} has no stochastic depth in timm: --drop-path {drop_path} has no effect")
-    network: Any = timm.create_model(opened.architecture, **arguments, **regularised)
+    network: Any = create_network(opened.architecture, {**arguments, **regularised}, opened.source)
     loaded = network.load_state_dict(encoder.state_dict(), strict=False)
     if opened.is_vit:
         new_names = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}

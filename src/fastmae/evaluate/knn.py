@@ -159,7 +159,7 @@ def _of_the_runs_teacher(config: KnnConfig, device: torch.device) -> FeatureExtr
             f"--features teacher: {config.run} was not pre-trained on a store; give the run it was made from"
         )
     size = store["middle_sizes"][-1]
-    teacher = teacher_of_store(store["teachers"][0], size, size // store["patch_size"]).to(device)
+    teacher = teacher_of_store(store["teachers"][0], size, size // store["patch_size"], config.run).to(device)
     return FeatureExtractor(embed_with_teacher(teacher), size, store["resize"], store["channels"])
 
 

@@ -156,7 +156,10 @@ def make_target(config: PretrainConfig, stores: list[list[TokenStore]], norms: l
     normalisations = [_normalisation(norm, scales) for norm, scales in zip(norms, stores, strict=True)]
     if config.target == "tokens":
         return StoredTokens([scales[0].codec for scales in stores], normalisations)
-    teachers = [teacher_of_store(scales[0].info.teacher, info.middle_size, scales[0].grid) for scales in stores]
+    teachers = [
+        teacher_of_store(scales[0].info.teacher, info.middle_size, scales[0].grid, scales[0].folder)
+        for scales in stores
+    ]
     return OnlineTokens(teachers, normalisations, view_grid, exact_flips=info.flips == "stored")
 
 

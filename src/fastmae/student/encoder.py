@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fastmae.errors import InputError
+from fastmae.outside.networks import create_network
 from fastmae.runtime.fast_linear import linear
 from fastmae.student.lookup import linear_plus_rows
 
@@ -138,7 +139,9 @@ def build_encoder(
     check_weights("--image-size, --encoder-width", (image_size // patch_size) ** 2 * (width or NARROWEST))
     arguments = timm_arguments(name, image_size, patch_size, width, depth, heads, channels)
     try:
-        encoder: Encoder = timm.create_model(architecture, pretrained=False, **arguments, **extra)
+        encoder: Encoder = create_network(architecture, {**arguments, **extra})
+    except InputError:
+        raise
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         cause = " ".join(str(error).split())
         raise InputError(f"--encoder {name}: timm can't build it with these sizes ({cause})") from error
