@@ -200,7 +200,6 @@ READS_ITS_OWN = {
 NOT_YET_BY_A_DOOR = {
     "exporting/output_folder.py",
     "images/saved_dataset.py",
-    "runs/encoder.py",
     "runs/folder.py",
     "tokens/files.py",
 }
