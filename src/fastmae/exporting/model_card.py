@@ -8,6 +8,7 @@ from fastmae import __version__
 from fastmae.exporting.export_format import ExportFormat
 from fastmae.exporting.exported_model import ExportedModel
 from fastmae.exporting.provenance import Facts, Provenance
+from fastmae.student.encoder import number_of_heads
 
 CARD_FILE = "README.md"
 TITLES = {
@@ -70,7 +71,7 @@ def _network(model: ExportedModel) -> str:
     if model.is_vit:
         return (
             f"A vision transformer ({model.architecture}: {len(network.blocks)} blocks of width {model.dim}, "
-            f"{network.blocks[0].attn.num_heads} heads, {millions}).\n"
+            f"{number_of_heads(network)} heads, {millions}).\n"
             f"It takes images of {size} in patches of {model.patch_size} px."
         )
     return (
