@@ -266,6 +266,11 @@ def is_plain_vit(network: Encoder) -> bool:
     return type(network) in (VisionTransformer, Eva) and isinstance(network.patch_embed, PatchEmbed)
 
 
+def number_of_heads(encoder: Encoder) -> int:
+    """Attention heads of a ViT's blocks. Blocks that do several things side by side hold them in another place."""
+    return next(int(module.num_heads) for module in encoder.blocks[0].modules() if hasattr(module, "num_heads"))
+
+
 def layer_numbers(layers: str, depth: int) -> list[int]:
     """`--relation-layers` as numbers from 0, in order and each once.
 
