@@ -142,9 +142,7 @@ def test_a_parquet_that_unfolds_to_more_than_paths_take_is_refused_from_its_meta
     pq.write_table(pa.table({"path": ["x" * 300_000_000]}), tmp_path / "list.parquet", compression="zstd")
     assert (tmp_path / "list.parquet").stat().st_size < 200_000
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *args, **options: pytest.fail("it was unfolded"))
-    with pytest.raises(
-        InputError, match=r"column 'path' unfolds to 300 MB in one row group of 1 rows; give a table of"
-    ):
+    with pytest.raises(InputError, match=r"column 'path' unfolds to 300 MB in one row group of 1 rows; give"):
         keys(tmp_path / "list.parquet")
     monkeypatch.setattr(path_lists, "LARGEST_CHUNK", 10_000)
     pq.write_table(pa.table({"path": [f"{n:09d}.jpg" for n in range(5000)]}), tmp_path / "list.parquet")

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import Image, ImageFile
 
-from fastmae.images.value_range import AUTO, by_type, to_8_bits
+from fastmae.images.codec_memory import bytes_per_pixel, codec_bytes
+from fastmae.images.rgb import is_wide, to_rgb
+from fastmae.images.value_range import AUTO, to_8_bits
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "SGI", "PSD", "PCX", "XBM", "XPM"),
@@ -26,7 +28,14 @@ Pillow knows more. Some of them start a program (Ghostscript for EPS), call what
 another file of any format.
 """
 MAX_PIXELS = 1 << 27
-"""134 megapixels, or 400 MB as RGB. A larger image is refused before decoding: a few bytes can declare gigabytes."""
+"""134 megapixels. A larger image is refused before decoding: a few bytes can declare gigabytes."""
+MAX_BYTES = 800 << 20
+"""Most memory that decoding an image may take, 840 MB. An image that would take more is refused before.
+
+Pillow holds a colour image at 4 bytes a pixel. What comes on top depends on the format: `codec_bytes` tells.
+"""
+LARGE_PIXELS = 1 << 25
+"""A decoded image of more pixels, 34 megapixels, is reduced by a whole factor where a much smaller one is wanted."""
 
 BAD_FILE_ERRNOS = {None, errno.EINVAL, errno.EOVERFLOW}
 """`errno` of an OSError that a bad file causes.
@@ -36,6 +45,16 @@ impossible position.
 """
 
 EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns the image of an EXIF orientation upright."""
 TRANSPOSED_ORIENTATIONS = {5, 6, 7, 8}
 """EXIF orientations whose upright image has width and height swapped."""
 
@@ -47,21 +66,61 @@ class UndecodableError(Exception):
     """The file holds no image that can be decoded. The message is the reason, in one line."""
 
 
-def load_image(image: ImageFile.ImageFile) -> None:
-    """Decode the pixels of an image that `open_image` opened.
+def codec_memory(image: ImageFile.ImageFile) -> int:
+    """`codec_bytes` of an image that `open_image` opened.
 
     Raises:
-        UndecodableError: a damaged or truncated file.
+        UndecodableError: a damaged header.
         OSError: the file itself can't be read (a failing disk).
     """
     try:
+        return codec_bytes(image)
+    except Exception as error:  # hostile headers raise nearly any type
+        raise _error_to_raise(error, "its header is damaged") from error
+
+
+def load_image(image: ImageFile.ImageFile, codec: int, result: int = 0) -> None:
+    """Decode the pixels of an image that `open_image` opened.
+
+    Args:
+        image: the image.
+        codec: its `codec_memory`, before any draft.
+        result: bytes that will be made of the pixels.
+
+    Raises:
+        UndecodableError: a damaged or truncated file, or one that takes more than `MAX_BYTES`.
+        OSError: the file itself can't be read (a failing disk).
+        MemoryError: there is not as much memory.
+    """
+    needed = math.prod(image.size) * bytes_per_pixel(image.mode) + max(codec, result)
+    _check_memory(image, needed)
+    try:
         image.load()
     except Exception as error:  # codecs raise nearly any type on hostile files
+        if not _is_free(needed):  # most codecs call that a broken file
+            raise MemoryError from error
         raise _error_to_raise(error, "damaged") from error
 
 
+def _check_memory(image: ImageFile.ImageFile, needed: int) -> None:
+    if needed > MAX_BYTES:
+        raise UndecodableError(
+            f"{image.width} x {image.height} pixels in {image.format} take {needed / 1e9:.2f} GB to decode, "
+            f"more than the {MAX_BYTES / 1e9:.2f} GB allowed; make it smaller"
+        )
+
+
+def _is_free(size: int) -> bool:
+    """Whether this process gets as many bytes of memory."""
+    try:
+        np.empty(size, np.uint8)
+    except MemoryError:
+        return False
+    return True
+
+
 def upright_size(file: BinaryIO) -> tuple[tuple[int, int], bool]:
-    """Size of an image as it is shown, from its header alone.
+    """Size of an image as it is shown, from its header alone (or from a PNG's pixels, if metadata follow them).
 
     Args:
         file: as in `decode_image`.
@@ -73,7 +132,9 @@ def upright_size(file: BinaryIO) -> tuple[tuple[int, int], bool]:
         UndecodableError, OSError: as in `open_image`.
     """
     with open_image(file) as image:
-        swapped = _is_turned(image)
+        if image.format == "PNG" and _has_late_metadata(file):
+            load_image(image, codec_memory(image))
+        swapped = _orientation(image) in TRANSPOSED_ORIENTATIONS
         return (image.height, image.width) if swapped else image.size, swapped
 
 
@@ -88,15 +149,17 @@ def decode_image(
     Args:
         file: open and seekable, positioned at its start. It is left open.
         at_least: allows a large JPEG to be decoded at 1/2, 1/4 or 1/8 of its size (by dropping DCT coefficients) as
-            long as both sides stay at least twice this many pixels; None decodes at full size.
+            long as both sides stay at least twice this many pixels; and any image of more than `LARGE_PIXELS` to be
+            reduced by a whole factor within the same bound. None decodes at full size.
         value_range: how values of more than 8 bits become 8 bits (`value_range`).
 
     Returns:
         The image, and its full upright (width, height) before any such reduction.
 
     Raises:
-        UndecodableError: not an image, a damaged or truncated one, or one of more than `MAX_PIXELS`.
+        UndecodableError: not an image, a damaged or truncated one, or one of more than `MAX_PIXELS` or `MAX_BYTES`.
         OSError: the file itself can't be read (a failing disk).
+        MemoryError: there is not as much memory.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which doesn't affect the pixels
@@ -104,15 +167,37 @@ def decode_image(
         if value_range != AUTO:
             _check_values_are_whole(image)
         width, height = image.size
+        factor, codec = 1, codec_memory(image)
         if at_least is not None:
             image.draft("RGB", (2 * at_least, 2 * at_least))
-        load_image(image)
-        transposed = _is_turned(image)
+            if math.prod(image.size) > LARGE_PIXELS:
+                factor = max(1, min(image.size) // (2 * at_least))
+        result_bytes = 4 * math.prod(-(-side // factor) for side in image.size)
+        is_result = image.mode == "RGB" and "transparency" not in image.info and factor == 1
+        load_image(image, codec, 0 if is_result else result_bytes)
+        orientation = _orientation(image)  # of a PNG, it may follow the pixels
+        if orientation in UPRIGHT:
+            _check_memory(image, 2 * result_bytes)
         try:
-            rgb = to_rgb(ImageOps.exif_transpose(image), value_range)
+            rgb = to_rgb(image, factor, value_range)
+            del image  # its memory is free for the upright copy
+            if orientation in UPRIGHT:
+                rgb = rgb.transpose(UPRIGHT[orientation])
         except Exception as error:  # codecs raise nearly any type on hostile files
             raise _error_to_raise(error, "damaged") from error
-    return rgb, (height, width) if transposed else (width, height)
+    return rgb, (height, width) if orientation in TRANSPOSED_ORIENTATIONS else (width, height)
+
+
+def _has_late_metadata(file: BinaryIO) -> bool:
+    """Whether chunks that may tell the orientation follow the pixels of a PNG. Only their headers are read."""
+    position, found, behind_pixels = file.tell(), False, False
+    file.seek(8)
+    while not found and len(header := file.read(8)) == 8 and header[4:] != b"IEND":
+        behind_pixels |= header[4:] == b"IDAT"
+        found = behind_pixels and header[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+        file.seek(int.from_bytes(header[:4], "big") + 4, os.SEEK_CUR)
+    file.seek(position)
+    return found
 
 
 def decode_bands(
@@ -155,21 +240,16 @@ def wide_values(file: BinaryIO, name: str, channels: int) -> np.ndarray | None:
         return _read_npy(file, channels)
     image = open_image(file)
     _check_values_are_whole(image)
-    if not _is_wide(image):
+    if not is_wide(image):
         return None
-    load_image(image)
+    load_image(image, codec_memory(image), math.prod(image.size) * bytes_per_pixel(image.mode))
     return np.asarray(image)
-
-
-def _is_wide(image: Image.Image) -> bool:
-    """Whether an image has grey values of more than 8 bits: integers (I;16, I) or floats."""
-    return image.mode.startswith("I") or image.mode == "F"
 
 
 def _check_values_are_whole(image: ImageFile.ImageFile) -> None:
     """Refuse files of 16 bits in several channels, of which Pillow reads the high bytes only."""
     layout = str(image.tile[0].args) if image.tile else ""
-    if ";16" in layout and not _is_wide(image):
+    if ";16" in layout and not is_wide(image):
         raise UndecodableError("16 bits in several channels, which a value range can't map; save it as .npy")
 
 
@@ -182,7 +262,7 @@ def _decode_n_bands(file: BinaryIO, channels: int, value_range: str) -> tuple[li
         raise UndecodableError(
             f"has {bands} channels, not {channels}; n-channel images are read from .npy files, [H, W, {channels}]"
         )
-    load_image(image)
+    load_image(image, codec_memory(image), math.prod(image.size) * bands)
     return list(image.split()), image.size
 
 
@@ -206,10 +286,9 @@ def open_image(file: BinaryIO) -> ImageFile.ImageFile:
     return image
 
 
-def _is_turned(image: Image.Image) -> bool:
-    """Whether the EXIF orientation swaps width and height."""
+def _orientation(image: Image.Image) -> int | None:
     try:
-        return image.getexif().get(EXIF_ORIENTATION) in TRANSPOSED_ORIENTATIONS
+        return Image.Image.getexif(image).get(EXIF_ORIENTATION)  # a PNG's own method would decode the pixels
     except Exception as error:
         raise _error_to_raise(error, "damaged") from error
 
@@ -272,26 +351,6 @@ def _read_npy_values(file: BinaryIO, length: int, dtype: np.dtype) -> np.ndarray
     return np.frombuffer(file.read(bytes_declared), dtype, length)
 
 
-def to_rgb(image: Image.Image, value_range: str = AUTO) -> Image.Image:
-    """Convert any Pillow mode to 8-bit RGB: 16-bit values are scaled, not clipped, and transparency becomes white."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if _is_wide(image):
-        values = np.asarray(image)
-        mapped = by_type(values) if value_range == AUTO else to_8_bits(values, value_range)
-        return Image.fromarray(mapped).convert("RGB")
-    if image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
-        assert converted is not None
-        return converted
-    if image.has_transparency_data:
-        on_white = Image.new("RGBA", image.size, "white")
-        on_white.alpha_composite(image.convert("RGBA"))
-        return on_white.convert("RGB")
-    return image.convert("RGB")
-
-
 def _error_to_raise(error: Exception, default_reason: str) -> Exception:
     """`UndecodableError` if the file is at fault; the error itself if the machine is (disk, memory)."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in BAD_FILE_ERRNOS):
@@ -301,4 +360,6 @@ def _error_to_raise(error: Exception, default_reason: str) -> Exception:
     if isinstance(error, Image.UnidentifiedImageError):
         return UndecodableError("not an image in a format that is read, or its header is damaged")
     text = " ".join(str(error).split())
+    if "out of memory" in text.lower():
+        return MemoryError(text)
     return UndecodableError(f"{default_reason}: {text}" if text else default_reason)

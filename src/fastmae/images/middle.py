@@ -12,6 +12,7 @@ from PIL import Image
 
 from fastmae.images import jpeg
 from fastmae.images.decode import decode_bands
+from fastmae.images.rgb import STRIP_PIXELS
 from fastmae.images.value_range import AUTO
 
 
@@ -87,5 +88,10 @@ def resized_pixels(
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB -> uint8 [3, H, W]; a single band -> uint8 [1, H, W]."""
-    return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).contiguous()
+    """RGB -> uint8 [3, H, W]; a single band -> uint8 [1, H, W]. Made in strips, as NumPy is given a copy of a copy."""
+    pixels = np.empty((len(image.getbands()), image.height, image.width), np.uint8)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[:, top : top + rows] = np.atleast_3d(np.asarray(strip)).transpose(2, 0, 1)
+    return torch.from_numpy(pixels)

@@ -49,7 +49,7 @@ class PairReader:
             lambda file: decode_bands(file, pair.image.name, self.channels, value_range=self.value_range),
             "remove it and its mask from the data",
         )
-        image = torch.cat([to_tensor(band) for band in bands])
+        image = to_tensor(bands[0]) if len(bands) == 1 else torch.cat([to_tensor(band) for band in bands])
         mask = torch.from_numpy(read_mask(pair.mask, self.data.encoding))
         if image.shape[1:] != mask.shape:
             check_sizes(pair, self.channels, self.value_range)  # the headers tell more in most cases
