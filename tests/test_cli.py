@@ -56,8 +56,8 @@ def failing(error):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (TypeError("a bug\nin two lines"), 1, "an error of fastmae's own: TypeError: a bug (test_cli.py:"),
-        (KeyError("x"), 1, "an error of fastmae's own: KeyError: 'x' (test_cli.py:"),
+        (TypeError("a bug\nin two lines"), 1, "an error of fastmae's own: TypeError: a bug (cli.py:"),
+        (KeyError("x"), 1, "an error of fastmae's own: KeyError: 'x' (cli.py:"),
         (MemoryError(), 2, "out of memory; step 3 is saved; give a smaller --batch-size and fewer --workers, and the"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "out of memory; step 3 is saved; "),
         (InputError("photo.jpg: damaged"), 2, "photo.jpg: damaged; step 3 is saved"),
