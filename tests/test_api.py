@@ -13,6 +13,7 @@ from fastmae import api
 from fastmae.cli import run
 from fastmae.config.commands import COMMANDS
 from fastmae.config.options import positionals
+from fastmae.config.resolve import COMMAND_LINE_ONLY
 
 
 def test_every_command_is_a_function_of_the_package():
@@ -26,7 +27,7 @@ def test_a_function_takes_the_commands_arguments_in_their_order_and_its_flags_as
     parameters = inspect.signature(getattr(api, command.replace(" ", "_"))).parameters
     in_order = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert in_order == positionals(kind)
-    assert set(parameters) == {*vars(kind(**dict.fromkeys(positionals(kind), "targets")))} - {"json", "print_config"}
+    assert set(parameters) == {*vars(kind(**dict.fromkeys(positionals(kind), "targets")))} - {*COMMAND_LINE_ONLY}
     assert all(parameter.annotation is not parameter.empty for parameter in parameters.values())
 
 

@@ -33,7 +33,8 @@ from fastmae.images.tar_shards import TarSource
 from fastmae.tokens import TokenStore
 from fastmae.tokens.codec import load_codec
 from fastmae.tokens.encoded import EncodedImages
-from fastmae.tokens.format import INDEX_FILE, MANIFEST_FILE, ImageRecord, Part, StoreInfo, list_name
+from fastmae.tokens.format import INDEX_FILE, MANIFEST_FILE, Part, StoreInfo, list_name
+from fastmae.tokens.shard_header import ImageRecord
 from fastmae.tokens.writer import StoredPixels, StoreWriter, begin_folder
 from fastmae.training.sampler import ShuffleOrder
 
@@ -41,6 +42,17 @@ MIDDLE_SIZE, PATCH_SIZE, CHANNELS, TOKEN_DIM = 8, 4, 3, 4
 IMAGES_PER_FOLDER = 1300
 """Images that share a folder, about as in ImageNet."""
 BASELINE_IMAGES = 1024
+TEACHER = {
+    "spec": "synthetic",
+    "kind": "vit",
+    "block": 0,
+    "last": 1,
+    "norm": "none",
+    "input_size": MIDDLE_SIZE,
+    "channels": [0, 1, 2],
+    "weights_sha256": "0" * 64,
+    "weights_file": None,
+}
 TAR_MEMBERS = 100_000
 """Most members of the tar that is listed. Each takes 1 kB."""
 STUDENT = {
@@ -113,7 +125,7 @@ def build(folder: Path, images: int, shard_size: int) -> list[Row]:
 
 def _description(folder: Path, listed: ListInfo, shard_size: int) -> StoreInfo:
     return StoreInfo(
-        teacher={"spec": "synthetic", "kind": "vit"},
+        teacher=TEACHER,
         token_dim=TOKEN_DIM,
         middle_size=MIDDLE_SIZE,
         patch_size=PATCH_SIZE,

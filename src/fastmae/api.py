@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from fastmae.config.commands import COMMANDS
 from fastmae.config.options import help_texts
+from fastmae.config.resolve import COMMAND_LINE_ONLY
 from fastmae.errors import InputError
 
 Location = str | Path
@@ -26,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., dict[str, Any]])
 
 def _run(command: str, **given: Any) -> dict[str, Any]:
     kind = COMMANDS[command].kind
-    for name in {"json", "print_config"} & given.keys():
+    for name in given.keys() & COMMAND_LINE_ONLY:
         raise InputError(f"{name}: is a flag of the command line alone; leave it out")
     return COMMANDS[command].run(kind(**given)) or {}
 
@@ -38,7 +39,7 @@ def _documented(command: str) -> Callable[[Function], Function]:
         kind = COMMANDS[command].kind
         hints, texts = get_type_hints(kind), help_texts(kind)
         own = [p for p in signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        named = {parameter.name for parameter in own} | {"json", "print_config"}
+        named = {*(parameter.name for parameter in own), *COMMAND_LINE_ONLY}
         flags = [option for option in fields(kind) if option.name not in named and option.default is not MISSING]
         keywords = [
             Parameter(o.name, Parameter.KEYWORD_ONLY, default=o.default, annotation=hints[o.name]) for o in flags

@@ -11,8 +11,10 @@ import inspect
 import io
 import json
 import os
-import signal
+import re
 import sys
+import traceback
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from importlib import import_module
@@ -25,12 +27,19 @@ import yaml
 from fastmae.config.commands import COMMANDS
 from fastmae.config.common import Common
 from fastmae.config.options import help_texts, positionals
-from fastmae.config.resolve import CALLER_ONLY, converted, flag, label, placeholder, range_of
-from fastmae.errors import FailedCheckError, InputError, InterruptedRunError, OneProcessError
-from fastmae.runtime import console, startup
+from fastmae.config.resolve import CALLER_ONLY, converted, flag, label, placeholder, range_of, words_or_numbers
+from fastmae.errors import (
+    FailedCheckError,
+    InputError,
+    InterruptedRunError,
+    OneProcessError,
+    is_out_of_memory,
+    notes_of,
+)
+from fastmae.runtime import console, ending, startup
 from fastmae.runtime.processes import this_process
 
-OK, CLOSED_PIPE = 0, 141
+OK, CRASHED, CLOSED_PIPE = 0, 1, 141
 EXIT_CODES: dict[type[BaseException], int] = {
     FailedCheckError: 1,
     InputError: 2,
@@ -38,6 +47,8 @@ EXIT_CODES: dict[type[BaseException], int] = {
     InterruptedRunError: 130,
     KeyboardInterrupt: 130,
 }
+LONGEST_CRASH = 300
+"""Characters of a crash that are shown in its line."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -45,11 +56,12 @@ def main(args: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may hold characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
+    startup.prepare()  # has happened before, unless this is called from elsewhere
     try:
         code = run(sys.argv[1:] if args is None else list(args))
     except KeyboardInterrupt:  # a second Ctrl-C, while the first one was being reported
         code = EXIT_CODES[KeyboardInterrupt]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: Ctrl-C now would only change the exit code
+    ending.finish()
     for stream in (sys.stdout, sys.stderr):
         _close(stream)
     sys.exit(code)
@@ -59,7 +71,8 @@ def run(args: list[str]) -> int:
     """Run one command.
 
     Returns:
-        0 done, 1 failed check, 2 bad input or usage (one line on standard error for both), 130 interrupted.
+        0 done, 1 failed check or an error of ours, 2 bad input or usage (one line on standard error for all of them),
+        130 interrupted.
     """
     if not args or args[0] in {"-h", "--help"}:
         print(overview())
@@ -72,6 +85,7 @@ def run(args: list[str]) -> int:
         print(overview(_two_word_names(args[0])))
         return OK
     console.show()
+    ending.begin(f"fastmae {command}")
     try:
         try:
             _do(command, rest)
@@ -79,15 +93,16 @@ def run(args: list[str]) -> int:
             sys.stdout.flush()
     except BrokenPipeError:  # as in `fastmae ... | head`: the reader has what it wanted
         return CLOSED_PIPE
-    except tuple(EXIT_CODES) as error:
-        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-        message = _os_message(error) if isinstance(error, OSError) else str(error) or "interrupted"
-        # All processes of a run meet most errors; the first one on a machine reports them.
-        local_rank = int(os.environ.get("LOCAL_RANK", this_process().local_rank))
-        if isinstance(error, OneProcessError) or local_rank == 0:
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = _outcome(command, error)
+        # All processes of a run meet most errors that are foreseen; the first one on a machine reports them.
+        met_by_all = isinstance(error, tuple(EXIT_CODES)) and not isinstance(error, OneProcessError)
+        if not met_by_all or int(os.environ.get("LOCAL_RANK", this_process().local_rank)) == 0:
             with contextlib.suppress(OSError):  # nobody can be told
                 print(f"fastmae {command}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        ending.report(code)
         return code
+    ending.report(OK)
     return OK
 
 
@@ -153,9 +168,11 @@ def _do(command: str, args: list[str]) -> None:
             work = COMMANDS[command].load()
             startup.begin()
             result = work(config)
-    except FailedCheckError as failed:
-        if config.json and failed.result is not None:
-            _print_result(failed.result)
+    except (Exception, KeyboardInterrupt) as error:
+        if config.traceback:
+            traceback.print_exc()
+        if config.json and isinstance(error, FailedCheckError) and error.result is not None:
+            _print_result(error.result)
         raise
     if config.json and result is not None:
         _print_result(result)
@@ -209,7 +226,8 @@ def _typed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], list[str]
     shared.add_argument("-h", "--help", action="help", help="Show this text and exit.")
     parser.add_argument("_words", nargs="*", help=argparse.SUPPRESS)
     options, protected = _split_at_dashes(args)
-    typed, unknown = parser.parse_known_intermixed_args([_dashed(arg) for arg in options])
+    options = _joined([_dashed(arg) for arg in options], hints)
+    typed, unknown = parser.parse_known_intermixed_args(options)
     values = {name: value for name, value in vars(typed).items() if not name.startswith("_")}
     if unknown:
         flags = [action for option in parser._actions for action in option.option_strings]
@@ -240,6 +258,9 @@ def _add_flag(parser: argparse._ArgumentGroup, name: str, hint: Any, default: An
     kinds = [kind for kind in get_args(plain) or [plain] if kind is not NoneType]
     if get_origin(plain) is Literal:
         metavar: Any = "{" + ",".join(kinds) + "}"
+    elif word_or_numbers := words_or_numbers(plain):
+        words, numbers = word_or_numbers
+        metavar = "{" + ",".join(words) + "}|" + " ".join(kind.__name__.upper() for kind in get_args(numbers))
     else:
         metavar = getattr(kinds[0], "__name__", "value").upper()
     span = range_of(hint)
@@ -282,6 +303,20 @@ def _dashed(arg: str) -> str:
     return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
 
 
+def _joined(args: list[str], hints: dict[str, Any]) -> list[str]:
+    """The arguments with the numbers of an option that takes a word or several numbers in one: argparse can't tell."""
+    joined, rest = [], deque(args)
+    while rest:
+        arg = rest.popleft()
+        either = words_or_numbers(hints.get(arg.removeprefix("--").replace("-", "_"))) if arg.startswith("--") else None
+        if rest and either:
+            words, numbers = either
+            count = 1 if rest[0] in words else len(get_args(numbers))
+            arg += "=" + " ".join(rest.popleft() for _ in range(min(count, len(rest))))
+        joined.append(arg)
+    return joined
+
+
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
@@ -290,6 +325,45 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _outcome(command: str, error: BaseException) -> tuple[int, str]:
+    """The exit code for what a command has raised, and what to say about it."""
+    code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), None)
+    if code is not None:
+        message = _os_message(error) if isinstance(error, OSError) else str(error) or "interrupted"
+        return code, "; ".join([message, *notes_of(error)])
+    if ending.is_requested():  # an interruption that a library has turned into an error of its own
+        return EXIT_CODES[KeyboardInterrupt], "; ".join(["interrupted", *notes_of(error)])
+    if is_out_of_memory(error):
+        return EXIT_CODES[OSError], "; ".join(["out of memory", *notes_of(error), _less_memory(command)])
+    crash = f"an error of fastmae's own: {_crash(error)}"
+    return CRASHED, "; ".join([crash, *notes_of(error), "--traceback shows all"])
+
+
+def _less_memory(command: str) -> str:
+    """The options that let a command take less memory."""
+    names = {option.name for option in fields(COMMANDS[command].kind)} if command in COMMANDS else set()
+    size = next((f"a smaller {flag(name)}" for name in ("micro_batch", "batch_size") if name in names), "")
+    ways = " and ".join(filter(None, [size, "fewer --workers" if "workers" in names else ""]))
+    return f"give {ways}, and the same call continues" if ways else "close other programs, and call it again"
+
+
+def _crash(error: BaseException) -> str:
+    """`TypeError: what it says (file.py:123)`: the innermost place in this package, or in the library it came from.
+
+    torch hands on what a loading process met as a text that ends in the process's own traceback.
+    """
+    lines = str(error).strip().splitlines()
+    if lines and lines[0].startswith("Caught ") and "Original Traceback" in str(error):
+        places = re.findall(r'File "(.+)", line (\d+)', str(error))
+        text = lines[-1]
+    else:
+        places = [(frame.filename, str(frame.lineno)) for frame in traceback.extract_tb(error.__traceback__)]
+        text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    own = [place for place in places if Path(place[0]).is_relative_to(Path(__file__).parent)]
+    file, line = (own or places or [("?", "0")])[-1]
+    return f"{text[:LONGEST_CRASH].strip().removesuffix(':')} ({Path(file).name}:{line})"
 
 
 def _os_message(error: OSError) -> str:

@@ -3,12 +3,37 @@
 A message is one line: it names the file or the option, the cause, and the way out.
 """
 
+from collections.abc import Iterator
 from typing import Any
+
+OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory")
+"""What torch says when the machine's memory is full, in an error of no type of its own."""
 
 
 def first_line(error: BaseException) -> str:
     """A library's message, cut to what fits into one of ours."""
     return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Say one thing more in the line of an error that is on its way out, such as what was saved."""
+    notes: Any = getattr(error, "__notes__", [])  # as Python's own `add_note`, which came with 3.11
+    error.__notes__ = [*notes, note]  # type: ignore[attr-defined]
+
+
+def notes_of(error: BaseException) -> Iterator[str]:
+    """The notes of an error and of those that it was made from."""
+    link: BaseException | None = error
+    while link is not None:
+        yield from getattr(link, "__notes__", ())
+        link = link.__cause__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine, or of the device, was full."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 class InputError(ValueError):

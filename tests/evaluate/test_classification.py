@@ -1,19 +1,22 @@
 """The figures of a classifier against torch's own, and its confusion matrix."""
 
+import io
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from fastmae.evaluate.classification import measure_classifier, most_confused
+from fastmae.evaluate.classification import draw_confusion, measure_classifier, most_confused
 
 
 def test_accuracies_and_loss_are_those_of_all_images_whatever_the_batches(fabric):
     generator = torch.Generator().manual_seed(0)
     scores, labels = torch.randn(30, 8, generator=generator), torch.randint(0, 8, (30,), generator=generator)
     batches = zip(scores.split(7), labels.split(7), strict=True)
-    figures = measure_classifier(nn.Identity(), batches, list("abcdefgh"), fabric, None)
+    figures = measure_classifier(nn.Identity(), batches, list("abcdefgh"), fabric, Path("unused")).figures
     hits = scores.topk(5, dim=1).indices == labels[:, None]
     assert figures["top1"] == pytest.approx(100 * hits[:, 0].float().mean().item(), abs=1e-3)
     assert figures["top5"] == pytest.approx(100 * hits.any(1).float().mean().item(), abs=1e-3)
@@ -22,10 +25,18 @@ def test_accuracies_and_loss_are_those_of_all_images_whatever_the_batches(fabric
 
 
 def test_the_confusion_matrix_is_drawn(fabric, tmp_path):
-    scores = torch.eye(3)
-    measure_classifier(nn.Identity(), [(scores, torch.tensor([0, 1, 0]))], list("abc"), fabric, tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as picture:
+    scores, file = torch.eye(3), tmp_path / "a.png"
+    evaluated = measure_classifier(nn.Identity(), [(scores, torch.tensor([0, 1, 0]))], list("abc"), fabric, file)
+    assert [picture.file for picture in evaluated.pictures] == [file]
+    with Image.open(io.BytesIO(evaluated.pictures[0].png())) as picture:
         assert min(picture.size) > 300
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_name_of_a_folder_can_be_drawn_as_a_class():
+    counts = torch.tensor([[0, 3], [2, 0]])
+    for name in (r"$x_{\frac$", "a$b$c", "猫 🐈", "_hidden", "half \udcff", "line\nbreak", 255 * "w"):
+        assert draw_confusion(counts, [name, "b"]).startswith(b"\x89PNG")
 
 
 def test_the_most_frequent_confusions_come_first():

@@ -1,6 +1,9 @@
+import os
+
 import pytest
 from PIL import Image
 
+from fastmae.errors import InputError
 from fastmae.evaluate import file_checks
 from fastmae.evaluate.file_checks import map_in_threads, upright_size
 from fastmae.runtime.progress import Progress
@@ -11,7 +14,15 @@ def test_the_size_of_an_image_is_that_after_exif_has_turned_it(orientation, size
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (30, 20)).save(tmp_path / "photo.jpg", exif=exif)
-    assert upright_size(tmp_path / "photo.jpg") == (size, swapped)
+    assert upright_size(tmp_path / "photo.jpg", "remove it") == (size, swapped)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("pipe.jpg", "is a named pipe, not a file"), ("x.jpg", "not an image")])
+def test_what_is_no_image_is_refused_with_the_way_out(name, reason, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "x.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=rf"{name}: {reason}.*; remove it"):
+        upright_size(tmp_path / name, "remove it")
 
 
 def test_results_come_in_the_order_of_the_items_across_chunks(monkeypatch):

@@ -1,4 +1,5 @@
 import io
+import subprocess
 
 import numpy as np
 import pytest
@@ -115,6 +116,29 @@ def test_a_file_that_is_not_an_image_is_refused_with_a_reason(content, tmp_path)
     path.write_bytes(content)
     with pytest.raises(UndecodableError, match=r"not an image|damaged"):
         decode(path)
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 10 10
+%%EndComments
+showpage
+%%EOF
+"""
+
+
+def test_a_format_that_starts_a_program_is_not_opened(tmp_path, monkeypatch):
+    (tmp_path / "photo.jpg").write_bytes(EPS)
+    assert Image.open(tmp_path / "photo.jpg").format == "EPS"
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **options: pytest.fail("a program was started"))
+    for channels in (1, 3, 4):
+        with pytest.raises(UndecodableError, match="not an image in a format that is read"):
+            bands_of(tmp_path / "photo.jpg", channels)
+
+
+@pytest.mark.parametrize("name", decode_module.FORMATS)
+def test_pillow_has_every_format_that_is_read(name):
+    Image.init()
+    assert name in Image.OPEN
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_decoding(tmp_path, monkeypatch):

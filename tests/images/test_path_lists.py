@@ -1,3 +1,4 @@
+import os
 import pickle
 
 import pyarrow as pa
@@ -124,13 +125,67 @@ def test_a_list_that_cannot_be_read_is_refused_in_one_line_that_names_it(name, c
         ({"path": ["a.jpg", None]}, "row 1 has no path in column 'path'"),
         ({"path": ["a.jpg", " "]}, "row 1 has no path in column 'path'"),
         ({"path": [1, 2]}, "column 'path' holds int64, not paths"),
-        ({"image": [{"bytes": b"x", "path": "a.jpg"}]}, "column 'image' holds struct<.*save_to_disk"),
+        ({"image": [{"bytes": b"x", "path": "a.jpg"}]}, "column 'image' holds the images themselves.*save_to_disk"),
+        ({"jpg": [b"\xff\xd8\xff\xe0\0"], "cls": [7]}, "column 'jpg' holds the images themselves.*save_to_disk"),
+        ({"jpg": [{"bytes": b"x", "path": "a"}]}, "column 'jpg' holds the images themselves.*save_to_disk"),
+        ({"image": [b"\xff\xd8\xff\xe0\0"]}, "column 'image' holds the images themselves.*save_to_disk"),
+        ({"path": ["a.jpg", "b" * (1 << 20)]}, "a cell of 1.049 MB is too long for a path"),
     ],
 )
 def test_a_parquet_without_one_clear_column_of_paths_is_refused_with_a_reason(table, reason, tmp_path):
     pq.write_table(pa.table(table), tmp_path / "list.parquet")
     with pytest.raises(InputError, match=reason):
         keys(tmp_path / "list.parquet")
+
+
+def test_a_parquet_that_unfolds_to_more_than_paths_take_is_refused_from_its_metadata(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"path": ["x" * 300_000_000]}), tmp_path / "list.parquet", compression="zstd")
+    assert (tmp_path / "list.parquet").stat().st_size < 200_000
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *args, **options: pytest.fail("it was unfolded"))
+    with pytest.raises(
+        InputError, match=r"column 'path' unfolds to 300 MB in one row group of 1 rows; give a table of"
+    ):
+        keys(tmp_path / "list.parquet")
+    monkeypatch.setattr(path_lists, "LARGEST_CHUNK", 10_000)
+    pq.write_table(pa.table({"path": [f"{n:09d}.jpg" for n in range(5000)]}), tmp_path / "list.parquet")
+    with pytest.raises(InputError, match=r"unfolds to 0\.\d+ MB in one row group of 5000 rows"):
+        keys(tmp_path / "list.parquet")
+
+
+def test_a_long_cell_that_a_parquet_repeats_is_unfolded_a_few_times_at_once(tmp_path, monkeypatch):
+    cells = pa.DictionaryArray.from_arrays(pa.array([0, None, 1] * 1000, pa.int32()), pa.array(["x" * 1000, "y"]))
+    monkeypatch.setattr(path_lists, "UNFOLDED_BYTES", 5000)
+    lengths = [0 if cell is None else len(cell) for cell in path_lists._cells(tmp_path, cells)]
+    assert lengths == [1000, 0, 1] * 1000
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv", ".parquet"])
+def test_a_list_that_is_no_file_is_refused(suffix, tmp_path):
+    os.mkfifo(tmp_path / f"list{suffix}")
+    with pytest.raises(InputError, match=rf"list{suffix}: is a named pipe, not a file"):
+        keys(tmp_path / f"list{suffix}")
+
+
+def test_columns_may_be_separated_by_semicolons(tmp_path):
+    assert keys(write(tmp_path / "list.csv", "\nlabel;Path\ncat;a.jpg\ndog;b, c.jpg\n")) == ["a.jpg", "b, c.jpg"]
+    assert keys(write(tmp_path / "list.csv", '"path";"label"\n"a;1.jpg";"cat"\n')) == ["a;1.jpg"]
+    assert keys(write(tmp_path / "list.csv", "a.jpg;cat\nb.jpg;dog\n")) == ["a.jpg", "b.jpg"]
+    assert keys(write(tmp_path / "list.csv", "path,label\na;1.jpg,cat\n")) == ["a;1.jpg"]
+
+
+def test_a_path_with_dots_that_lead_nowhere_is_the_same_path_without_them(tmp_path):
+    text = "./001.png\n001.png\na/.//./b.png\n/a//c.png\n../a/../d.png\n./#1.jpg\n.hidden.png\n"
+    source = open_source(write(tmp_path / "list.txt", text))
+    assert [key_of(entry) for entry in source.entries()] == [
+        *("001.png", "001.png", "a/b.png", "/a/c.png", "../a/../d.png", "#1.jpg", ".hidden.png"),
+    ]
+    info = write_list(source.entries(), tmp_path / "images.list")
+    assert (info.images, info.repeated) == (6, 1)
+
+
+def test_comments_in_a_text_list_are_counted(tmp_path, caplog):
+    assert keys(write(tmp_path / "list.txt", "#1.jpg\n./#2.jpg\n# mine\n")) == ["#2.jpg"]
+    assert "list.txt: lines that begin with #, which are left out as comments: 2; write ./#... " in caplog.text
 
 
 def test_a_damaged_parquet_is_an_input_error_but_a_missing_one_is_an_os_error(tmp_path):

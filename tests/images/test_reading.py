@@ -1,11 +1,14 @@
 import errno
 import io
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
+from fastmae.errors import InputError
 from fastmae.images.decode import UndecodableError
-from fastmae.images.reading import Skipped, read_or_skip
+from fastmae.images.reading import Skipped, read_or_refuse, read_or_skip
 from fastmae.images.sources import open_source
 
 
@@ -57,6 +60,36 @@ def test_a_dangling_link_is_skipped_but_a_file_that_vanished_from_its_folder_is_
 def test_an_image_that_the_system_refuses_to_open_is_skipped_with_the_systems_reason(number):
     skipped = read_or_skip(FailingSource(OSError(number, "the reason")), b"x", read)
     assert skipped == Skipped("can't be read: the reason")
+
+
+def test_what_is_no_file_among_the_images_is_skipped_and_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(tmp_path / "socket.jpg"))  # its path may not be long
+    (tmp_path / "list.txt").write_text("pipe.jpg\nloop.jpg\ndevice.jpg\nsocket.jpg\n")
+    for source in (open_source(tmp_path), open_source(tmp_path / "list.txt")):
+        assert {entry: read_or_skip(source, entry, read) for entry in source.entries()} == {
+            b"pipe.jpg": Skipped("is a named pipe, not a file"),
+            b"loop.jpg": Skipped("can't be read: Too many levels of symbolic links"),
+            b"device.jpg": Skipped("is a device, not a file"),
+            b"socket.jpg": Skipped("is a socket, not a file"),
+        }
+
+
+def test_memory_that_is_exhausted_is_not_blamed_on_the_image(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(b"one")
+
+    def fail(file: io.BufferedReader):
+        raise MemoryError
+
+    for refuse in (
+        lambda: read_or_skip(open_source(tmp_path), b"1.jpg", fail),
+        lambda: read_or_refuse(tmp_path / "1.jpg", fail, "remove it"),
+    ):
+        with pytest.raises(InputError, match=r"1\.jpg: not enough memory to decode it; use fewer --workers"):
+            refuse()
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE])

@@ -8,7 +8,7 @@ import pytest
 from fastmae.errors import InputError
 from fastmae.images import tar_shards
 from fastmae.images.entries import key_of
-from fastmae.images.image_list import write_list
+from fastmae.images.image_list import ImageList, write_list
 from fastmae.images.sources import open_source
 
 
@@ -76,7 +76,7 @@ def test_hostile_names_are_only_keys_and_never_paths_on_the_disk(tmp_path):
     hostile = {
         "../../out.jpg": b"1",
         "/etc/passwd.jpg": b"2",
-        "./a.jpg": b"3",
+        "a.jpg": b"3",
         "..\\b.jpg": b"4",
         "x" * 300 + ".jpg": b"5",
         "n\ne\tw.jpg": b"6",
@@ -94,7 +94,7 @@ def test_names_that_are_not_utf8_keep_their_bytes(tmp_path):
         assert [entry.partition(b"\x01")[0] for entry in entries] == [b"x.tar/caf\xe9.jpg", "x.tar/名.jpg".encode()]
 
 
-def test_only_regular_members_are_listed(tmp_path):
+def test_only_regular_members_are_listed_and_links_are_counted(tmp_path, caplog):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("real.jpg"), io.BytesIO())
         for name, kind in {
@@ -107,6 +107,32 @@ def test_only_regular_members_are_listed(tmp_path):
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
     assert list(contents(open_source(tmp_path))) == ["x.tar/real.jpg"]
+    (line,) = caplog.messages
+    assert (
+        f"{tmp_path}: hard and symbolic links among the images, which are left out: 2 ('x.tar/link.jpg' first)" in line
+    )
+
+
+@pytest.mark.parametrize("others", [0, 1, 5, 6, 9, 100])
+def test_of_members_with_the_same_name_the_last_one_counts(others, tmp_path):
+    members = [("000.png", b"first"), *((f"x{n}.png", b"") for n in range(others)), ("./000.png", b"last")]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    source = open_source(tmp_path)
+    info = write_list(source.entries(), tmp_path / "list")
+    assert (info.images, info.repeated) == (others + 1, 1)
+    entry = next(iter(ImageList(tmp_path / "list")))
+    with source.open(entry) as file:
+        assert (key_of(entry), file.read()) == ("x.tar/000.png", b"last")
+
+
+def test_a_tar_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(InputError, match=r"x\.tar: is a named pipe, not a file"):
+        list(open_source(tmp_path / "x.tar").entries())
 
 
 @pytest.mark.parametrize("keep", [0, 100, 512, 700, 1024, 1500, 2048, 2560])

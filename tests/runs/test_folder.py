@@ -7,7 +7,7 @@ from fastmae.errors import InputError
 from fastmae.runs.folder import RunFolder, read_evaluations, read_inputs, read_metrics, read_run
 
 LOGGED = {"epoch": 0.5, "lr": 0.1, "seconds": 2.0, "images_per_second": 9.5}
-DESCRIPTION = {"options": {"epochs": 3, "betas": (0.9, 0.95)}, "store": {"images": 10}}
+DESCRIPTION = {"options": {"epochs": 3, "betas": (0.9, 0.95)}, "photos": {"train": 10}}
 
 
 def test_a_run_can_only_be_opened_again_with_the_same_description(tmp_path):
@@ -15,7 +15,7 @@ def test_a_run_can_only_be_opened_again_with_the_same_description(tmp_path):
     RunFolder(tmp_path / "run", DESCRIPTION, resume=True)
     with pytest.raises(InputError, match="--epochs 3, not 4"):
         RunFolder(tmp_path / "run", {**DESCRIPTION, "options": {"epochs": 4, "betas": (0.9, 0.95)}}, resume=True)
-    assert read_run(tmp_path / "run")["store"] == {"images": 10}
+    assert read_run(tmp_path / "run")["photos"] == {"train": 10}
 
 
 def test_no_resume_sets_the_old_run_aside_and_deletes_nothing(tmp_path):

@@ -14,7 +14,8 @@ for module in pkgutil.walk_packages(fastmae.__path__, "fastmae.", onerror=lambda
             importlib.import_module(module.name)
 
 from fastmae.runtime.device import cores
-from fastmae.runtime.workers import STOP_SIGNALS, heed_only_the_parent
+from fastmae.runtime.ending import STOP_SIGNALS
+from fastmae.runtime.workers import heed_only_the_parent
 assert STOP_SIGNALS == (signal.SIGINT, signal.SIGTERM)
 assert cores() >= 1
 heed_only_the_parent(0)

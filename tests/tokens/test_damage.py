@@ -1,6 +1,7 @@
 """A damaged store: whatever was done to it, the reader refuses it or gives what was written."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -148,6 +149,16 @@ def edit(path, **changes):
     path.write_text(json.dumps({**value, **changes}))
 
 
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link(path, target):
+    path.unlink()
+    path.symlink_to(target)
+
+
 def edit_part(path, **changes):
     value = json.loads(path.read_text())
     edit(path, parts=[{**value["parts"][0], **changes}])
@@ -158,19 +169,37 @@ def edit_part(path, **changes):
     [
         (lambda s: edit(s / "store.json", version=99), "format version 99"),
         (lambda s: edit(s / "store.json", format="other"), "not a token store"),
-        (lambda s: edit(s / "store.json", middle_size="96"), "'middle_size' is missing or not of type int"),
-        (lambda s: edit(s / "store.json", patch_size=0), "store.json: impossible sizes"),
+        (lambda s: edit(s / "store.json", middle_size="96"), r"Expected `int`, got `str` - at `\$.middle_size`"),
+        (lambda s: edit(s / "store.json", patch_size=0), r"Expected `int` >= 1 - at `\$.patch_size`"),
+        (lambda s: edit(s / "store.json", middle_size=90), "store.json: impossible sizes"),
+        (lambda s: edit(s / "store.json", middle_size=1 << 40), "Expected `int` <= 16384"),
+        (lambda s: edit(s / "store.json", token_dim=1 << 40), "Expected `int` <= 65536"),
+        (lambda s: edit(s / "store.json", codec="pq1000"), "more bytes than a token has channels"),
+        (lambda s: edit(s / "store.json", pixels="raw"), "raw pixels of 3 channels in JPEG quality 90"),
+        (
+            lambda s: edit(s / "store.json", teacher={"spec": "x"}),
+            "store.json: teacher: .*missing required field `kind`",
+        ),
         (
             lambda s: edit(s / "store.json", token_dim=96),
-            "store.json: was changed after the store was finished .token_dim: 96, not 192",
+            "store.json: does not go with manifest.json .token_dim: 96, not 192",
         ),
         (lambda s: edit_part(s / "store.json", source="../../etc"), "source '../../etc' is not a whole path"),
         (lambda s: edit_part(s / "store.json", source="/data/../etc"), "is not a whole path"),
         (lambda s: edit_part(s / "store.json", source="/data"), "where the images lay"),
-        (lambda s: edit_part(s / "store.json", images=31), "store.json: was changed"),
-        (lambda s: edit(s / "store.json", parts=[]), "store.json: impossible sizes"),
-        (lambda s: edit(s / "store.json", parts=[3]), "'images' is missing"),
-        (lambda s: (s / "store.json").write_text("{"), "can't be read"),
+        (lambda s: edit_part(s / "store.json", images=31), "store.json: does not go with manifest.json"),
+        (lambda s: edit_part(s / "store.json", images=1 << 40), "Expected `int` <= 2147483647"),
+        (lambda s: edit(s / "store.json", parts=[]), r"Expected `array` of length >= 1 - at `\$.parts`"),
+        (lambda s: edit(s / "store.json", parts=[3]), r"Expected `object`, got `int` - at `\$.parts\[0\]`"),
+        (lambda s: (s / "store.json").write_text("{"), "store.json: not JSON"),
+        (lambda s: (s / "store.json").write_text("[" * 100_000), "store.json: nested too deeply"),
+        (lambda s: fifo(s / "store.json"), "store.json: is a named pipe"),
+        (lambda s: fifo(s / "manifest.json"), "manifest.json: is a named pipe"),
+        (lambda s: fifo(s / "index.parquet"), "index.parquet: is a named pipe"),
+        (lambda s: fifo(s / "statistics.safetensors"), "statistics.safetensors: is a named pipe"),
+        (lambda s: fifo(shard_path(s, 0)), "00000.safetensors: is a named pipe"),
+        (lambda s: link(s / "manifest.json", "/dev/zero"), "manifest.json: is a device"),
+        (lambda s: link(shard_path(s, 0), "/dev/zero"), "00000.safetensors: is a device"),
         (lambda s: (s / "store.json").unlink(), "no store.json"),
         (lambda s: (s / "manifest.json").unlink(), "not finished"),
         (lambda s: (s / "manifest.json").write_text("{}"), "manifest.json: damaged"),

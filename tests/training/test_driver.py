@@ -13,6 +13,7 @@ from fastmae.runs.checkpoint import load_checkpoint
 from fastmae.runs.folder import read_metrics
 from fastmae.runtime.ownership import owned
 from fastmae.training.driver import train
+from fastmae.training.task import Evaluated
 
 
 def stopping_after(steps, task):
@@ -157,7 +158,7 @@ def test_the_result_has_the_last_and_the_best_evaluation(sums_task, options, set
 
     def evaluate(network, _):
         weights.append(network.weight.clone())
-        return {"top1": next(accuracies)}
+        return Evaluated({"top1": next(accuracies)})
 
     task = sums_task(evaluate=evaluate, metric="top1")
     result = train(options(), task, replace(settings, eval_every=1.5))

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastmae.runtime.workers import STOP_SIGNALS
+from fastmae.runtime.ending import STOP_SIGNALS
 from fastmae.training import stopping
 from fastmae.training.stopping import StopRequest, Vote
 

@@ -12,7 +12,7 @@ those of the clock on an idle machine. On a busy machine they are still the same
 import tempfile
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,7 +34,7 @@ from fastmae.teachers import Teacher, load_teacher
 from fastmae.tokens import TokenStore
 
 MAE = "MAE: decode, RandomResizedCrop, flip, normalise"
-PIXELS = ("jpeg", "raw")
+PIXELS: tuple[Literal["jpeg", "raw"], ...] = ("jpeg", "raw")
 PARTS = ("decode", "pixels", "tokens", "draws")
 """Parts of the loading that are timed by themselves."""
 SHARES = ("decode", "copy", "tokens", "draws", "rest")

@@ -14,6 +14,7 @@ from torchvision import transforms
 from fastmae.bench.delivery import Delivery
 from fastmae.bench.timing import Turn, seconds_of
 from fastmae.images import jpeg
+from fastmae.images.decode import open_image
 from fastmae.images.sources import Source
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, Draw, ViewDraws, normalise
 from fastmae.tokens import TokenStore
@@ -50,7 +51,7 @@ class MaeImages:
 
     def decode(self, index: int) -> Image.Image:
         """Decode one whole image."""
-        with self.source.open(self.entries[index]) as file, Image.open(file) as image:
+        with self.source.open(self.entries[index]) as file, open_image(file) as image:
             return image.convert("RGB")
 
     def decode_batch(self, indices: Sequence[int]) -> None:
@@ -163,7 +164,7 @@ class StoreTurns:
         if info.pixels == "raw":
             return 0.0
         shards = [
-            MappedShard(shard_path(self.store.folder, shard), *entry)
+            MappedShard(shard_path(self.store.folder, shard), info, shard, entry)
             for shard, entry in enumerate(self.store.manifest.shards)
         ]
         jpegs = [shard.jpeg(row) for shard in shards for row in range(len(shard.record_checksums))]

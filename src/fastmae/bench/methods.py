@@ -20,8 +20,9 @@ from fastmae.bench.gemm import BlockProducts
 from fastmae.bench.published_mae import PublishedMae
 from fastmae.config import BenchStepConfig, PretrainConfig
 from fastmae.config.recipes import load_recipe
-from fastmae.errors import InputError, first_line
+from fastmae.errors import InputError
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, PixelScale
+from fastmae.outside.networks import create_network
 from fastmae.pretraining.plan import resolve_loss
 from fastmae.pretraining.step import PretrainStep
 from fastmae.runtime.fabric import Fabric
@@ -282,10 +283,7 @@ class Steps:
             return NormPix(self.config.patch_size)
         if method.target == "tokens":
             return StoredTokens([load_codec(CODEC, method.channels, {})], [patch_norm])
-        try:
-            network = timm.create_model(method.teacher, pretrained=False, num_classes=0)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"--teachers {method.teacher}: timm can't build it ({first_line(error)})") from error
+        network = create_network(method.teacher, {"num_classes": 0}, f"--teachers {method.teacher}")
         size = self._teacher_input_size
         teacher = Teacher(f"timm/{method.teacher}", network, size, size // self.config.patch_size)
         if self.config.precision == "tf32":  # 16-bit precisions reach the teacher through autocast
@@ -365,5 +363,5 @@ def _loss_terms(student: Student) -> str:
 
 def _width(teacher: str) -> int:
     with torch.device("meta"):
-        network: Any = timm.create_model(teacher, pretrained=False, num_classes=0)
+        network: Any = create_network(teacher, {"num_classes": 0})
     return int(network.num_features)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -46,7 +46,13 @@ class CachedTeacher:
 
 
 def store_info(
-    teacher: Teacher, parts: Sequence[Part], middle_size: int, patch_size: int, codec: str, pixels: str, quality: int
+    teacher: Teacher,
+    parts: Sequence[Part],
+    middle_size: int,
+    patch_size: int,
+    codec: str,
+    pixels: Literal["jpeg", "raw"],
+    quality: int,
 ) -> StoreInfo:
     """Describe a store of RGB images. What the arguments do not say is `tokenize`'s default.
 

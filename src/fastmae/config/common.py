@@ -30,3 +30,5 @@ class Common(Options):
     """YAML file of options. Flags override it."""
     print_config: bool = False
     """Print the resolved options as YAML and exit."""
+    traceback: bool = False
+    """If the command fails, show the Python traceback too. For developers."""

@@ -1,6 +1,6 @@
 """Measuring a classifier: top-1 and top-5 accuracy, and which classes it confuses."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from fastmae.runtime.durable import write_whole
+from fastmae.evaluate.drawing import label, png_bytes, text_as_it_is
 from fastmae.runtime.fabric import Fabric
-from fastmae.runtime.launch import on_first_process, take_first_buffers
+from fastmae.runtime.launch import take_first_buffers
+from fastmae.training.task import Evaluated, Picture
 
 MAX_NAMED_CLASSES = 40
 """With more classes, the picture of the confusion matrix has no names."""
@@ -24,8 +25,8 @@ def measure_classifier(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     classes: list[str],
     fabric: Fabric,
-    picture: Path | None,
-) -> dict[str, float]:
+    picture: Path,
+) -> Evaluated:
     """`top1` and `top5` accuracy in percent and `val_loss`, over the batches of all processes.
 
     Args:
@@ -33,7 +34,7 @@ def measure_classifier(
         batches: this process's images and labels.
         classes: names of the classes.
         fabric: of the run.
-        picture: file for a picture of the confusion matrix; None: no picture.
+        picture: file for a picture of the confusion matrix.
     """
     take_first_buffers(network, fabric)
     class_count = len(classes)
@@ -49,23 +50,23 @@ def measure_classifier(
         loss_and_images[1] += len(labels)
     loss, image_count = cast(torch.Tensor, fabric.all_reduce(loss_and_images, reduce_op="sum")).tolist()
     counts = confusion.compute().cpu()
-    if picture is not None:
-        on_first_process(fabric, lambda: draw_confusion(counts, classes, picture))
-    return {
+    figures = {
         "top1": round(100 * top1.compute().item(), 3),
         "top5": round(100 * top5.compute().item(), 3),
         "val_loss": round(loss / image_count, 5),
     }
+    return Evaluated(figures, [Picture(picture, lambda: draw_confusion(counts, classes))])
 
 
-def draw_confusion(counts: torch.Tensor, classes: list[str], path: Path) -> None:
-    """Draw a confusion matrix, with the most frequent confusions in words, as a PNG file.
+@text_as_it_is()
+def draw_confusion(counts: torch.Tensor, classes: Sequence[str]) -> bytes:
+    """A confusion matrix, with the most frequent confusions in words: the bytes of a PNG file.
 
     Args:
         counts: int64 [C, C]: rows are true classes, columns predicted ones.
         classes: names of the C classes.
-        path: the file.
     """
+    classes = [label(name) for name in classes]
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     side = min(11.0, 4.0 + 0.22 * len(classes))
     figure = Figure(figsize=(side + 1.0, side + 0.8), layout="constrained")
@@ -83,10 +84,10 @@ def draw_confusion(counts: torch.Tensor, classes: list[str], path: Path) -> None
     confusions = most_confused(counts, classes)
     if confusions:
         figure.supxlabel("most frequent confusions:\n" + "\n".join(confusions), fontsize=8)
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    return png_bytes(figure, dpi=120)
 
 
-def most_confused(counts: torch.Tensor, classes: list[str], most: int = 5) -> list[str]:
+def most_confused(counts: torch.Tensor, classes: Sequence[str], most: int = 5) -> list[str]:
     """The most frequent confusions, as 'shirt for t-shirt (7)': predicted, true, and how often."""
     wrong = counts.clone()
     wrong.fill_diagonal_(0)

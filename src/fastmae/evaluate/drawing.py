@@ -1,7 +1,9 @@
-"""Drawing shared by `segment` and `detect`: choosing images, the hues of classes, PNG bytes."""
+"""Drawing that several commands share: strangers' names as text, choosing images, the hues of classes, PNG bytes."""
 
+import contextlib
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -11,6 +13,28 @@ mpl.use("agg")
 
 GOLDEN_RATIO = 0.618034
 """Step between the hues of consecutive classes, as part of the colour circle. No two of any number are alike."""
+
+LONGEST_LABEL = 40
+"""Characters of a name in a picture."""
+
+
+@contextlib.contextmanager
+def text_as_it_is() -> Iterator[None]:
+    """For a function that draws names: to Matplotlib, `$` would begin a formula. What the font lacks becomes a box."""
+    with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def label(name: str) -> str:
+    """A name as it can be drawn: on one line, not too long.
+
+    Halves of characters, which names of undecodable bytes hold, can't be drawn. A legend leaves out what begins with an
+    underscore.
+    """
+    text = " ".join(name.encode(errors="replace").decode().split())
+    text = text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…"
+    return f" {text}" if text.startswith("_") else text
 
 
 def class_hue(number: int, start: float = 0.0) -> float:

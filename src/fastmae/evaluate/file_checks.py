@@ -5,31 +5,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image
-
+from fastmae.images import decode
+from fastmae.images.reading import read_or_refuse
 from fastmae.runtime.progress import Progress
 
 CHUNK = 4096
 """Files handed to the threads at once, so that waiting tasks take little memory."""
-ORIENTATION_TAG = 0x0112
-SIDEWAYS = {5, 6, 7, 8}
-"""EXIF orientations that swap width and height."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def upright_size(path: Path) -> tuple[tuple[int, int], bool]:
-    """Size of an image as it is shown, from its header alone.
-
-    Returns:
-        (width, height) in pixels, and whether the EXIF orientation swaps them.
+def upright_size(path: Path, way_out: str) -> tuple[tuple[int, int], bool]:
+    """Size of an image as it is shown, from its header alone: as `decode.upright_size`.
 
     Raises:
-        Exception: codecs raise nearly any type on damaged headers.
+        InputError: it can't be read; `way_out` ends the message.
+        OSError: the file can't be opened.
     """
-    with Image.open(path) as image:
-        swapped = image.getexif().get(ORIENTATION_TAG) in SIDEWAYS
-        return (image.height, image.width) if swapped else image.size, swapped
+    return read_or_refuse(path, decode.upright_size, way_out)
 
 
 def map_in_threads(

@@ -14,6 +14,8 @@ KEY_END = b"\x01"
 """Separates key and location."""
 ENTRY_END = b"\0"
 """Follows each entry in a list file."""
+LONGEST_ENTRY = 1 << 13
+"""Most bytes of an entry; Linux opens no path of more than 4095."""
 
 
 def entry_of(source: Path, key: str | bytes, location: str = "") -> bytes:
@@ -25,14 +27,28 @@ def entry_of(source: Path, key: str | bytes, location: str = "") -> bytes:
         location: what the source needs besides the key to find the image; must not contain the bytes 0 and 1.
 
     Raises:
-        InputError: the key contains the byte 0 or 1.
+        InputError: the key contains the byte 0 or 1, or is too long.
     """
     encoded_key = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key
     if KEY_END in encoded_key or ENTRY_END in encoded_key:
         raise InputError(
             f"{source}: the name {key[:80]!r} holds a byte 0 or 1; rename the image (or save the list as UTF-8 text)"
         )
-    return encoded_key + KEY_END + location.encode("ascii") if location else encoded_key
+    entry = encoded_key + KEY_END + location.encode("ascii") if location else encoded_key
+    if len(entry) > LONGEST_ENTRY:
+        raise InputError(
+            f"{source}: the name {key[:80]!r}... has {len(encoded_key)} bytes; names of images have {LONGEST_ENTRY} "
+            "at most"
+        )
+    return entry
+
+
+def plain_name(name: str) -> str:
+    """A path without what leads nowhere else: `./a//b/./1.jpg` -> `a/b/1.jpg`. `..` stays, as links may change it."""
+    if not name.startswith("./") and "/./" not in name and "//" not in name:
+        return name
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return "/" * name.startswith("/") + "/".join(parts) if parts else name
 
 
 def key_bytes(entry: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """A folder of image files, nested or flat, as a source: which files count as images. No file's content is read here."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import BinaryIO, ClassVar
 
 from fastmae.errors import InputError
 from fastmae.images.entries import entry_of, key_of
+from fastmae.outside.regular_file import open_regular
 
 # A fixed list: asking Pillow or the system would make the image list depend on what is installed.
 IMAGE_SUFFIXES = frozenset([
@@ -15,6 +17,9 @@ IMAGE_SUFFIXES = frozenset([
     ".jpe", ".jpeg", ".jpg", ".npy", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
     ".psd", ".sgi", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm",
 ])  # fmt: skip
+
+LEADS_NOWHERE_ERRNOS = {errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG}
+"""What the system answers when a path can't lead to anything."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class FolderSource:
 
         Raises:
             InputError: the key leads outside the folder.
+            NotRegularError: a pipe, a socket or a device.
             OSError: the file can't be opened.
         """
         key = key_of(entry)
@@ -49,7 +55,7 @@ class FolderSource:
                 f"{self.path}: the list names {key[:80]!r}, outside this folder; "
                 "it was changed by hand, list the images again"
             )
-        return (self.path / key).open("rb")
+        return open_regular(self.path / key)
 
 
 def files_below(folder: Path, matches: Callable[[str], bool]) -> Iterator[str]:
@@ -64,11 +70,24 @@ def _files_below(folder: Path, matches: Callable[[str], bool], prefix: str, pare
         return
     with os.scandir(folder) as children:
         for child in children:
-            if child.is_dir():
+            if leads_to(child, os.DirEntry.is_dir):
                 if not child.name.startswith("."):
                     yield from _files_below(Path(child.path), matches, f"{prefix}{child.name}/", parents | {resolved})
             elif matches(child.name):
                 yield prefix + child.name
+
+
+def leads_to(child: os.DirEntry[str], is_kind: Callable[[os.DirEntry[str]], bool]) -> bool:
+    """Whether a folder's child is a folder (`os.DirEntry.is_dir`) or a file (`is_file`).
+
+    A link that leads nowhere, to itself for one, is neither; the methods raise an error for most of these.
+    """
+    try:
+        return is_kind(child)
+    except OSError as error:
+        if child.is_symlink() and error.errno in LEADS_NOWHERE_ERRNOS:
+            return False
+        raise
 
 
 def is_named_as_image(name: str) -> bool:

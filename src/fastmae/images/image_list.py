@@ -15,7 +15,7 @@ import operator
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastmae.errors import InputError
-from fastmae.images.entries import ENTRY_END, key_bytes
+from fastmae.images.entries import ENTRY_END, LONGEST_ENTRY, key_bytes
+from fastmae.outside.regular_file import open_regular
 from fastmae.runtime.durable import write_whole
 
 RUN_BYTES = 40 << 20
@@ -46,24 +47,27 @@ class ListInfo:
         images: number of images.
         sha256: digest of the keys in the list's order, each followed by a zero byte. Lists with the same digest hold
             the same images at the same positions.
+        repeated: number of entries that were left out because another one has the same key.
     """
 
     images: int
     sha256: str
+    repeated: int = field(default=0, compare=False)
 
 
 def write_list(entries: Iterable[bytes], file: Path) -> ListInfo:
     """Sort entries and write them as a list, whole or not at all.
 
     Args:
-        entries: in any order; of entries with the same key, the first in byte order is kept.
+        entries: in any order; of entries with the same key, the last in byte order is kept.
         file: path of the list. Without any entry, the file is neither created nor changed.
 
     Raises:
         OSError: the disk is full, or fails.
         InputError: raised by `entries`.
     """
-    sorted_entries = _drop_repeated_keys(_sorted(entries, file.parent))
+    distinct = _Distinct(_sorted(entries, file.parent))
+    sorted_entries = iter(distinct)
     digest, images = hashlib.sha256(), 0
     first = next(sorted_entries, None)
     if first is None:
@@ -78,14 +82,14 @@ def write_list(entries: Iterable[bytes], file: Path) -> ListInfo:
                 images += 1
 
     write_whole(file, write)
-    return ListInfo(images, digest.hexdigest())
+    return ListInfo(images, digest.hexdigest(), distinct.repeated)
 
 
 def new_entries(entries: Iterable[bytes], known: Iterable["ImageList"], folder: Path) -> Iterator[bytes]:
-    """The entries whose key is in none of the known lists, sorted by key.
+    """The entries whose key is in none of the known lists, sorted, those with the same key too.
 
     Args:
-        entries: in any order; of entries with the same key, the first in byte order is kept.
+        entries: in any order.
         known: lists of images to leave out.
         folder: place for the temporary files of the sort.
 
@@ -95,7 +99,7 @@ def new_entries(entries: Iterable[bytes], known: Iterable["ImageList"], folder: 
     """
     known_keys = map(key_bytes, heapq.merge(*known))
     known_key = next(known_keys, None)
-    for entry in _drop_repeated_keys(_sorted(entries, folder)):
+    for entry in _sorted(entries, folder):
         key = key_bytes(entry)
         while known_key is not None and known_key < key:
             known_key = next(known_keys, None)
@@ -127,7 +131,7 @@ class ImageList:
 
     def __iter__(self) -> Iterator[bytes]:
         previous = b""
-        with self.file.open("rb") as list_file:
+        with open_regular(self.file) as list_file:
             for block in _blocks(list_file):
                 if not all(map(operator.lt, chain([previous], block), block)):
                     raise _damaged(self.file, "its entries are out of order")
@@ -144,7 +148,7 @@ class ImageList:
         first, last = start // STRIDE, -(-stop // STRIDE)
         begin, end = (int(self._offsets[i]) if i < len(self._offsets) else self._bytes for i in (first, last))
         if self._opened is None:
-            self._opened = self.file.open("rb", buffering=0)
+            self._opened = open_regular(self.file, buffering=0)
         # pread instead of seek and read: forked worker processes share the position of an open file.
         entries = os.pread(self._opened.fileno(), end - begin, begin).split(ENTRY_END)[:-1]
         if len(entries) != min(last * STRIDE, len(self)) - first * STRIDE:
@@ -181,13 +185,30 @@ def _sorted(entries: Iterable[bytes], folder: Path) -> Iterator[bytes]:
     return heapq.merge(*map(_read_run, runs), in_memory)
 
 
-def _drop_repeated_keys(sorted_entries: Iterable[bytes]) -> Iterator[bytes]:
-    previous = None
-    for entry in sorted_entries:
-        key = key_bytes(entry)
-        if key != previous:
-            yield entry
-        previous = key
+class _Distinct:
+    """Sorted entries, of those with the same key only the last.
+
+    Args:
+        sorted_entries: the entries.
+
+    Attributes:
+        repeated: number of entries that were left out so far.
+    """
+
+    def __init__(self, sorted_entries: Iterable[bytes]):
+        self.sorted_entries, self.repeated = sorted_entries, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        held, held_key = None, None
+        for entry in self.sorted_entries:
+            key = key_bytes(entry)
+            if key == held_key:
+                self.repeated += 1
+            elif held is not None:
+                yield held
+            held, held_key = entry, key
+        if held is not None:
+            yield held
 
 
 def _write_run(run: Iterable[bytes], folder: Path) -> BinaryIO:
@@ -221,13 +242,16 @@ def _index(file: Path) -> tuple[np.ndarray, int, int]:
         InputError: the list has an empty entry, or no end.
     """
     offsets = [np.zeros(1, np.int64)]
-    length = size = 0
+    length = size = left_over = 0  # left_over: bytes of the entry that a chunk begins in the middle of
     at_entry_start = True
-    with file.open("rb") as list_file:
+    with open_regular(file) as list_file:
         while chunk := list_file.read(CHUNK):
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 0)
             if (at_entry_start and chunk[0] == 0) or (np.diff(ends) == 1).any():
                 raise _damaged(file, "an entry in it is empty")
+            if np.diff(ends, prepend=-1 - left_over, append=len(chunk)).max() > LONGEST_ENTRY + 1:
+                raise _damaged(file, "an entry in it is too long")
+            left_over = len(chunk) - 1 - int(ends[-1]) if len(ends) else left_over + len(chunk)
             # Entry number length + i + 1 starts one byte after ends[i].
             offsets.append(ends[-(length + 1) % STRIDE :: STRIDE] + size + 1)
             length, size, at_entry_start = length + len(ends), size + len(chunk), chunk[-1] == 0

@@ -12,7 +12,7 @@ from typing import BinaryIO, Protocol
 import torch
 
 from fastmae.errors import InputError
-from fastmae.images.folders import FolderSource, files_below, is_named_as_image, may_be_image
+from fastmae.images.folders import FolderSource, files_below, is_named_as_image, leads_to, may_be_image
 from fastmae.images.path_lists import LIST_SUFFIXES, ListSource
 from fastmae.images.saved_dataset import DatasetSource, is_saved_dataset
 from fastmae.images.tar_shards import TarSource, is_compressed_tar, is_tar, refuse_compressed
@@ -96,7 +96,7 @@ def _open_folder(path: Path) -> Source:
 
 def _file_names(folder: Path, matches: Callable[[str], bool]) -> Iterator[str]:
     with os.scandir(folder) as children:
-        yield from (child.name for child in children if matches(child.name) and child.is_file())
+        yield from (child.name for child in children if matches(child.name) and leads_to(child, os.DirEntry.is_file))
 
 
 def list_images(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ The list keeps the offset and size of each image, so opening one needs no search
 """
 
 import io
+import logging
 import os
 import tarfile
 from collections.abc import Iterator
@@ -11,12 +12,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 from fastmae.errors import InputError, first_line
-from fastmae.images.entries import entry_of, key_of, numbers_of
-from fastmae.images.folders import is_named_as_image
+from fastmae.images.entries import entry_of, key_of, numbers_of, plain_name
+from fastmae.images.folders import is_named_as_image, leads_to
+from fastmae.outside.regular_file import open_regular
+
+log = logging.getLogger(__name__)
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 """First bytes of compressed files, whatever they are called."""
+OFFSET_DIGITS = 15
+"""Offsets are written with zeros in front, so that they sort as numbers in every tar of less than a petabyte."""
 MAX_OPEN_TARS = 8
 """Tars that one source keeps open."""
 
@@ -40,17 +46,31 @@ class TarSource:
     def entries(self) -> Iterator[bytes]:
         """One entry for each regular member with an image suffix; the location is its offset and size in bytes.
 
+        Of members with the same name, the last one in the tar is last in byte order, which is the one that a list
+        keeps. Links are left out, and counted in a line.
+
         Raises:
             InputError: a tar is compressed, cut off or damaged, or an image in it is stored as a sparse file.
         """
+        links, first_link = 0, ""
         for tar in self._tars():
             for member in _headers(tar):
-                if member.isreg() and is_named_as_image(member.name):
+                if not is_named_as_image(member.name):
+                    continue
+                key = f"{tar.name}/{plain_name(member.name)}"
+                if member.islnk() or member.issym():
+                    links, first_link = links + 1, first_link or key
+                if member.isreg():
                     if member.issparse():
                         raise InputError(
                             f"{tar}: {member.name[:80]!r} is stored with holes; pack the tar again without --sparse"
                         )
-                    yield entry_of(tar, f"{tar.name}/{member.name}", f"{member.offset_data},{member.size}")
+                    yield entry_of(tar, key, f"{member.offset_data:0{OFFSET_DIGITS}},{member.size}")
+        if links:
+            log.info(
+                f"{self.path}: hard and symbolic links among the images, which are left out: {links} "
+                f"({first_link[:80]!r} first); to have them, pack with `tar --dereference --hard-dereference`"
+            )
 
     def open(self, entry: bytes) -> BinaryIO:
         """Open an image, as bytes in memory.
@@ -76,20 +96,24 @@ class TarSource:
 
     def _tars(self) -> list[Path]:
         """The tars, sorted by name."""
-        if self.path.is_file():
+        if not self.path.is_dir():
             return [self.path]
         with os.scandir(self.path) as children:
-            return sorted(self.path / child.name for child in children if is_tar(child.name) and child.is_file())
+            return sorted(
+                self.path / child.name
+                for child in children
+                if is_tar(child.name) and leads_to(child, os.DirEntry.is_file)
+            )
 
     def _open_tar(self, name: str) -> BinaryIO:
         """The open file of a tar. The one that was opened first is closed if there are too many."""
         if name not in self._opened:
-            path = self.path if self.path.is_file() else self.path / name
+            path = self.path / name if self.path.is_dir() else self.path
             if path.name != name or not name.lower().endswith(".tar"):
                 raise InputError(
                     f"{self.path}: the list names a tar {name[:80]!r} that is not there; list the images again"
                 )
-            file = path.open("rb", buffering=0)
+            file = open_regular(path, 0)
             while len(self._opened) >= MAX_OPEN_TARS:
                 self._opened.pop(next(iter(self._opened)))
             self._opened[name] = file
@@ -120,7 +144,7 @@ def refuse_compressed(path: Path) -> None:
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar's members, skipping over their data."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         if file.read(6).startswith(COMPRESSED_STARTS):

@@ -16,9 +16,10 @@ from fastmae.offline.middle_images import DecodedBatch, ImageRange, LoaderOption
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher
-from fastmae.tokens.codec import Codec, learns, load_codec
-from fastmae.tokens.format import CODEBOOKS_FILE, ImageRecord, StoreInfo
-from fastmae.tokens.manifest import load_tensors
+from fastmae.tokens.codec import Codec, learnt_shapes, load_codec
+from fastmae.tokens.format import CODEBOOKS_FILE, StoreInfo
+from fastmae.tokens.shard_header import ImageRecord
+from fastmae.tokens.tensor_file import load_tensors
 from fastmae.tokens.writer import StoredPixels, StoreWriter
 
 Output = tuple[int, DecodedBatch, Any]
@@ -98,7 +99,8 @@ def stored_codec(folder: Path, info: StoreInfo) -> Codec:
     Raises:
         InputError: the codebooks are missing or damaged.
     """
-    tensors = load_tensors(folder / CODEBOOKS_FILE) if learns(info.codec) else {}
+    shapes = learnt_shapes(info.codec, info.token_dim)
+    tensors = load_tensors(folder / CODEBOOKS_FILE, shapes) if shapes else {}
     return load_codec(info.codec, info.token_dim, tensors)
 
 

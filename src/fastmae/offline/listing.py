@@ -6,14 +6,22 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastmae.errors import InputError
 from fastmae.images.image_list import ImageList, ListInfo, new_entries, write_list
 from fastmae.images.sources import Source, open_source
 from fastmae.runtime.durable import write_whole
-from fastmae.tokens.format import LISTS_FOLDER, STORE_FILE, Part, StoreInfo, list_name, read_store_info, shard_path
+from fastmae.tokens.format import (
+    LISTS_FOLDER,
+    STORE_FILE,
+    Part,
+    StoreInfo,
+    list_name,
+    read_store_info,
+    written_shards,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +63,13 @@ def listed_images(images: Path, add: bool, folder: Path) -> Iterator[ListedImage
         list_file, counter = Path(temporary) / "images.list", itertools.count()
         entries = (entry for entry, _ in zip(source.entries(), counter, strict=False))
         info = _write_part_list(entries, _lists_to_compare(folder, source) if add else [], list_file)
+        if info.repeated:
+            log.info(
+                f"{images}: names that are given more than once: the last image of each counts, "
+                f"{info.repeated} others are left out"
+            )
         if add:
-            known = next(counter) - info.images
+            known = next(counter) - info.images - info.repeated
             log.info(f"{images}: {info.images} new images; {known} are in the store already, by their names")
         elif not info.images:
             raise InputError(
@@ -87,9 +100,9 @@ def _lists_to_compare(folder: Path, source: Source) -> list[ImageList]:
 
 def _last_part_is_unfinished(folder: Path, info: StoreInfo) -> bool:
     last = len(info.parts) - 1
-    return any(
-        info.part_of(shard)[0] == last and not shard_path(folder, shard).exists() for shard in range(info.shards)
-    )
+    shards_of_others = replace(info, parts=info.parts[:last]).shards
+    written = sum(shards_of_others <= shard < info.shards for shard in written_shards(folder))
+    return written < info.shards - shards_of_others
 
 
 def keep_list(list_file: Path, folder: Path, part: int) -> None:
@@ -106,7 +119,8 @@ def check_lists(folder: Path, info: StoreInfo) -> None:
     """
     for number, part in enumerate(info.parts):
         file = folder / list_name(number)
-        if ImageList(file).sha256() != part.images_sha256:
+        images = ImageList(file)
+        if len(images) != part.images or images.sha256() != part.images_sha256:
             raise InputError(f"{file}: damaged; `fastmae verify {folder} --repair` makes it again")
 
 

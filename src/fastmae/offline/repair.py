@@ -10,7 +10,6 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import safetensors
 import xxhash
 
 from fastmae.config import VerifyConfig
@@ -30,14 +29,14 @@ from fastmae.tokens.format import (
     MANIFEST_FILE,
     PIXELS,
     STORE_FILE,
-    ShardHeader,
     StoreInfo,
-    checksum,
     list_name,
     shard_path,
 )
 from fastmae.tokens.manifest import Manifest, store_text
+from fastmae.tokens.shard import MappedShard
 from fastmae.tokens.shard_file import as_bytes
+from fastmae.tokens.shard_header import ShardHeader
 from fastmae.tokens.writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -62,10 +61,11 @@ def repair(config: VerifyConfig, folder: Path, damage: list[Damage]) -> None:
     if STORE_FILE in files:
         write_whole(folder / STORE_FILE, lambda temporary: temporary.write_text(store_text(info), encoding="utf-8"))
     _restore_codebooks(folder, files)
+    _restore_lists(folder, info, files, set())  # first, as they tell how many shards there can be
     writer = StoreWriter(folder, info)
     damaged_shards = {damaged.shard for damaged in damage if damaged.shard is not None}
     shards = sorted(damaged_shards.union(writer.missing_shards()))
-    _restore_lists(folder, info, files, {info.part_of(shard)[0] for shard in shards})
+    _restore_lists(folder, info, set(), {info.part_of(shard)[0] for shard in shards})
     manifest = _read_manifest(folder)
     if shards:
         _rebuild(config, writer, shards)
@@ -101,6 +101,9 @@ def _rebuild(config: VerifyConfig, writer: StoreWriter, shards: list[int]) -> No
     """
     info, folder = writer.info, writer.folder
     teacher = teacher_of_store(info.teacher, info.middle_size, info.grid).to(own_device(config.device))
+    if teacher.token_dim != info.token_dim:
+        made = f"makes tokens of {teacher.token_dim} channels, not {info.token_dim}"
+        raise InputError(f"{folder}: its teacher {made}, so its shards can't be made again; tokenize again")
     codec = stored_codec(folder, info)
     parts = sorted({info.part_of(shard)[0] for shard in shards})
     images = MiddleImages.of_store(folder, info, {part: open_source(Path(info.parts[part].source)) for part in parts})
@@ -119,7 +122,7 @@ def _check_images(images: MiddleImages, folder: Path, shards: list[int], options
     expected: dict[str, int | None] = {}
     ranges: list[ImageRange] = []
     for shard in shards:
-        checksums = _pixel_checksums(shard_path(folder, shard), shard)
+        checksums = _pixel_checksums(shard_path(folder, shard), images.info, shard)
         if checksums:
             expected |= checksums
             ranges += images.batches_of(shard, options.batch_size)
@@ -134,19 +137,15 @@ def _check_images(images: MiddleImages, folder: Path, shards: list[int], options
         )
 
 
-def _pixel_checksums(file: Path, shard: int) -> dict[str, int | None]:
+def _pixel_checksums(file: Path, info: StoreInfo, shard: int) -> dict[str, int | None]:
     """Checksum of the stored pixels of each image of a shard, None for a skipped image, by the image's key.
 
     Empty for a shard in which no record can be read any more: the file is missing or was renamed, or its header or its
     table of checksums is damaged.
     """
     try:
-        header = ShardHeader.from_file(file)
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            checksums = opened.get_tensor("record_checksums")
-    except (InputError, OSError, safetensors.SafetensorError):
-        return {}
-    if header.shard != shard or checksum(checksums.tobytes()) != header.checksums["record_checksums"]:
+        checksums, header = MappedShard(file, info, shard, None).record_checksums, ShardHeader.from_file(file)
+    except InputError:
         return {}
     return {image.path: int(checksums[image.row, PIXELS]) if image.row >= 0 else None for image in header.images}
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 
 from fastmae.config import TokenizeConfig
 from fastmae.errors import InputError, InterruptedRunError
@@ -33,6 +32,7 @@ from fastmae.offline.inspect import store_summary, summary_over_scales
 from fastmae.offline.listing import ListedImages, check_lists, keep_list, listed_images, sources_of
 from fastmae.offline.middle_images import LoaderOptions, MiddleImages
 from fastmae.offline.options import Share, build_teacher, check_options, describe_store, middle_sizes, process_share
+from fastmae.offline.quality import as_json, as_lines, look_at
 from fastmae.offline.sample import sample_tokens
 from fastmae.offline.settle import begun_store, settle
 from fastmae.runtime.device import memory_hint
@@ -42,7 +42,7 @@ from fastmae.runtime.progress import Progress
 from fastmae.teachers import Teacher
 from fastmae.teachers.factory import load_network
 from fastmae.tokens import TokenStore
-from fastmae.tokens.codec import Codec, learns, load_codec
+from fastmae.tokens.codec import Codec, learns, learnt_shapes, load_codec
 from fastmae.tokens.format import (
     CODEBOOKS_COPY,
     CODEBOOKS_FILE,
@@ -54,8 +54,10 @@ from fastmae.tokens.format import (
     read_store_info,
     shard_path,
 )
+from fastmae.tokens.index import read_rows
 from fastmae.tokens.learn import learn_from
-from fastmae.tokens.manifest import Manifest, load_tensors
+from fastmae.tokens.manifest import Manifest
+from fastmae.tokens.tensor_file import load_tensors
 from fastmae.tokens.writer import StoreWriter, begin_folder
 
 log = logging.getLogger(__name__)
@@ -159,7 +161,7 @@ def _build_store(
         return _summary_of_share(writer, shards, images_per_second)
     if missing or not writer.finished:
         writer.finish()
-    return _report_finished(TokenStore(folder), images_per_second)
+    return _report_finished(TokenStore(folder), images_per_second, is_first_size=folder == codebooks_from)
 
 
 def _open_store(config: TokenizeConfig, info: StoreInfo, folder: Path, listed: ListedImages) -> StoreWriter:
@@ -259,11 +261,12 @@ def _prepare_codec(
         InputError: the codebooks of existing shards are gone.
     """
     info, file = writer.info, writer.folder / CODEBOOKS_FILE
-    if not learns(info.codec):
+    shapes = learnt_shapes(info.codec, info.token_dim)
+    if not shapes:
         return stored_codec(writer.folder, info)
     for existing in (writer.folder / CODEBOOKS_COPY, codebooks_from / CODEBOOKS_FILE):
         if not file.exists() and existing.exists():
-            writer.keep_codebooks(load_codec(info.codec, info.token_dim, load_tensors(existing)))
+            writer.keep_codebooks(load_codec(info.codec, info.token_dim, load_tensors(existing, shapes)))
     if file.exists():
         return stored_codec(writer.folder, info)
     if len(writer.missing_shards()) < info.shards:
@@ -279,7 +282,8 @@ def _prepare_codec(
     return stored_codec(writer.folder, info)  # another process may have kept its codebooks first
 
 
-def _report_finished(store: TokenStore, images_per_second: float | None) -> dict[str, Any]:
+def _report_finished(store: TokenStore, images_per_second: float | None, is_first_size: bool) -> dict[str, Any]:
+    """Say what the store holds, and once for all middle sizes, what looks wrong in it."""
     if store.skipped:
         log.info(_skipped_images(store))
     summary = store_summary(store, images_per_second)
@@ -288,16 +292,20 @@ def _report_finished(store: TokenStore, images_per_second: float | None) -> dict
         f"{store.folder}: {len(store)} images, {store.skipped} skipped, {megabytes:.1f} MB "
         f"({kilobytes:.1f} kB an image)"
     )
+    if is_first_size:
+        quality = look_at(store)
+        for line in as_lines(quality, store):
+            log.warning(line)
+        summary["quality"] = as_json(quality, store)
     return summary
 
 
 def _skipped_images(store: TokenStore) -> str:
     """The first images that were skipped, each with the reason, a line each."""
     rows: list[dict[str, str]] = []
-    with store.files.path(INDEX_FILE).open("rb") as file:  # read in batches: the index may list millions of images
-        for batch in pq.ParquetFile(file).iter_batches(columns=["path", "status"], use_threads=False):
-            if len(rows) < SHOWN_SKIPS:
-                rows += batch.filter(pa.compute.not_equal(batch["status"], "ok")).to_pylist()
+    for batch in read_rows(store.files.path(INDEX_FILE), store.info):  # the index may list millions of images
+        if len(rows) < SHOWN_SKIPS:
+            rows += batch.filter(pa.compute.less(batch["row"], 0)).slice(0, SHOWN_SKIPS).to_pylist()
     lines = [f"skipped {store.skipped} of {store.info.images} files:"]
     lines += [f"  {row['path']}: {row['status']}" for row in rows[:SHOWN_SKIPS]]
     if store.skipped > SHOWN_SKIPS:

@@ -1,21 +1,24 @@
-"""`fastmae verify`: re-read every byte of a token store and name what is damaged. `--repair` is in `repair`."""
+"""`fastmae verify`: check a whole token store, its bytes and what they mean. `--repair` is in `repair`."""
 
 import contextlib
 import json
 import logging
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastmae.config import VerifyConfig
-from fastmae.errors import FailedCheckError
+from fastmae.errors import FailedCheckError, InputError, first_line
 from fastmae.offline.inspect import refuse_url
 from fastmae.offline.repair import repair
+from fastmae.outside.regular_file import read_bounded
 from fastmae.runtime.durable import write_json
 from fastmae.runtime.ownership import owned
 from fastmae.runtime.progress import Progress
 from fastmae.tokens.audit import Damage, audit, description_of
 from fastmae.tokens.format import MANIFEST_FILE, SCALES_FILE, STORE_FILE
+from fastmae.tokens.reader import LARGEST_SCALES, open_scales
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +26,10 @@ SHOWN_DAMAGE = 20
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
-    """Check every byte of a store, and with `--repair` restore what is damaged; returns the command's JSON.
+    """Check a whole store, and with `--repair` restore what is damaged; returns the command's JSON.
+
+    Every byte is compared with its checksum, every token and every middle image is looked at, and the files with each
+    other. What passes can be trained on.
 
     Raises:
         FailedCheckError: something is damaged, and still is after a repair.
@@ -47,17 +53,21 @@ def _verify(config: VerifyConfig) -> dict[str, Any]:
     result = {"ok": not damaged, "damaged": damaged}
     if damaged:
         way_out = "the rest is sound" if config.repair else "--repair makes them again"
-        first = damaged[0]["file"]
-        raise FailedCheckError(
-            f"{config.store}: {len(damaged)} of its files are damaged (first: {first}); {way_out}", result
-        )
-    log.info(f"{config.store}: every byte is as it was written")
+        file, what = damaged[0]["file"], damaged[0]["what"]
+        first = f"first: {file}: {what.removeprefix(f'{file}: ').split(';')[0]}"
+        raise FailedCheckError(f"{config.store}: {len(damaged)} of its files are damaged ({first}); {way_out}", result)
+    try:
+        open_scales(config.store)  # as training does: the stores of several sizes must also belong together
+    except InputError as error:
+        damaged = [_as_json(config.store, Damage("", first_line(error)))]
+        raise FailedCheckError(str(error), {"ok": False, "damaged": damaged}) from error
+    log.info(f"{config.store}: every byte is as it was written, and every image and its tokens can be used")
     return result
 
 
 def _sizes(folder: Path) -> list[int]:
     """Middle sizes of the stores in a folder, also of a store that has lost its description or its manifest."""
-    stores = [store for store in folder.glob("*/") if store.name.isdigit()]
+    stores = [store for store in folder.glob("*/") if re.fullmatch("[1-9][0-9]{0,4}", store.name)]
     descriptions = (STORE_FILE, MANIFEST_FILE)
     return sorted(int(store.name) for store in stores if any((store / name).exists() for name in descriptions))
 
@@ -66,9 +76,12 @@ def _check_scales(config: VerifyConfig, sizes: list[int]) -> list[dict[str, Any]
     """Check the list of a store's middle sizes; a repair writes it again. Returns the damage that is left."""
     file = config.store / SCALES_FILE
     expected = json.dumps({"sizes": sizes}, indent=2) + "\n"
-    if file.exists() and file.read_bytes() == expected.encode():
-        return []
     damage = Damage(SCALES_FILE, "does not list the sizes that are there")
+    try:
+        if read_bounded(file, LARGEST_SCALES) == expected.encode():
+            return []
+    except (FileNotFoundError, InputError) as error:
+        damage = Damage(SCALES_FILE, first_line(error))
     log.info(f"{file}: {damage.what}")
     if config.repair:
         write_json(file, {"sizes": sizes})

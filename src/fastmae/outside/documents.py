@@ -4,6 +4,8 @@ msgspec checks the types while it reads: a key that the type does not have is sk
 says where in the document it is.
 """
 
+import json
+import re
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -19,6 +21,8 @@ LARGEST_JSON = 64 << 20
 """Most bytes of a JSON document, unless the caller allows more."""
 LARGEST_YAML = 1 << 20
 """Most bytes of a YAML document: people write them."""
+SHOWN_BYTES = 16
+"""Before and after the place that a message names."""
 
 
 @overload
@@ -44,9 +48,9 @@ def read_json(path: Path, kind: Any = Any, *, way_out: str, limit: int = LARGEST
 def parse_json(data: bytes | str, kind: Any = Any, *, name: object, way_out: str) -> Any:
     """Parse a JSON document; `name` is what messages call it. Otherwise as `read_json`."""
     try:
-        return msgspec.json.decode(data, type=kind)
+        return _decoded(data, kind)
     except (msgspec.DecodeError, UnicodeError, ValueError, RecursionError, OverflowError) as error:
-        raise InputError(f"{name}: {_cause(error, 'JSON')}; {way_out}") from None
+        raise InputError(f"{name}: {_cause(error, 'JSON')}{_place(error, data)}; {way_out}") from None
 
 
 def checked(value: Any, kind: Any, *, name: object, way_out: str) -> Any:
@@ -128,6 +132,33 @@ class _PlainLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _place(error: Exception, data: bytes | str) -> str:
+    """`, near '"area": NaN'`: what is not JSON, in a document that may have millions of characters."""
+    position = re.search(r"\(byte (\d+)\)", str(error))
+    if position is None:
+        return ""
+    encoded, byte = data.encode("utf-8", "replace") if isinstance(data, str) else data, int(position[1])
+    return f", near {encoded[max(0, byte - SHOWN_BYTES) : byte + SHOWN_BYTES].decode('utf-8', 'replace')!r}"
+
+
+def _decoded(data: bytes | str, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        # Python writes the bytes of a file name that are not UTF-8 as lone surrogates, which msgspec does not read.
+        text = data if isinstance(data, str) else data.decode()
+        if not re.search(r"\\ud[c-f]", text, re.IGNORECASE):
+            raise
+        return msgspec.convert(json.loads(text, parse_constant=_no_constant), kind)
+
+
+def _no_constant(name: str) -> float:
+    """NaN and Infinity, which Python would read."""
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _cause(error: Exception, language: str) -> str:

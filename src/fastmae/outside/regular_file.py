@@ -20,7 +20,16 @@ KINDS = {
 
 
 class NotRegularError(InputError):
-    """The path leads to something else than a file or a folder."""
+    """The path leads to something else than a file or a folder.
+
+    Args:
+        message: one line.
+        kind: what it is, as 'a named pipe'.
+    """
+
+    def __init__(self, message: str, kind: str = "no file"):  # a loader worker's error is made again of its message
+        super().__init__(message)
+        self.kind = kind
 
 
 def kind_of(mode: int) -> str | None:
@@ -83,6 +92,6 @@ def read_bounded(path: str | Path, limit: int) -> bytes:
 def _check(path: str | Path, mode: int) -> None:
     kind = kind_of(mode)
     if kind is not None:
-        raise NotRegularError(f"{path}: is {kind}, not a file; give a regular file")
+        raise NotRegularError(f"{path}: is {kind}, not a file; give a regular file", kind)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

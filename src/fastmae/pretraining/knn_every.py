@@ -1,6 +1,5 @@
 """`pretrain --knn-every`: the k-NN accuracy of the encoder while it trains, on labelled images."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fastmae.runtime.fabric import Fabric
 from fastmae.student.student import build_student
 from fastmae.tokens import TokenStore
 from fastmae.training.state import WHOLE
+from fastmae.training.task import Evaluated
 
 MAX_IMAGES = 5000
 """Maximum number of a store's images that are used, spread over all of it: a measurement should take seconds."""
@@ -86,7 +86,8 @@ def labelled_images(data: Path | None, store: TokenStore, size: int) -> Labelled
     if data is not None:
         labelled = open_labelled(data)
         train, val = (
-            WholeImages(paths, size, store.info.resize, store.info.channels) for paths in (labelled.train, labelled.val)
+            WholeImages(paths, size, store.info.resize, store.info.channels, store.info.value_range)
+            for paths in (labelled.train, labelled.val)
         )
         return LabelledImages(train, labelled.train_labels, val, labelled.val_labels, len(labelled.classes))
     spread = np.linspace(0, len(store) - 1, min(len(store), MAX_IMAGES))
@@ -95,7 +96,7 @@ def labelled_images(data: Path | None, store: TokenStore, size: int) -> Labelled
     classes = sorted(set(folders))
     if len(classes) < 2:
         raise InputError(
-            f"--knn-every: the images of {store.folder} lie in one folder and have no labels; give --knn-data"
+            f"--knn-every: the images of {store.location} lie in one folder and have no labels; give --knn-data"
         )
     labels = class_indices(folders, classes)
     held_out = np.arange(len(indices)) % HELD_OUT == 0
@@ -121,12 +122,12 @@ class StudentKnn:
         self.config, self.plan = config, plan
         self.images = labelled_images(config.knn_data, plan.stores[0][0], config.image_size)
 
-    def __call__(self, student: nn.Module, fabric: Fabric) -> Mapping[str, float]:
+    def __call__(self, student: nn.Module, fabric: Fabric) -> Evaluated:
         """`knn_top1` and `knn_top5`, the same in every process."""
         if any(isinstance(weight, DTensor) for weight in student.parameters()):
             student = self._unsharded(student, fabric)
         accuracy = self._accuracy(student, fabric.device) if fabric.is_global_zero else {}
-        return fabric.broadcast(accuracy)
+        return Evaluated(fabric.broadcast(accuracy))
 
     def _unsharded(self, student: nn.Module, fabric: Fabric) -> nn.Module:
         """A copy with whole weights in the first process. Every process takes part."""

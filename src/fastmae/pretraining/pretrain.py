@@ -13,6 +13,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from fastmae.config import PretrainConfig
+from fastmae.images.value_range import range_entry
 from fastmae.pretraining.knn_every import StudentKnn
 from fastmae.pretraining.plan import Plan, make_plan
 from fastmae.pretraining.profile import profile
@@ -27,7 +28,7 @@ from fastmae.tokens.files import is_url
 from fastmae.training.driver import train
 from fastmae.training.optimiser import muon, muon_groups
 from fastmae.training.sampler import ShuffleOrder
-from fastmae.training.task import Task, no_initialisation
+from fastmae.training.task import Evaluated, Task, no_initialisation
 
 log = logging.getLogger(__name__)
 SHARDED_BLOCKS = (Block, EvaBlock)
@@ -100,9 +101,9 @@ def _parameter_groups(config: PretrainConfig, student: nn.Module) -> list[dict[s
 
 def _evaluation(
     config: PretrainConfig, plan: Plan, measure: Measure | None
-) -> Callable[[nn.Module, Fabric], Mapping[str, float]]:
+) -> Callable[[nn.Module, Fabric], Evaluated]:
     if measure is not None:
-        return lambda student, _: measure(student)  # type: ignore[arg-type]  # the task's network is a student
+        return lambda student, _: Evaluated(measure(student))  # type: ignore[arg-type]  # the task's network is a student
     return StudentKnn(config, plan)
 
 
@@ -125,6 +126,7 @@ def describe(config: PretrainConfig, plan: Plan) -> dict[str, Any]:
             "jpeg_quality": info.jpeg_quality,
             "normalisation": [list(values) for values in scales[-1].normalisation],
             "resize": info.resize,
+            **range_entry(info.value_range),
             "teachers": [stores[-1].info.teacher for stores in plan.stores],
         },
     }

@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-mpl.use("agg")
+from fastmae.evaluate.drawing import text_as_it_is
 
 Svg = NewType("Svg", str)
 """The source of a drawing made here. Its labels are escaped, so a page may contain it as it is."""
@@ -44,6 +44,7 @@ class Curves:
     y_label: str
     log_from: float | None = None
 
+    @text_as_it_is()
     def svg(self) -> Svg:
         """The chart for an HTML page."""
         figure, axes = _transparent_figure(6.4, 3.0)
@@ -72,6 +73,7 @@ class Curves:
         axes.grid(alpha=0.25, color=ink)
 
 
+@text_as_it_is()
 def curves_png(panels: Sequence[Curves]) -> bytes:
     """Line charts of the same lines side by side on white, as a PNG, with one legend below them."""
     figure = Figure(figsize=(5.4 * len(panels), 3.7), dpi=150, layout="constrained")
@@ -84,6 +86,7 @@ def curves_png(panels: Sequence[Curves]) -> bytes:
     return buffer.getvalue()
 
 
+@text_as_it_is()
 def bars(values: Mapping[str, float], x_label: str) -> Svg:
     """Horizontal bars with their values, the first one on top."""
     figure, axes = _transparent_figure(6.4, 0.45 * len(values) + 0.8)
@@ -94,6 +97,7 @@ def bars(values: Mapping[str, float], x_label: str) -> Svg:
     return _to_svg(figure)
 
 
+@text_as_it_is()
 def bars_with_whiskers(values: Mapping[str, float], whiskers: Mapping[str, float], x_label: str) -> Svg:
     """Horizontal bars with their values, the first one on top, as long as the largest one needs.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fastmae.errors import InputError, OneProcessError
+from fastmae.errors import InputError, OneProcessError, is_out_of_memory
 from fastmae.runtime.processes import this_process
 
 log = logging.getLogger(__name__)
@@ -136,15 +136,18 @@ def cores() -> int:
 
 @contextlib.contextmanager
 def memory_hint(advice: str) -> Iterator[None]:
-    """Turn an out-of-memory error of the device into one line with advice.
+    """Turn an error of a full memory, the device's or the machine's, into one line with advice.
 
     Args:
         advice: what the user can do, such as 'use --micro-batch 64'.
 
     Raises:
-        OneProcessError: in place of torch's OutOfMemoryError.
+        OneProcessError: in place of torch's OutOfMemoryError, or of MemoryError.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise OneProcessError(f"the device is out of memory; {advice}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        full = "the device is" if isinstance(error, torch.OutOfMemoryError) else "the machine is"
+        raise OneProcessError(f"{full} out of memory; {advice}") from error

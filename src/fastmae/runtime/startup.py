@@ -5,14 +5,17 @@ import signal
 import sys
 from types import FrameType
 
+from fastmae.runtime import ending
+
 
 def prepare() -> None:
-    """Make Ctrl-C end this process silently from now on, and give it the standard streams that it was started without.
+    """Make stop signals end this process silently from now on, and open the standard streams that it lacks.
 
     A closed stream's number would go to the next file that is opened, and what is printed would get into that file.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, as behind nohup
-        signal.signal(signal.SIGINT, _leave)
+    for stop in ending.STOP_SIGNALS:
+        if signal.getsignal(stop) in (signal.SIG_DFL, signal.default_int_handler):  # not if ignored, as behind nohup
+            signal.signal(stop, _leave)
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -23,13 +26,13 @@ def prepare() -> None:
 
 
 def begin() -> None:
-    """All is imported: from now on, Ctrl-C is a KeyboardInterrupt, which lets the command tidy up.
+    """All is imported: from now on, a stop signal is a KeyboardInterrupt, which lets the command tidy up.
 
     An import that is interrupted by an exception may fail in a way of its own, or go on without a part.
     """
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if any(signal.getsignal(stop) is _leave for stop in ending.STOP_SIGNALS):
+        ending.heed_signals()
 
 
 def _leave(_: int, __: FrameType | None) -> None:
-    os._exit(130)
+    os._exit(ending.INTERRUPTED)

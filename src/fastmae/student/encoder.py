@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fastmae.errors import InputError
+from fastmae.outside.networks import create_network
 from fastmae.runtime.fast_linear import linear
 from fastmae.student.lookup import linear_plus_rows
 
@@ -132,7 +133,9 @@ def build_encoder(
     check_grid(image_size, patch_size)
     arguments = timm_arguments(name, image_size, patch_size, width, depth, heads, channels)
     try:
-        encoder: Encoder = timm.create_model(architecture, pretrained=False, **arguments, **extra)
+        encoder: Encoder = create_network(architecture, {**arguments, **extra})
+    except InputError:
+        raise
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         cause = " ".join(str(error).split())
         raise InputError(f"--encoder {name}: timm can't build it with these sizes ({cause})") from error
@@ -249,7 +252,7 @@ def layer_numbers(layers: str, depth: int) -> list[int]:
     if layers in named:
         return list(named[layers])
     words = [word.strip() for word in layers.split(",")]
-    if not all(word.isdecimal() and int(word) < depth for word in words):
+    if not all(word.isdecimal() and len(word) < 6 and int(word) < depth for word in words):
         raise InputError(
             f"--relation-layers {layers}: give last, all, or numbers from 0 to {depth - 1}, as 0,{depth - 1}"
         )

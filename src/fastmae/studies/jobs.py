@@ -4,7 +4,6 @@ A failing job does not touch the others. Ctrl-C and a scheduler's signals stop a
 """
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -21,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fastmae.errors import InterruptedRunError
+from fastmae.outside.documents import parse_json
 from fastmae.runtime.device import cores
+from fastmae.runtime.ending import leave_children_to, unlimited
 from fastmae.runtime.progress import duration
 from fastmae.runtime.workers import CORES_LEFT
 from fastmae.studies.worker import CRASHED, DONE
@@ -90,7 +91,7 @@ class Worker:
             has_ended = self.process.poll() is not None
         answer = "" if has_ended else self.process.stdout.readline()
         if answer:
-            return Outcome(**json.loads(answer))
+            return parse_json(answer, Outcome, name="a worker", way_out="give the command of the study again")
         code = self.process.wait()
         self._end_loading_processes()
         cause = f"killed by signal {-code}, out of memory?" if code < 0 else f"exit code {code}"
@@ -107,6 +108,11 @@ class Worker:
             self.process.stdin.close()  # type: ignore[union-attr]
         self.process.wait()
         self._end_loading_processes()
+
+    def kill(self) -> None:
+        """End it and its loading processes at once."""
+        if self.process.poll() is None:
+            self._end_loading_processes()
 
     def _end_loading_processes(self) -> None:
         """Of a worker that was killed; they are alone in its session."""
@@ -183,7 +189,8 @@ def run_jobs(
     """
     waiting, running, interrupted = deque(jobs), dict[Worker, Job](), False
     workers = Workers(threads_of_a_job(at_once))
-    with StopRequest() as stop, contextlib.closing(workers):
+    leave_children_to(workers.kill)
+    with StopRequest() as stop, unlimited(), contextlib.closing(workers):
         while running or (waiting and not stop.requested):
             while waiting and len(running) < at_once and not stop.requested:
                 job = waiting.popleft()
@@ -242,6 +249,11 @@ class Workers:
         for worker in self.all:
             if worker not in self.free:
                 worker.stop()
+
+    def kill(self) -> None:
+        """End all at once."""
+        for worker in self.all:
+            worker.kill()
 
     def close(self) -> None:
         """End all; those that are at work save first."""

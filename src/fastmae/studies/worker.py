@@ -19,7 +19,9 @@ from typing import Any, TextIO
 import torch
 
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
+from fastmae.outside.documents import read_json
 from fastmae.runtime import console
+from fastmae.runtime.ending import heed_signals
 from fastmae.studies.measure import train_and_measure
 from fastmae.studies.speeds import measure_speeds
 
@@ -41,6 +43,12 @@ def main() -> None:
     console.show()
     jobs: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(questions, jobs), daemon=True).start()
+    heed_signals()
+    with contextlib.suppress(KeyboardInterrupt):  # while it waits for a job
+        _do_jobs(jobs, answers)
+
+
+def _do_jobs(jobs: "queue.SimpleQueue[str | None]", answers: TextIO) -> None:
     code = DONE
     while code in (DONE, FAILED_CHECK, BAD_INPUT) and (path := jobs.get()) is not None:
         code, message = _do(Path(path))
@@ -61,13 +69,13 @@ def _read_jobs(questions: TextIO, jobs: "queue.SimpleQueue[str | None]") -> None
 
 def _do(path: Path) -> tuple[int, str]:
     """Do one job. Its folder is locked: the worker of a study that was killed may not be done with saving yet."""
-    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     folder = path.parent
     with (folder / LOG_FILE).open("ab") as file, (folder / LOCK_FILE).open("w") as lock:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
+            job: dict[str, Any] = read_json(path, dict[str, Any], way_out="give the command of the study again")
             KINDS[job["kind"]](job, folder)
             return DONE, ""
         except FailedCheckError as error:

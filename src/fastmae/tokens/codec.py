@@ -36,6 +36,8 @@ DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.uint8, "pq": np.uin
 """Family -> dtype on disk. The paper's 0.94 TB for ImageNet is fp16 (Table 2)."""
 ROUNDED_TO_INFINITY = 65520.0
 """The smallest number that becomes infinite in float16; 65504 is the largest that float16 holds."""
+LARGEST_TOKEN = 1e9
+"""Largest magnitude of a stored number. No network's features come near it, and sums of their squares fit into fp32."""
 NOT_FINITE = "the teacher's features hold NaN or infinity; check its weights file, or tap another --teacher-block"
 
 
@@ -129,10 +131,13 @@ class Codec:
             peak: from `peak_of`.
 
         Raises:
-            InputError: tokens that are not finite, or beyond what fp16 can hold (65504).
+            InputError: tokens that are not finite, beyond `LARGEST_TOKEN`, or beyond what fp16 can hold (65504).
         """
         if not math.isfinite(peak):
             raise InputError(NOT_FINITE)
+        if peak > LARGEST_TOKEN:
+            way_out = "check its weights file, or tap another --teacher-block"
+            raise InputError(f"the teacher's features reach {peak:.1e}, more than any network's should; {way_out}")
         if self.name == "fp16" and peak >= ROUNDED_TO_INFINITY:
             raise InputError(f"the teacher's features reach {peak:.0f}, beyond fp16's 65504; use --codec fp32")
 
@@ -302,4 +307,14 @@ def _checked(tensors: Mapping[str, np.ndarray], shapes: dict[str, tuple[int, ...
             raise InputError(f"{file}: '{name}' is {actual}, not float32 {list(shape)}; {way_out}")
         if not np.isfinite(tensor).all() or (name == "scale" and tensor.min() <= 0):
             raise InputError(f"{file}: '{name}' holds impossible numbers; {way_out}")
+    if shapes and _largest_decoded(tensors) > LARGEST_TOKEN:
+        raise InputError(f"{file}: decodes tokens beyond {LARGEST_TOKEN:.0e}; {way_out}")
     return {name: np.ascontiguousarray(tensors[name]) for name in shapes}
+
+
+def _largest_decoded(tensors: Mapping[str, np.ndarray]) -> float:
+    """A bound on the magnitude of decoded tokens: no code gives a larger one."""
+    peaks = {name: float(np.abs(tensor).max()) for name, tensor in tensors.items()}
+    if "scale" in tensors:
+        return peaks["offset"] + peaks["scale"] * (ENTRIES - 1)
+    return peaks["offset"] + peaks["centroids"] * peaks["inverse"] * len(tensors["inverse"])

@@ -22,19 +22,23 @@ lists them.
 """
 
 import hashlib
-import json
+import re
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Annotated, Any, Literal
 
+import msgspec
 import pyarrow as pa
-import safetensors
 import xxhash
+from msgspec import Meta
 
 from fastmae.errors import InputError, first_line
+from fastmae.images.value_range import AUTO, bounds_of, range_entry
+from fastmae.outside.documents import checked, read_json
+from fastmae.tokens.codec import code_layout
 
 FORMAT_NAME = "fastmae token store"
 FORMAT_VERSION = 2
@@ -50,6 +54,15 @@ SHARDS_FOLDER = "shards"
 SCALES_FILE = "scales.json"
 METADATA_KEY = "fastmae"
 """The only key: safetensors keeps no order among several, and a shard must always be the same bytes."""
+
+LARGEST_SIDE = 1 << 14
+"""Most pixels along the side of a middle image."""
+LARGEST_DESCRIPTION = 4 << 20
+"""Most bytes of a store.json: a part takes about 300."""
+LARGEST_SCALES = 1 << 16
+"""Most bytes of a scales.json."""
+MOST_IMAGES = (1 << 31) - 1
+"""Images are numbered in int32."""
 
 TOKENS, PIXELS, FLIPPED = range(3)
 """Columns of a shard's `record_checksums`."""
@@ -67,6 +80,27 @@ INDEX_SCHEMA = pa.schema(
 )
 
 
+Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Text = Annotated[str, Meta(max_length=1 << 13)]
+Channels = Annotated[int, Meta(ge=1, le=1024)]
+Channel = Annotated[int, Meta(ge=0, lt=1024)]
+
+
+class TeacherEntry(msgspec.Struct):
+    """What a store keeps of its teacher, as `Teacher.describe` returns it."""
+
+    spec: Text
+    kind: Literal["vit", "cnn"]
+    block: Annotated[int, Meta(ge=0, lt=1 << 10)]
+    last: Annotated[int, Meta(ge=1, le=1 << 10)]
+    norm: Literal["final", "layer", "none"]
+    input_size: Annotated[int, Meta(ge=1, le=LARGEST_SIDE)]
+    channels: Annotated[list[Channel], Meta(min_length=3, max_length=3)]
+    weights_sha256: Sha256
+    weights_file: Text | None
+    precision: Literal["32-true", "tf32", "bf16-mixed", "16-mixed"] = "32-true"
+
+
 @dataclass(frozen=True)
 class Part:
     """Images that came into the store together: by the first `tokenize`, or by one `--add`.
@@ -78,10 +112,10 @@ class Part:
         kind: kind of source: 'folder', 'list', 'tar' or 'datasets'.
     """
 
-    images: int
-    images_sha256: str
-    source: str
-    kind: str
+    images: Annotated[int, Meta(ge=1, le=MOST_IMAGES)]
+    images_sha256: Sha256
+    source: Text
+    kind: Annotated[str, Meta(pattern=r"\A(folder|list|tar|datasets)\Z")]
 
 
 @dataclass(frozen=True)
@@ -89,7 +123,7 @@ class StoreInfo:
     """The contents of store.json: everything that readers and resumed writers must agree on.
 
     Attributes:
-        teacher: what made the tokens, as `Teacher.describe` returns it.
+        teacher: what made the tokens, a `TeacherEntry`.
         token_dim: channels of a token, C.
         middle_size: side of the middle image, in pixels.
         patch_size: side of a patch, in pixels.
@@ -101,20 +135,22 @@ class StoreInfo:
         jpeg_quality: 1 to 100; 0 when the pixels are raw.
         shard_size: images in a shard, skipped ones included; the last shard of a part may hold fewer.
         parts: the image lists, one after the other.
+        value_range: how values of more than 8 bits became 8 bits (`images.value_range`). Not written if it is 'auto'.
     """
 
     teacher: dict[str, Any]
-    token_dim: int
-    middle_size: int
-    patch_size: int
-    channels: int
-    resize: str
-    codec: str
-    flips: str
-    pixels: str
-    jpeg_quality: int
-    shard_size: int
-    parts: tuple[Part, ...]
+    token_dim: Annotated[int, Meta(ge=1, le=1 << 16)]
+    middle_size: Annotated[int, Meta(ge=1, le=LARGEST_SIDE)]
+    patch_size: Annotated[int, Meta(ge=1, le=1024)]
+    channels: Channels
+    resize: Literal["whole", "center-crop"]
+    codec: Annotated[str, Meta(max_length=16)]
+    flips: Literal["approximate", "stored"]
+    pixels: Literal["jpeg", "raw"]
+    jpeg_quality: Annotated[int, Meta(ge=0, le=100)]
+    shard_size: Annotated[int, Meta(ge=1, le=1 << 20)]
+    parts: Annotated[tuple[Part, ...], Meta(min_length=1)]
+    value_range: Annotated[str, Meta(max_length=64)] = AUTO
 
     @property
     def grid(self) -> int:
@@ -151,7 +187,10 @@ class StoreInfo:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of store.json."""
-        return {"format": FORMAT_NAME, "version": FORMAT_VERSION, "grid": self.grid, **asdict(self)}
+        settings = asdict(self)
+        del settings["value_range"]
+        named = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "grid": self.grid}
+        return {**named, **settings, **range_entry(self.value_range)}
 
     @classmethod
     def from_json(cls, value: Any, path: Path) -> "StoreInfo":
@@ -162,110 +201,45 @@ class StoreInfo:
             path: the file, for messages.
 
         Raises:
-            InputError: another format or version, a field that is missing or of the wrong type, or impossible sizes.
+            InputError: another format or version, a field that is missing, of the wrong type or out of its range, or
+                fields that contradict each other.
         """
         if not isinstance(value, dict) or value.get("format") != FORMAT_NAME:
             raise InputError(f"{path}: not a token store's description; give a folder that `fastmae tokenize` made")
         if value.get("version") != FORMAT_VERSION:
             versions = f"format version {value.get('version')!r}, this fastmae reads {FORMAT_VERSION}"
             raise InputError(f"{path}: {versions}; use the fastmae that made it, or tokenize again")
-        settings = _checked_fields(cls, value, path)
-        parts = tuple(Part(**_checked_fields(Part, part, path)) for part in value["parts"])
-        for part in parts:
-            if not Path(part.source).is_absolute() or ".." in Path(part.source).parts:
-                raise InputError(f"{path}: source '{part.source}' is not a whole path{_BY_HAND}")
-        info = cls(**{**settings, "parts": parts})
-        sizes = [info.middle_size, info.patch_size, info.channels, info.token_dim, info.shard_size]
-        if not parts or min(sizes + [part.images for part in parts]) < 1 or info.middle_size % info.patch_size:
-            raise InputError(f"{path}: impossible sizes (middle {info.middle_size}, patch {info.patch_size}){_BY_HAND}")
+        info = checked(value, cls, name=path, way_out=BY_HAND)
+        checked(info.teacher, TeacherEntry, name=f"{path}: teacher", way_out=BY_HAND)
+        problem = info._contradiction(value.get("grid"))
+        if problem is not None:
+            raise InputError(f"{path}: {problem}; {BY_HAND}")
         return info
+
+    def _contradiction(self, grid: Any) -> str | None:
+        """What does not go together among values that are each in their range; `grid` is what store.json says."""
+        if self.middle_size % self.patch_size or grid != self.grid:
+            return f"impossible sizes (middle {self.middle_size}, patch {self.patch_size}, grid {grid})"
+        if self.images > MOST_IMAGES:
+            return f"{self.images} images, more than the {MOST_IMAGES} that can be numbered"
+        is_jpeg = self.pixels == "jpeg"
+        if is_jpeg != (self.jpeg_quality > 0) or (is_jpeg and self.channels not in (1, 3)):
+            return f"{self.pixels} pixels of {self.channels} channels in JPEG quality {self.jpeg_quality}"
+        if max(self.teacher["channels"]) >= self.channels:
+            return f"the teacher's channels {self.teacher['channels']} of {self.channels}"
+        try:
+            code_layout(self.codec, self.token_dim)
+            bounds_of(self.value_range)
+        except InputError as error:
+            return first_line(error).split(";")[0]
+        sources = (part.source for part in self.parts)
+        odd = next((path for path in sources if not Path(path).is_absolute() or ".." in Path(path).parts), None)
+        return None if odd is None else f"source {odd!r} is not a whole path"
 
     def differences(self, other: "StoreInfo") -> list[str]:
         """What differs from another description, as 'name: mine, not theirs'; where the images lie does not count."""
         mine, theirs = _flat(self), _flat(other)
         return [f"{name}: {mine[name]}, not {theirs.get(name)}" for name in mine if mine[name] != theirs.get(name)]
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """One image of a shard, in the order of the list.
-
-    Attributes:
-        path: the image's key.
-        row: row in the shard's tensors, or -1 for a skipped image.
-        width: of the upright picture, in pixels; 0 when skipped.
-        height: of the upright picture, in pixels; 0 when skipped.
-        status: 'ok', or why the image was skipped.
-    """
-
-    path: str
-    row: int
-    width: int
-    height: int
-    status: str
-
-
-@dataclass(frozen=True)
-class ShardHeader:
-    """The metadata of a shard.
-
-    Attributes:
-        shard: the shard's number.
-        checksums: xxh3-64 of each tensor's bytes, in hex, by the tensor's name.
-        images: all images of the shard, skipped ones included.
-    """
-
-    shard: int
-    checksums: dict[str, str]
-    images: list[ImageRecord]
-
-    def to_metadata(self) -> dict[str, str]:
-        """The safetensors metadata; ASCII only, so that file names of any encoding survive."""
-        value = {
-            "version": FORMAT_VERSION,
-            "shard": self.shard,
-            "checksums": self.checksums,
-            "images": [[i.path, i.row, i.width, i.height, i.status] for i in self.images],
-        }
-        return {METADATA_KEY: json.dumps({**value, "checksum": checksum(json.dumps(value).encode())})}
-
-    @classmethod
-    def from_file(cls, path: Path) -> "ShardHeader":
-        """Read the header of a shard on disk.
-
-        Raises:
-            InputError: as `from_metadata`, or a damaged file.
-        """
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                return cls.from_metadata(file.metadata(), path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{path}: damaged ({first_line(error)})") from error
-
-    @classmethod
-    def from_metadata(cls, metadata: dict[str, str] | None, path: Path) -> "ShardHeader":
-        """Read back what `to_metadata` returned.
-
-        Args:
-            metadata: the safetensors metadata.
-            path: the shard, for messages.
-
-        Raises:
-            InputError: the file is not a shard of a token store, or not as it was written.
-        """
-        way_out = "delete it and run tokenize again"
-        try:
-            text = (metadata or {})[METADATA_KEY]
-            value = json.loads(text)
-            header = cls(value["shard"], value["checksums"], [ImageRecord(*image) for image in value["images"]])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not a shard of a token store; {way_out}") from error
-        # The checksum covers the text before it, so nothing has to be written once more to compare.
-        body = text.rpartition(_CHECKSUM)[0] + "}"
-        as_written = f'{body[:-1]}{_CHECKSUM}"{checksum(body.encode())}"}}'
-        if metadata != {METADATA_KEY: as_written} or value.get("version") != FORMAT_VERSION:
-            raise InputError(f"{path}: its header is damaged; {way_out}")
-        return header
 
 
 def read_store_info(folder: Path) -> StoreInfo:
@@ -275,13 +249,14 @@ def read_store_info(folder: Path) -> StoreInfo:
         InputError: `folder` is no token store, or one that can't be read.
     """
     path = folder / STORE_FILE
-    if not path.is_file():
-        raise InputError(f"{folder}: not a token store (no {STORE_FILE} in it); make one with `fastmae tokenize`")
+    way_out = "`fastmae verify STORE --repair` brings it back"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: can't be read ({error}); tokenize again, or bring back the file") from error
-    return StoreInfo.from_json(value, path)
+        return StoreInfo.from_json(read_json(path, way_out=way_out, limit=LARGEST_DESCRIPTION), path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        text = f"{folder}: not a token store (no {STORE_FILE} in it); make one with `fastmae tokenize`"
+        raise InputError(text) from error
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}); {way_out}") from error
 
 
 def shard_name(shard: int) -> str:
@@ -292,6 +267,13 @@ def shard_name(shard: int) -> str:
 def shard_path(store: Path, shard: int) -> Path:
     """Path of a shard's file."""
     return store / shard_name(shard)
+
+
+def written_shards(store: Path) -> set[int]:
+    """Numbers of the shards whose files are in a store."""
+    names = {file.name for file in (store / SHARDS_FOLDER).glob("*.safetensors")}
+    numbers = {int(digits[1]) for name in names if (digits := re.match("([0-9]{5,10})[.]", name))}
+    return {number for number in numbers if shard_path(store, number).name in names}
 
 
 def list_name(part: int) -> str:
@@ -313,18 +295,4 @@ def _flat(info: StoreInfo) -> dict[str, Any]:
     return {**{f"teacher {name}": value for name, value in teacher.items()}, **flat}
 
 
-_CHECKSUM = ', "checksum": '
-"""Begins the last key of a shard's metadata."""
-_BY_HAND = "; the file was changed by hand?"
-
-
-def _checked_fields(kind: Any, value: Any, path: Path) -> dict[str, Any]:
-    """A JSON object's values for the fields of a dataclass, each of the field's type (a list for a tuple)."""
-    checked = {}
-    for field in fields(kind):
-        origin: Any = get_origin(field.type) or field.type
-        json_type = list if origin is tuple else origin
-        checked[field.name] = value.get(field.name) if isinstance(value, dict) else None
-        if type(checked[field.name]) is not json_type:  # not isinstance, which takes a bool for an int
-            raise InputError(f"{path}: '{field.name}' is missing or not of type {json_type.__name__}{_BY_HAND}")
-    return checked
+BY_HAND = "the file was changed by hand? `fastmae verify STORE --repair` brings it back"

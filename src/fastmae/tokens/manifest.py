@@ -6,24 +6,32 @@ what it reads without reading the rest. The manifest ends with a checksum of its
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
-import safetensors
+import msgspec
 import xxhash
-from safetensors.numpy import load_file
+from msgspec import Meta
 
-from fastmae.errors import InputError, first_line
+from fastmae.errors import InputError
+from fastmae.outside.documents import parse_json
+from fastmae.outside.regular_file import open_regular, read_bounded
 from fastmae.runtime.durable import write_whole
+from fastmae.tokens.codec import learns
 from fastmae.tokens.format import (
+    CODEBOOKS_COPY,
+    CODEBOOKS_FILE,
     FORMAT_NAME,
     FORMAT_VERSION,
+    INDEX_FILE,
     MANIFEST_FILE,
+    STATISTICS_FILE,
     STORE_FILE,
     StoreInfo,
     checksum,
+    list_name,
     shard_name,
 )
 
@@ -31,7 +39,21 @@ HEADER_LENGTH = 8
 """Bytes before a safetensors header, which hold its length."""
 LONGEST_HEADER = 100_000_000
 """The limit that safetensors itself sets, in bytes."""
+LARGEST_MANIFEST = 1 << 28
+"""Most bytes of a manifest.json: a shard takes about 35, so this is room for two billion images in shards of 256."""
 _REPAIR = "`fastmae verify STORE --repair` brings it back"
+
+_Measure = tuple[Annotated[int, Meta(ge=0, lt=1 << 62)], Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]]
+
+
+class _Body(msgspec.Struct):
+    store: dict[str, Any]
+    files: dict[str, _Measure]
+    shards: list[_Measure]
+
+
+class _Document(msgspec.Struct):
+    manifest: _Body
 
 
 @dataclass(frozen=True)
@@ -79,24 +101,21 @@ class Manifest:
             InputError: missing, damaged, or of another format.
         """
         try:
-            text = file.read_text(encoding="utf-8")
-            value = json.loads(text)["manifest"]
-            info = StoreInfo.from_json(value["store"], file)
-            manifest = cls(
-                info,
-                {str(name): (int(size), str(digest)) for name, (size, digest) in value["files"].items()},
-                [(int(size), str(digest)) for size, digest in value["shards"]],
-            )
-            as_written = manifest.text() == text
+            text = read_bounded(file, LARGEST_MANIFEST)
         except FileNotFoundError as error:
             way_out = "run the same `fastmae tokenize` again to continue it"
             raise InputError(f"{file.parent}: the store is not finished; {way_out}") from error
-        except InputError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise InputError(f"{file}: damaged; {_REPAIR}") from error
-        if not as_written:
+        except OSError as error:
+            raise InputError(f"{file}: can't be read ({error.strerror}); {_REPAIR}") from error
+        body = parse_json(text, _Document, name=f"{file}: damaged", way_out=_REPAIR).manifest
+        manifest = cls(StoreInfo.from_json(body.store, file), body.files, body.shards)
+        if manifest.text().encode() != text:
             raise InputError(f"{file}: damaged, or changed by hand; {_REPAIR}")
+        if set(body.files) != set(small_files(manifest.info)):
+            raise InputError(f"{file}: does not list the files of this store; {_REPAIR}")
+        if len(body.shards) != manifest.info.shards:
+            listed = f"lists {len(body.shards)} shards, its copy of {STORE_FILE} {manifest.info.shards}"
+            raise InputError(f"{file}: {listed}; {_REPAIR}")
         return manifest
 
     def check(self, name: str, file: Path) -> None:
@@ -109,13 +128,13 @@ class Manifest:
         Raises:
             InputError: missing or changed.
         """
-        if name not in self.files:
-            raise InputError(f"{file.parent / MANIFEST_FILE}: lists no {name}; {_REPAIR}")
         try:
-            measured = measure(file)
-        except FileNotFoundError as error:
+            with open_regular(file) as opened:
+                same_size = os.fstat(opened.fileno()).st_size == self.files[name][0]
+            is_sound = same_size and measure(file) == self.files[name]
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{file}: missing; {_REPAIR}") from error
-        if measured != self.files[name]:
+        if not is_sound:
             raise InputError(f"{file}: damaged, or changed by hand; {_REPAIR}")
 
     def check_all(self, folder: Path) -> None:
@@ -141,23 +160,17 @@ class Manifest:
 def measure(file: Path) -> tuple[int, str]:
     """A file's size in bytes and its xxh3-64, read in bounded memory."""
     digest, size = xxhash.xxh3_64(), 0
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         while block := opened.read(1 << 20):
             digest.update(block)
             size += len(block)
     return size, digest.hexdigest()
 
 
-def load_tensors(file: Path) -> dict[str, np.ndarray]:
-    """Read a small safetensors file.
-
-    Raises:
-        InputError: missing or damaged.
-    """
-    try:
-        return load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{file}: missing or damaged ({first_line(error)}); {_REPAIR}") from error
+def small_files(info: StoreInfo) -> list[str]:
+    """Names of the files that a finished store has beside its shards, store.json and the manifest itself."""
+    codebooks = [CODEBOOKS_FILE, CODEBOOKS_COPY] if learns(info.codec) else []
+    return [STATISTICS_FILE, INDEX_FILE, *(list_name(part) for part in range(len(info.parts))), *codebooks]
 
 
 def store_text(info: StoreInfo) -> str:
@@ -174,21 +187,26 @@ def check_description(manifest: Manifest, info: StoreInfo, folder: Path) -> None
     if info != manifest.info:
         differences = "; ".join(info.differences(manifest.info) or ["where the images lay"])
         file = folder / STORE_FILE
-        raise InputError(f"{file}: was changed after the store was finished ({differences}); {_REPAIR}")
+        cause = f"does not go with {MANIFEST_FILE} ({differences}): changed by hand, or another store's"
+        raise InputError(f"{file}: {cause}; {_REPAIR}")
 
 
-def read_header(file: Path) -> bytes:
+def read_header(file: Path, longest: int = LONGEST_HEADER) -> bytes:
     """Read the header of a safetensors file, with the eight bytes of its length in front.
 
+    Args:
+        file: the safetensors file.
+        longest: most bytes that its header may have.
+
     Raises:
-        InputError: no such file, or one that is too short for its header.
+        InputError: no such file, one that is too short for its header, or a header that is too long.
     """
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             length_bytes = opened.read(HEADER_LENGTH)
             length = int.from_bytes(length_bytes, "little")
-            header = opened.read(length) if length <= LONGEST_HEADER else b""
-    except FileNotFoundError as error:
+            header = opened.read(length) if length <= longest else b""
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{file}: missing; {_REPAIR}") from error
     if len(length_bytes) < HEADER_LENGTH or len(header) != length:
         raise InputError(f"{file}: truncated, or not a shard; {_REPAIR}")

@@ -5,39 +5,59 @@ size 16). One pair of offsets, in patches, cuts both, so pixels and tokens can't
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import Annotated, TypeVar
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 import torch
+from msgspec import Meta
 
 from fastmae.errors import InputError, first_line
 from fastmae.images import jpeg
 from fastmae.images.mirror import copy_reversed
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
-from fastmae.tokens.codec import Codec, code_layout, keeps_means, load_codec
+from fastmae.outside.documents import read_json
+from fastmae.tokens.codec import Codec, code_layout, keeps_means, learnt_shapes, load_codec
 from fastmae.tokens.files import LocalFiles, StoreFiles, is_url, open_files
 from fastmae.tokens.format import (
     CODEBOOKS_FILE,
     INDEX_FILE,
     INDEX_SCHEMA,
+    LARGEST_SCALES,
+    LARGEST_SIDE,
     MANIFEST_FILE,
     SCALES_FILE,
     STATISTICS_FILE,
     STORE_FILE,
     read_store_info,
+    shard_name,
 )
-from fastmae.tokens.manifest import Manifest, check_description, load_tensors
+from fastmae.tokens.index import decoded_rows, read_index
+from fastmae.tokens.manifest import Manifest, check_description
 from fastmae.tokens.shard import DamagedError, MappedShard, OpenShards
+from fastmae.tokens.statistics import read_statistics
+from fastmae.tokens.tensor_file import load_tensors
 
 Value = TypeVar("Value")
+
+SAME_IN_ALL_SIZES = ("token_dim", "patch_size", "channels", "resize", "codec", "flips", "pixels")
+"""What the stores of several middle sizes must have in common, as their views fill the same batches."""
+
+
+class Scales(msgspec.Struct):
+    """The contents of scales.json.
+
+    Attributes:
+        sizes: middle sizes of the stores that lie beside it.
+    """
+
+    sizes: Annotated[list[Annotated[int, Meta(ge=1, le=LARGEST_SIDE)]], Meta(min_length=1, max_length=1024)]
 
 
 @dataclass(frozen=True)
@@ -59,10 +79,16 @@ class TokenStore:
     Images are numbered 0 to `len(store) - 1`: those that could be decoded, in the order of the list. Each process maps
     a shard when it first reads from it, so a store can be handed to any number of loader workers. Everything is
     checked: the small files when the store is opened, a shard's header when it is mapped, an image's record when it is
-    first touched.
+    first touched. What is checked is that the bytes are those that were written, and that they are what reading
+    relies on: all shapes and dtypes follow from store.json.
 
     Args:
         folder: a folder that `fastmae tokenize` wrote, or the files of a store that is elsewhere (`open_files`).
+
+    Attributes:
+        statistics: `mean` and `std` of the token channels, float32 [C]; `pixel_mean` and `pixel_std`, float32 [K], in
+            [0, 1].
+        codec: what decodes stored tokens to float32, on any device.
 
     Raises:
         InputError: not a store, one that is not finished, or one whose files are damaged or do not belong together.
@@ -70,21 +96,32 @@ class TokenStore:
 
     def __init__(self, folder: str | Path | StoreFiles):
         self.files: StoreFiles = LocalFiles(Path(folder)) if isinstance(folder, str | Path) else folder
+        with _named(self.files):
+            self._open()
+
+    def _open(self) -> None:
         self.folder = self.files.path(STORE_FILE).parent
         self.info = read_store_info(self.folder)
         self.manifest = Manifest.read(self.files.path(MANIFEST_FILE))
         check_description(self.manifest, self.info, self.folder)
         self.files.pin(self.manifest.digest, self.manifest.sizes())
-        if len(self.manifest.shards) != self.info.shards:
-            listed = f"lists {len(self.manifest.shards)} shards, store.json {self.info.shards}"
-            raise InputError(f"{self.folder / MANIFEST_FILE}: {listed}")
-        self._shard_of, self._row_of, self.skipped = self._read_index()
+        shard, row = decoded_rows(self._checked(INDEX_FILE), self.info)
+        decoded = row >= 0
+        self._shard_of, self._row_of = shard[decoded], row[decoded]
+        self.skipped = len(row) - len(self._row_of)
+        self.statistics = read_statistics(self._checked(STATISTICS_FILE), self.info)
+        self.codec = self._read_codec()
         self.code_dim, self.code_dtype = code_layout(self.info.codec, self.info.token_dim)
         self.mean_dim = self.info.token_dim if keeps_means(self.info.codec) else 0
         self.shards = OpenShards(self.files, self.info, self.manifest)
 
     def __len__(self) -> int:
         return len(self._row_of)
+
+    @property
+    def location(self) -> str:
+        """The store's folder or URL, for messages."""
+        return self.files.location
 
     @property
     def shard_sizes(self) -> np.ndarray:
@@ -139,7 +176,7 @@ class TokenStore:
         top, left = info.patch_size * row, info.patch_size * col
         if info.pixels == "jpeg":
             data = self._record(index, MappedShard.jpeg)
-            with _failed_decoding_is_damage():
+            with self._failed_decoding_is_damage(index):
                 jpeg.decode_part(data, top, left, info.middle_size, out.transpose(1, 2, 0), flipped)
             return
         view = self._record(index, MappedShard.raw_pixels)[:, top : top + side, left : left + side]
@@ -168,8 +205,8 @@ class TokenStore:
         if self.info.pixels == "raw":
             return torch.from_numpy(self._record(index, MappedShard.raw_pixels).copy())
         data = self._record(index, MappedShard.jpeg)
-        with _failed_decoding_is_damage():
-            return torch.from_numpy(jpeg.decode(data, self.info.channels))
+        with self._failed_decoding_is_damage(index):
+            return torch.from_numpy(jpeg.decode_middle(data, self.info.middle_size, self.info.channels))
 
     def key(self, index: int) -> str:
         """An image's key, for messages."""
@@ -187,27 +224,13 @@ class TokenStore:
 
     def _decoded(self) -> np.ndarray:
         """Which images of the lists could be decoded: bool [images]."""
-        return _index_columns(self._checked(INDEX_FILE), ["row"])[0] >= 0
+        with _named(self.files):
+            return decoded_rows(self._checked(INDEX_FILE), self.info)[1] >= 0
 
-    def table(self, columns: list[str] | None = None) -> pa.Table:
-        """The index, with all columns of `INDEX_SCHEMA` or some: a row for each image, skipped ones included."""
-        with self._checked(INDEX_FILE).open("rb") as file:
-            return read_parquet(file, columns)
-
-    @cached_property
-    def statistics(self) -> dict[str, torch.Tensor]:
-        """`mean` and `std` of the token channels, float32 [C]; `pixel_mean` and `pixel_std`, float32 [K], in [0, 1]."""
-        file = self._checked(STATISTICS_FILE)
-        statistics = {name: torch.from_numpy(value) for name, value in load_tensors(file).items()}
-        if not {"mean", "std", "pixel_mean", "pixel_std"} <= statistics.keys():
-            raise InputError(f"{file}: lacks a mean or a std; `fastmae verify STORE --repair` brings it back")
-        return statistics
-
-    @cached_property
-    def codec(self) -> Codec:
-        """What decodes stored tokens to float32, on any device."""
-        tensors = load_tensors(self._checked(CODEBOOKS_FILE)) if CODEBOOKS_FILE in self.manifest.files else {}
-        return load_codec(self.info.codec, self.token_dim, tensors)
+    def table(self, columns: Sequence[str] = INDEX_SCHEMA.names) -> pa.Table:
+        """The index: a row for each image, skipped ones included. Texts are dictionary-encoded."""
+        with _named(self.files):
+            return read_index(self._checked(INDEX_FILE), self.info, columns)
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -217,19 +240,13 @@ class TokenStore:
         std = self.statistics["pixel_std"].clamp(min=1e-3)
         return tuple(self.statistics["pixel_mean"].tolist()), tuple(std.tolist())
 
-    def _read_index(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """The shard and the row of each decoded image, int32 [images], and the number of skipped images."""
-        file = self._checked(INDEX_FILE)
-        shard, row = _index_columns(file, ["shard", "row"])
-        decoded = row >= 0
-        shard_of, row_of = shard[decoded], row[decoded]
-        if len(row) != self.info.images or not len(row_of):
-            listed = f"lists {len(row)} images, store.json {self.info.images}"
-            raise InputError(f"{file}: {listed}; bring back the file that belongs here")
-        if not ((shard_of >= 0) & (shard_of < self.info.shards) & (row_of < self.info.shard_size)).all():
-            way_out = "`fastmae verify STORE --repair` makes it again"
-            raise InputError(f"{file}: names shards or rows that can't exist; {way_out}")
-        return shard_of, row_of, len(row) - len(row_of)
+    def _read_codec(self) -> Codec:
+        shapes = learnt_shapes(self.info.codec, self.info.token_dim)
+        return load_codec(
+            self.info.codec,
+            self.info.token_dim,
+            load_tensors(self._checked(CODEBOOKS_FILE), shapes) if shapes else {},
+        )
 
     def _check_view(self, row: int, col: int, size: int) -> None:
         for offset in (row, col):
@@ -259,14 +276,23 @@ class TokenStore:
         row = int(self._row_of[index])
         return self.shards.read(int(self._shard_of[index]), lambda shard: read(shard, row))
 
+    @contextlib.contextmanager
+    def _failed_decoding_is_damage(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except (IndexError, ValueError) as error:
+            name = shard_name(int(self._shard_of[index]))
+            cause = f"the JPEG of its image {self._row_of[index]} can't be decoded ({first_line(error)})"
+            raise DamagedError(f"{self.location}/{name}: {cause}; {self.files.way_out}") from error
+
 
 @contextlib.contextmanager
-def _failed_decoding_is_damage() -> Iterator[None]:
+def _named(files: StoreFiles) -> Iterator[None]:
+    """Errors about a copy in the cache name the URL that it came from."""
     try:
         yield
-    except (IndexError, ValueError) as error:
-        way_out = "`fastmae verify STORE --repair` makes it again"
-        raise DamagedError(f"a stored JPEG can't be decoded ({first_line(error)}); {way_out}") from error
+    except InputError as error:
+        raise files.named(error) from error
 
 
 def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0) -> list[TokenStore]:
@@ -284,19 +310,25 @@ def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0
     if not whole.exists(SCALES_FILE):
         return [TokenStore(whole)]
     file, way_out = whole.path(SCALES_FILE), "run the same `fastmae tokenize` again"
-    try:
-        sizes = sorted(int(size) for size in json.loads(file.read_text(encoding="utf-8"))["sizes"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{file}: can't be read ({first_line(error)}); {way_out}") from error
-    if not sizes:
-        raise InputError(f"{file}: lists no size; {way_out}")
+    with _named(whole):
+        sizes = sorted(set(read_json(file, Scales, way_out=way_out, limit=LARGEST_SCALES).sizes))
     stores = [TokenStore(open_files(_below(location, size), cache, limit_bytes)) for size in sizes]
     first = stores[0]
-    for store in stores[1:]:
+    for size, store in zip(sizes, stores, strict=True):
+        if store.info.middle_size != size:
+            raise InputError(
+                f"{store.location}: holds middle images of {store.info.middle_size} px, not {size}; {way_out}"
+            )
+        for name in SAME_IN_ALL_SIZES:
+            expected, actual = getattr(first.info, name), getattr(store.info, name)
+            if actual != expected:
+                raise InputError(
+                    f"{store.location}: has {name} {actual}, not {expected} as {first.location}; {way_out}"
+                )
         if not first.holds_the_images_of(store):
-            raise InputError(f"{store.folder}: holds other images than {first.folder}; {way_out}")
+            raise InputError(f"{store.location}: holds other images than {first.location}; {way_out}")
         if store.manifest.files.get(CODEBOOKS_FILE) != first.manifest.files.get(CODEBOOKS_FILE):
-            raise InputError(f"{store.folder}: has other codebooks than {first.folder}; {way_out}")
+            raise InputError(f"{store.location}: has other codebooks than {first.location}; {way_out}")
     return stores
 
 
@@ -312,20 +344,3 @@ def pooled_statistics(stores: Sequence[TokenStore]) -> dict[str, torch.Tensor]:
     mean = (weights * means).sum(0)
     mean_square = (weights * (stds.square() + means.square())).sum(0)
     return {"mean": mean, "std": (mean_square - mean.square()).clamp(min=0).sqrt()}
-
-
-def read_parquet(file: IO[bytes], columns: list[str] | None = None) -> pa.Table:
-    """Read a table on this thread alone: pyarrow 26's own abort one process in five at its end on a busy machine."""
-    return pq.ParquetFile(file).read(columns=columns, use_threads=False)
-
-
-def _index_columns(path: Path, columns: list[str]) -> list[np.ndarray]:
-    way_out = "delete it and run the same `fastmae tokenize` again"
-    try:
-        with path.open("rb") as file:  # opened here, as pyarrow takes no path that is not UTF-8
-            table = read_parquet(file, columns)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: damaged ({error}); {way_out}") from error
-    if table.schema.names != columns or any(table.schema.field(c).type != INDEX_SCHEMA.field(c).type for c in columns):
-        raise InputError(f"{path}: not this store's index; {way_out}")
-    return [table[name].to_numpy() for name in columns]

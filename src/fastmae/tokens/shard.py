@@ -1,7 +1,5 @@
 """Shards opened for reading: mapped, not loaded. A process checks each image's record when it first touches it."""
 
-import json
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,24 +10,21 @@ import torch
 import xxhash
 
 from fastmae.errors import InputError, first_line
-from fastmae.tokens.codec import code_layout, keeps_means
 from fastmae.tokens.files import StoreFiles
-from fastmae.tokens.format import FLIPPED, METADATA_KEY, PIXELS, TOKENS, StoreInfo, checksum, shard_name
+from fastmae.tokens.format import FLIPPED, PIXELS, TOKENS, StoreInfo, checksum, shard_name
 from fastmae.tokens.manifest import Manifest, read_header
+from fastmae.tokens.shard_header import (
+    content_problem,
+    data_problem,
+    longest_header,
+    mapped_tensors,
+    parse_header,
+    parse_metadata,
+)
 from fastmae.tokens.transfer import MissingFileError
 
 Value = TypeVar("Value")
 
-DTYPES = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "F64": np.float64,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "I64": np.int64,
-    "U64": np.uint64,
-}
-"""safetensors' names of the dtypes that a shard holds."""
 PREFIXES = {TOKENS: "", FLIPPED: "flipped_"}
 NO_MEAN = np.zeros(0, np.float16)
 MAPPED_SHARDS = 1 << 14
@@ -43,41 +38,48 @@ class DamagedError(InputError):
 
 
 class MappedShard:
-    """A shard, opened for reading.
+    """A shard, opened for reading. Its header is checked: all of its tensors are there, in the shapes of the store.
 
     Args:
         file: the shard, on a local disk.
-        size: bytes that the file must have, from the manifest.
-        header_checksum: xxh3-64 of the file's header, from the manifest.
+        info: what the store holds.
+        number: of the shard.
+        listed: bytes that the file must have, and the xxh3-64 of its header, from the manifest; None without one.
 
     Attributes:
+        checksums: xxh3-64 of each tensor's bytes, in hex, by the tensor's name.
         checked: bool [rows, 3]: which records were checked already, by column of `record_checksums`.
 
     Raises:
-        DamagedError: the file is missing, or its size, its header or a table in it is not what was written.
+        DamagedError: the file is missing, its size, its header or a table in it is not what was written, or it is no
+            shard of this store.
     """
 
-    def __init__(self, file: Path, size: int, header_checksum: str):
+    def __init__(self, file: Path, info: StoreInfo, number: int, listed: tuple[int, str] | None):
         self.file = file
         try:
-            header = read_header(file)
-            actual_size = file.stat().st_size
-            if actual_size != size:
-                raise self._damaged(f"has {actual_size} bytes, not {size}")
-            if checksum(header) != header_checksum:
+            header = read_header(file, longest_header(info, number))
+            size = file.stat().st_size
+            if listed is not None and size != listed[0]:
+                raise self._damaged(f"has {size} bytes, not {listed[0]}")
+            if listed is not None and checksum(header) != listed[1]:
                 raise self._damaged("its header is damaged")
-            self.tensors = _map(file, size, header)
+            entries, metadata = parse_header(header, file)
+            written = parse_metadata(metadata, file)
+            problem = data_problem(entries, len(header), size) or content_problem(info, number, entries, written)
+            if problem is not None:
+                raise self._damaged(problem)
+            whole = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()  # keeps no file open
         except DamagedError:
             raise
         except (InputError, OSError, RuntimeError) as error:  # a copy in the cache can be evicted at any moment
             raise DamagedError(first_line(error)) from error
-        pixel_tensors = {"pixels"} if "pixels" in self.tensors else {"jpeg", "jpeg_offsets"}
-        if not {"tokens", "record_checksums"} | pixel_tensors <= self.tensors.keys():
-            raise self._damaged("lacks tensors that a shard has")
-        checksums = json.loads(json.loads(header[8:])["__metadata__"][METADATA_KEY])["checksums"]
-        for name in {"record_checksums", "jpeg_offsets"} & self.tensors.keys():
-            if checksum(self.tensors[name].tobytes()) != checksums[name]:
+        self.tensors, self.checksums = mapped_tensors(whole[len(header) :], entries), written.checksums
+        for name in sorted({"record_checksums", "jpeg_offsets"} & self.tensors.keys()):
+            if checksum(self.tensors[name].tobytes()) != self.checksums[name]:
                 raise self._damaged(f"its {name} are damaged")
+        if info.pixels == "jpeg" and not _are_offsets(self.tensors["jpeg_offsets"], self.tensors["jpeg"].size):
+            raise self._damaged("its jpeg_offsets do not divide its JPEGs")
         self.tokens, self.flipped_tokens = self.tensors["tokens"], self.tensors.get("flipped_tokens")
         self.pixels = self.tensors.get("pixels")
         self.record_checksums = self.tensors["record_checksums"]
@@ -95,6 +97,7 @@ class MappedShard:
         """
         column = FLIPPED if flipped else TOKENS
         prefix = PREFIXES[column]
+        self._check_row(row)
         codes, means = self.tensors[f"{prefix}tokens"][row], self.tensors.get(f"{prefix}token_means")
         mean = NO_MEAN if means is None else means[row]
         self._check(row, column, codes, mean)
@@ -106,6 +109,7 @@ class MappedShard:
         Raises:
             DamagedError: the record is not what was written.
         """
+        self._check_row(row)
         pixels = self.tensors["pixels"][row]
         self._check(row, PIXELS, pixels)
         return pixels
@@ -116,24 +120,15 @@ class MappedShard:
         Raises:
             DamagedError: the record is not what was written.
         """
+        self._check_row(row)
         start, end = self.tensors["jpeg_offsets"][row : row + 2]
         data = self.tensors["jpeg"][start:end]
         self._check(row, PIXELS, data)
         return data
 
-    def damaged_records(self) -> list[int]:
-        """Rows whose tokens or pixels are not what was written. Reads every byte."""
-        read_pixels = self.jpeg if self.pixels is None else self.raw_pixels
-        damaged = []
-        for row in range(len(self.record_checksums)):
-            try:
-                self.codes(row)
-                if self.flipped_tokens is not None:
-                    self.codes(row, flipped=True)
-                read_pixels(row)
-            except DamagedError:
-                damaged.append(row)
-        return damaged
+    def _check_row(self, row: int) -> None:
+        if row >= len(self.record_checksums):
+            raise self._damaged(f"has no image {row}, which the index names")
 
     def _check(self, row: int, column: int, *arrays: np.ndarray) -> None:
         if self.checked[row, column]:
@@ -187,6 +182,12 @@ class OpenShards:
             DamagedError: the shard, or the record that was read, is not what was written.
         """
         try:
+            return self._read(number, read)
+        except DamagedError as error:
+            raise self.files.named(error) from error
+
+    def _read(self, number: int, read: Callable[[MappedShard], Value]) -> Value:
+        try:
             return read(self._shard(number))
         except DamagedError:
             tried = number in self._damaged or number in self._fetched_again
@@ -213,35 +214,15 @@ class OpenShards:
         name = shard_name(number)
         for attempt in range(1, MAP_ATTEMPTS + 1):
             try:
-                shard = MappedShard(self.files.path(name), *self.manifest.shards[number])
-                break
+                return MappedShard(self.files.path(name), self.info, number, self.manifest.shards[number])
             except MissingFileError as error:
                 raise DamagedError(str(error)) from error
             except DamagedError:  # a cached copy: evicted before it was opened, or damaged
                 if attempt == MAP_ATTEMPTS or not self.files.discard(name):
                     raise
-        self._check_shape(shard)
-        return shard
-
-    def _check_shape(self, shard: MappedShard) -> None:
-        code_dim, dtype = code_layout(self.info.codec, self.info.token_dim)
-        shape = (self.info.grid, self.info.grid, code_dim)
-        mean_dim = self.info.token_dim if keeps_means(self.info.codec) else 0
-        means = shard.tensors.get("token_means", np.zeros((0, 0), np.float16))
-        if shard.tokens.shape[1:] != shape or shard.tokens.dtype != dtype or means.shape[1] != mean_dim:
-            actual = list(shard.tokens.shape[1:])
-            raise DamagedError(f"{shard.file}: holds tokens of {actual}, not {list(shape)} as store.json says")
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _map(file: Path, size: int, header: bytes) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file whose header was checked. The map is private and keeps no file open."""
-    whole = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()
-    data = whole[len(header) :]
-    tensors = {}
-    for name, entry in json.loads(header[8:]).items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            dtype = np.dtype(DTYPES[entry["dtype"]])
-            assert end - start == dtype.itemsize * math.prod(entry["shape"])
-            tensors[name] = data[start:end].view(dtype).reshape(entry["shape"])
-    return tensors
+def _are_offsets(offsets: np.ndarray, end: int) -> bool:
+    """Whether offsets, int64 [n + 1], cut `end` bytes into n pieces, none of them empty."""
+    return bool(offsets[0] == 0 and offsets[-1] == end and (np.diff(offsets) > 0).all())

@@ -9,17 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors
 import torch
 import xxhash
 from safetensors.numpy import save
 
-from fastmae.errors import InputError, first_line
-from fastmae.images.entries import label_of
+from fastmae.errors import InputError
+from fastmae.outside.regular_file import read_bounded
 from fastmae.runtime.durable import holds_anything, remove_parts, write_new, write_whole
-from fastmae.tokens.codec import Codec, learns
+from fastmae.tokens.codec import Codec, learns, learnt_shapes
 from fastmae.tokens.encoded import EncodedImages
 from fastmae.tokens.format import (
     CODEBOOKS_COPY,
@@ -31,22 +29,23 @@ from fastmae.tokens.format import (
     SHARDS_FOLDER,
     STATISTICS_FILE,
     STORE_FILE,
-    ImageRecord,
     Part,
-    ShardHeader,
     StoreInfo,
     checksum,
-    list_name,
     read_store_info,
     shard_path,
+    written_shards,
 )
-from fastmae.tokens.manifest import Manifest, measure, read_header, store_text
+from fastmae.tokens.index import index_rows
+from fastmae.tokens.manifest import Manifest, measure, read_header, small_files, store_text
+from fastmae.tokens.shard import MappedShard
 from fastmae.tokens.shard_file import SplitTensor, as_bytes, write_tensors
+from fastmae.tokens.shard_header import ImageRecord, ShardHeader
+from fastmae.tokens.statistics import SUMS, added, no_sums, statistics_of
+from fastmae.tokens.tensor_file import largest_file
 
 ROW_GROUP = 1 << 16
 """Images in a row group of the index, which is held in memory while it is written."""
-SUMS = ("channel_sums", "pixel_sums")
-"""Tensors of a shard with the sums from which the store's statistics are computed."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,8 @@ class StoreWriter:
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards that are not written yet."""
-        return [shard for shard in range(self.info.shards) if not shard_path(self.folder, shard).exists()]
+        written = written_shards(self.folder)
+        return [shard for shard in range(self.info.shards) if shard not in written]
 
     def keep_codebooks(self, codec: Codec) -> None:
         """Store what a codec has learnt. If several processes do this, the first one's codebooks stay."""
@@ -155,65 +155,55 @@ class StoreWriter:
 
     def _copy_codebooks(self) -> None:
         codebooks, copy = self.folder / CODEBOOKS_FILE, self.folder / CODEBOOKS_COPY
-        write_new(copy, codebooks.read_bytes())
-        if copy.read_bytes() != codebooks.read_bytes():
+        largest = largest_file(learnt_shapes(self.info.codec, self.info.token_dim))
+        write_new(copy, read_bounded(codebooks, largest))
+        if read_bounded(copy, largest) != read_bounded(codebooks, largest):
             problem = "differs from its copy, so one of them is damaged"
             raise InputError(f"{codebooks}: {problem}; `fastmae verify {self.folder} --repair`")
 
     def _write_statistics_and_index(self) -> None:
         """Write both in one pass over the shards' headers."""
-        token_sums, pixel_sums = np.zeros((2, self.info.token_dim)), np.zeros((2, self.info.channels))
-        decoded = 0
+        sums, decoded = no_sums(self.info), 0
 
         def write_index(aside: Path) -> None:
-            nonlocal decoded
+            nonlocal sums, decoded
             images: list[ImageRecord] = []
             shards: list[int] = []
             # Opened here, as pyarrow takes no path that is not UTF-8.
             with aside.open("wb") as opened, pq.ParquetWriter(opened, INDEX_SCHEMA) as file:
                 for shard in range(self.info.shards):
-                    header, shard_token_sums, shard_pixel_sums = self._read_back(shard)
-                    np.add(token_sums, shard_token_sums, out=token_sums)
-                    np.add(pixel_sums, shard_pixel_sums, out=pixel_sums)
+                    header, shard_sums = self._read_back(shard)
+                    sums = added(sums, shard_sums)
                     decoded += sum(image.row >= 0 for image in header.images)
                     images += header.images
                     shards += [header.shard] * len(header.images)
                     if len(images) >= ROW_GROUP or shard == self.info.shards - 1:
-                        file.write_table(_index_rows(images, shards))
+                        file.write_table(index_rows(images, shards))
                         images, shards = [], []
             if not decoded:
                 source, first = self.info.parts[0].source, self.header(0).images[0]
                 raise InputError(f"{source}: not one image could be decoded (first: {first.path}: {first.status})")
 
         write_whole(self.folder / INDEX_FILE, write_index)
-        statistics = _mean_and_std("", token_sums, decoded * self.info.grid**2)
-        statistics |= _mean_and_std("pixel_", pixel_sums, decoded * self.info.middle_size**2)
+        statistics = statistics_of(self.info, sums, decoded)
         write_whole(self.folder / STATISTICS_FILE, lambda aside: aside.write_bytes(save(statistics)))
 
     def _manifest(self) -> Manifest:
-        names = [STATISTICS_FILE, INDEX_FILE, *(list_name(part) for part in range(len(self.info.parts)))]
-        if learns(self.info.codec):
-            names += [CODEBOOKS_FILE, CODEBOOKS_COPY]
         shards = [shard_path(self.folder, shard) for shard in range(self.info.shards)]
         return Manifest(
             self.info,
-            {name: measure(self.folder / name) for name in names},
+            {name: measure(self.folder / name) for name in small_files(self.info)},
             [(shard.stat().st_size, checksum(read_header(shard))) for shard in shards],
         )
 
-    def _read_back(self, shard: int) -> tuple[ShardHeader, np.ndarray, np.ndarray]:
-        """A shard's header, its sums over tokens, float64 [2, C], and its sums over pixels, float64 [2, K]."""
+    def _read_back(self, shard: int) -> tuple[ShardHeader, dict[str, np.ndarray]]:
+        """A shard's header and its `SUMS`."""
         path, way_out = shard_path(self.folder, shard), "delete it and run the same `fastmae tokenize` again"
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                header = ShardHeader.from_metadata(file.metadata(), path)
-                token_sums, pixel_sums = (file.get_tensor(name) for name in SUMS)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{path}: damaged ({first_line(error)}); {way_out}") from error
-        actual = [checksum(sums.tobytes()) for sums in (token_sums, pixel_sums)]
-        if actual != [header.checksums[name] for name in SUMS]:
+        mapped = MappedShard(path, self.info, shard, None)
+        sums = {name: mapped.tensors[name] for name in SUMS}
+        if any(checksum(as_bytes(tensor)) != mapped.checksums[name] for name, tensor in sums.items()):
             raise InputError(f"{path}: its sums are damaged; {way_out}")
-        return header, token_sums, pixel_sums
+        return ShardHeader.from_file(path), sums
 
 
 def begin_folder(folder: Path) -> None:
@@ -266,26 +256,3 @@ def _digest(*arrays: np.ndarray) -> int:
     for array in arrays:
         digest.update(as_bytes(array))
     return digest.intdigest()
-
-
-def _index_rows(images: list[ImageRecord], shards: list[int]) -> pa.Table:
-    """Rows of the index, given the images and the shard of each."""
-    columns = {
-        "path": [_as_utf8(image.path) for image in images],
-        "label": [_as_utf8(label_of(image.path)) for image in images],
-        "shard": shards,
-        **{name: [getattr(image, name) for image in images] for name in ("row", "width", "height", "status")},
-    }
-    return pa.table(columns, schema=INDEX_SCHEMA)
-
-
-def _as_utf8(path: str) -> str:
-    """The path, with \\x escapes for bytes that are not UTF-8: the index is for people, shards keep the bytes."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _mean_and_std(prefix: str, sums: np.ndarray, count: int) -> dict[str, np.ndarray]:
-    """Mean and std, float32 [C], from the sum and the sum of squares, float64 [2, C], of `count` values."""
-    mean = sums[0] / count
-    variance = np.maximum(sums[1] / count - mean**2, 0.0)
-    return {f"{prefix}mean": mean.astype(np.float32), f"{prefix}std": np.sqrt(variance).astype(np.float32)}

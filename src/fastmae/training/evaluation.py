@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 
+from fastmae.errors import first_line
 from fastmae.runs.checkpoint import write_checkpoint
-from fastmae.runs.folder import MetricsLog, RunFolder
+from fastmae.runs.folder import MetricsLog, RunFolder, read_evaluations
+from fastmae.runtime.durable import write_whole
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import on_first_process
 from fastmae.runtime.workers import batches
 from fastmae.training.run import Run
+from fastmae.training.task import Picture
 
 log = logging.getLogger(__name__)
 SHOWN = 4
@@ -55,7 +58,9 @@ def is_due(run: Run) -> bool:
 
 
 def evaluate(run: Run, folder: RunFolder, metrics: MetricsLog | None) -> float:
-    """Evaluate, log the figures, and keep the weights if they are the best so far.
+    """Evaluate, keep the weights if they are the best so far, log the figures, and draw the pictures, in this order.
+
+    So an evaluation whose figures are in the log is complete. A picture that can't be drawn is a warning.
 
     The task's `evaluate` gets the bare network (or its moving average) in evaluation mode, without gradients and under
     the run's precision.
@@ -69,17 +74,10 @@ def evaluate(run: Run, folder: RunFolder, metrics: MetricsLog | None) -> float:
     network = state.evaluated_network
     network.eval()
     with torch.no_grad(), fabric.autocast():
-        figures = dict(task.evaluate(network, fabric))
+        evaluated = task.evaluate(network, fabric)
+    figures = dict(evaluated.figures)
     state.model.train()
-    if metrics is not None:
-        epoch = run.settings.epoch_of(state.step)
-        names = task.shown or tuple(itertools.islice(figures, SHOWN))
-        shown = ", ".join(f"{name} {figures[name]:g}" for name in names if name in figures)
-        log.info(f"epoch {epoch:.4g} (step {state.step}): {shown}")
-        entry = {"epoch": round(epoch, 4), "seconds": round(state.seconds, 3), **figures}
-        metrics.write_evaluation(state.step, entry)
     if task.metric and figures[task.metric] > state.best:
-        state.best = figures[task.metric]
         checkpoint = {
             "model": network.state_dict(),
             "run": folder.description,
@@ -87,4 +85,43 @@ def evaluate(run: Run, folder: RunFolder, metrics: MetricsLog | None) -> float:
             "evaluation": figures,
         }
         on_first_process(fabric, lambda: write_checkpoint(folder.best, checkpoint))
+        state.best = figures[task.metric]
+    if metrics is not None:
+        epoch = run.settings.epoch_of(state.step)
+        names = task.shown or tuple(itertools.islice(figures, SHOWN))
+        shown = ", ".join(f"{name} {figures[name]:g}" for name in names if name in figures)
+        log.info(f"epoch {epoch:.4g} (step {state.step}): {shown}")
+        entry = {"epoch": round(epoch, 4), "seconds": round(state.seconds, 3), **figures}
+        metrics.write_evaluation(state.step, entry)
+        for picture in evaluated.pictures:
+            _draw(picture)
     return time.monotonic() - start
+
+
+def recall(run: Run, folder: RunFolder) -> bool:
+    """Take up what the run's log says of its evaluations, the best figure among them.
+
+    The checkpoint was written before the evaluation at its step, which an interruption or a failure may have cost.
+
+    Returns:
+        Whether the evaluation at the state's step is in the log, or is not due. The same in every process.
+    """
+    task, state = run.task, run.state
+    if task.evaluate is None or not state.step:
+        return True
+    complete, best = False, state.best
+    if run.fabric.is_global_zero:
+        entries = [entry for entry in read_evaluations(folder.path) if entry["step"] <= state.step]
+        complete = not is_due(run) or any(entry["step"] == state.step for entry in entries)
+        best = max([best, *(entry[task.metric] for entry in entries if entry.get(task.metric) is not None)])
+    complete, state.best = run.fabric.broadcast((complete, best))
+    return complete
+
+
+def _draw(picture: Picture) -> None:
+    try:
+        png = picture.png()
+        write_whole(picture.file, lambda part: part.write_bytes(png))
+    except Exception as error:  # names and photos are strangers'; nothing about them is worth a run
+        cause = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        log.warning(f"{picture.file}: can't be drawn ({cause}); the run goes on without this picture")

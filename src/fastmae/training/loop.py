@@ -1,88 +1,152 @@
-"""The training loop. It counts steps, logs, evaluates, saves and stops; what a step computes is the task's."""
+"""The training loop. It counts steps, logs, evaluates, saves and stops; what a step computes is the task's.
+
+Work is saved before anything else can fail: the checkpoint before an evaluation, and the last complete step before any
+error leaves the loop.
+"""
 
 import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
-from fastmae.runs.folder import RunFolder
+from fastmae.errors import FailedCheckError, InterruptedRunError, add_note
+from fastmae.runs.folder import MetricsLog, RunFolder
+from fastmae.runtime.ending import unlimited
 from fastmae.runtime.launch import scales_gradients
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.seeding import seed_everything
-from fastmae.training.evaluation import evaluate, is_due
+from fastmae.training.evaluation import evaluate, is_due, recall
 from fastmae.training.meter import Meter
 from fastmae.training.run import Run, train_batches, train_step
-from fastmae.training.stopping import StopRequest, Vote
+from fastmae.training.stopping import BreakOff, StopRequest, Vote
+
+SECONDS_FOR_THE_VOTE = 5.0
+"""How long one of several processes waits for data after a signal before it leaves without the others' agreement."""
 
 
 def fit(run: Run, folder: RunFolder) -> None:
     """Train from the state's step to the last one.
 
-    After each step: log every `log_every` steps, evaluate when due, save every `save_every` minutes, stop if a signal
-    asks for it.
+    After each step: log every `log_every` steps, save every `save_every` minutes and before an evaluation, evaluate
+    when due, stop if a signal asks for it. A run that was stopped before an evaluation begins with it.
+
+    A single process saves its last complete step before an error leaves it. Several have their regular saves, since
+    the others know nothing of one's failure.
 
     Raises:
         InterruptedRunError: after SIGINT, SIGTERM or SIGUSR1, and after saving.
         FailedCheckError: the loss is not a number any more; the last good checkpoint stays.
     """
-    config, settings, fabric, state = run.config, run.settings, run.fabric, run.state
-    steps, first_process = settings.steps, fabric.is_global_zero
-    metrics = folder.metrics(state.step) if first_process else None
-    meter, vote = Meter(fabric, state.sums, state.summed_steps), Vote(fabric)
-    progress = Progress(
-        run.task.name, "steps", steps, state.step, not first_process, scale=settings.batch_size, rate_unit="images"
-    )
-    seconds_before, start = state.seconds, time.monotonic()
-    last_saved = start
+    metrics = folder.metrics(run.state.step) if run.fabric.is_global_zero else None
+    patience = 0.0 if run.fabric.world_size == 1 else SECONDS_FOR_THE_VOTE
+    with StopRequest(patience) as stop, contextlib.closing(metrics) if metrics else contextlib.nullcontext():
+        loop = _Loop(run, folder, metrics, stop)
+        try:
+            loop.train()
+        except BreakOff:
+            raise InterruptedRunError(f"stopped; {loop.save_what_is_sound()}; the same call continues") from None
+        except (InterruptedRunError, FailedCheckError):
+            raise
+        except Exception as error:
+            if run.state.step:
+                add_note(error, loop.save_what_is_sound())
+            raise
 
-    def save() -> None:
-        state.sums, state.summed_steps = meter.totals(), meter.summed_steps
-        _check_finite(run, state.sums, folder)  # a checkpoint of a run that has failed is worth nothing
-        state.save(fabric, folder)
 
-    def save_if_alone() -> None:  # other processes know nothing of this one's failure; they have their regular saves
-        if fabric.world_size == 1 and state.step:
-            save()
+class _Loop:
+    """The steps of one call.
 
-    with StopRequest() as stop, progress, contextlib.closing(metrics) if metrics else contextlib.nullcontext():
-        batches = _saved_on_failure(train_batches(run), save_if_alone)
-        for first_batch in batches:
-            run.schedule.step_update(state.step)
-            seed_everything((config.seed * steps + state.step) * fabric.world_size + fabric.global_rank)
-            meter.add(
-                train_step(run, itertools.chain([first_batch], itertools.islice(batches, run.grad_accum_steps - 1)))
-            )
-            state.step += 1
-            if state.ema is not None:
-                state.ema.update(state.network, state.step)
-            now = time.monotonic()
-            state.seconds = seconds_before + now - start
+    Args:
+        run: the run, restored.
+        folder: its folder.
+        metrics: its logs, in the first process.
+        stop: whether a signal has come.
+    """
 
-            if state.step % config.log_every == 0 or state.step == steps:
-                entry = _log_entry(run, meter, now)
-                _check_finite(run, entry, folder)
-                meter.restart(now)
-                if metrics is not None:
-                    metrics.write(state.step, entry)
-                progress.advance(0, loss=f"{entry['loss']:.4f}", lr=f"{entry['lr']:.2e}")
-            progress.advance(1)
+    def __init__(self, run: Run, folder: RunFolder, metrics: MetricsLog | None, stop: StopRequest):
+        self.run, self.folder, self.metrics, self.stop = run, folder, metrics, stop
+        self.meter = Meter(run.fabric, run.state.sums, run.state.summed_steps)
+        self.saved_step = run.state.step
+        self.start = self.last_saved = time.monotonic()
 
-            if is_due(run):
-                seconds = evaluate(run, folder, metrics)
-                start += seconds
-                meter.pause(seconds)
+    def train(self) -> None:
+        """Take the steps that are left."""
+        run, state, stop = self.run, self.run.state, self.stop
+        config, settings, fabric = run.config, run.settings, run.fabric
+        steps, vote, seconds_before = settings.steps, Vote(fabric), state.seconds
+        progress = Progress(
+            *(run.task.name, "steps", steps, state.step, not fabric.is_global_zero),
+            scale=settings.batch_size,
+            rate_unit="images",
+        )
+        with progress:
+            if not recall(run, self.folder):
+                self._evaluate()
+            batches = self._waited_for(train_batches(run))
+            for first_batch in batches:
+                with unlimited():
+                    run.schedule.step_update(state.step)
+                    seed_everything((config.seed * steps + state.step) * fabric.world_size + fabric.global_rank)
+                    others = itertools.islice(batches, run.grad_accum_steps - 1)
+                    self.meter.add(train_step(run, itertools.chain([first_batch], others)))
+                    state.count_step()
+                    now = time.monotonic()
+                    state.seconds = seconds_before + now - self.start
+                    if state.step % config.log_every == 0 or state.step == steps:
+                        self._log(now, progress)
+                    progress.advance(1)
+                    is_over = now - self.last_saved >= 60 * config.save_every
+                    must_stop, must_save = vote.after_step(stop.requested, is_over)
+                    if must_stop or must_save or is_due(run) or state.step == steps:
+                        self._save()
+                if must_stop and (state.step < steps or is_due(run)):
+                    raise InterruptedRunError(
+                        f"stopped after step {state.step} of {steps}, and saved; the same call continues"
+                    )
+                if is_due(run):
+                    self._evaluate()
 
-            must_stop, must_save = vote.after_step(stop.requested, now - last_saved >= 60 * config.save_every)
-            if must_stop or must_save or state.step == steps:
-                save()
-                last_saved = time.monotonic()
-            if must_stop and state.step < steps:
-                raise InterruptedRunError(
-                    f"stopped after step {state.step} of {steps}, and saved; the same call continues"
-                )
+    def save_what_is_sound(self) -> str:
+        """Before the end that nobody wanted: save the last complete step, if it can be; returns what is saved."""
+        state = self.run.state
+        if self.saved_step < state.step and state.sound and self.run.fabric.world_size == 1:
+            with contextlib.suppress(Exception), unlimited():  # what has ended the run matters, not why this fails too
+                self._save()
+        return f"step {self.saved_step} is saved" if self.saved_step else "nothing is saved yet"
+
+    def _waited_for(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches. A signal breaks off the wait for one: between them, the state is that of a complete step."""
+        while True:
+            with self.stop.breaks_off():
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield batch
+
+    def _log(self, now: float, progress: Progress) -> None:
+        entry = _log_entry(self.run, self.meter, now)
+        _check_finite(self.run, entry, self.folder)
+        self.meter.restart(now)
+        if self.metrics is not None:
+            self.metrics.write(self.run.state.step, entry)
+        progress.advance(0, loss=f"{entry['loss']:.4f}", lr=f"{entry['lr']:.2e}")
+
+    def _save(self) -> None:
+        state = self.run.state
+        state.sums, state.summed_steps = self.meter.totals(), self.meter.summed_steps
+        _check_finite(self.run, state.sums, self.folder)  # a checkpoint of a run that has failed is worth nothing
+        state.save(self.run.fabric, self.folder)
+        self.saved_step, self.last_saved = state.step, time.monotonic()
+
+    def _evaluate(self) -> None:
+        """A signal breaks it off: everything is saved."""
+        with self.stop.breaks_off(at_once=True):
+            seconds = evaluate(self.run, self.folder, self.metrics)
+        self.start += seconds
+        self.meter.pause(seconds)
 
 
 def _log_entry(run: Run, meter: Meter, now: float) -> dict[str, float]:
@@ -94,15 +158,6 @@ def _log_entry(run: Run, meter: Meter, now: float) -> dict[str, float]:
         "images_per_second": round(settings.batch_size * meter.steps_per_second(now), 2),
         "seconds": round(state.seconds, 3),
     }
-
-
-def _saved_on_failure(batches: Iterable[Any], save: Callable[[], None]) -> Iterator[Any]:
-    """The batches; if no more can be had (a damaged store, a lost server), the run is saved first."""
-    try:
-        yield from batches
-    except InputError:
-        save()
-        raise
 
 
 def _check_finite(run: Run, scalars: Mapping[str, float], folder: RunFolder) -> None:

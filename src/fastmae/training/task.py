@@ -1,10 +1,10 @@
 """What a command hands to the training driver: a network, its data, a step, and what is measured on the way."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -75,6 +75,31 @@ def not_wrapped(batches: Iterable[Any], _: StepSampler) -> Iterator[Any]:
     yield from batches
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture of what an evaluation has found. It is drawn once the figures are safe.
+
+    Attributes:
+        file: where it goes.
+        png: draws it: the bytes of a PNG file.
+    """
+
+    file: Path
+    png: Callable[[], bytes]
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation gives.
+
+    Attributes:
+        figures: the same in every process.
+        pictures: of the first process.
+    """
+
+    figures: Mapping[str, float]
+    pictures: Sequence[Picture] = ()
+
+
 @dataclass
 class Task:
     """Everything about a run that is the command's own.
@@ -89,7 +114,7 @@ class Task:
         parameter_groups: gives the optimizer's groups, once the network is on its device; they may have `lr_scale`.
         description: for run.json, JSON-able: together with the options, all that is needed to load the result.
         inputs: for inputs.json, JSON-able: where the inputs were found.
-        evaluate: (bare network, fabric) -> figures, the same in every process; None: not measured.
+        evaluate: (bare network, fabric) -> figures and pictures; None: not measured.
         metric: figure by which best.pt is chosen; larger is better. Empty: no best.pt.
         shown: figures shown after each evaluation; empty: the first ones.
         schedule: of the learning rate: (optimizer, steps, warm-up steps, last learning rate).
@@ -115,7 +140,7 @@ class Task:
     parameter_groups: Callable[[], ParameterGroups]
     description: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
-    evaluate: Callable[[nn.Module, Fabric], Mapping[str, float]] | None = None
+    evaluate: Callable[[nn.Module, Fabric], Evaluated] | None = None
     metric: str = ""
     shown: tuple[str, ...] = ()
     schedule: Callable[[torch.optim.Optimizer, int, int, float], Scheduler] = cosine_schedule

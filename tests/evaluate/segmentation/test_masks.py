@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from fastmae.errors import InputError
-from fastmae.evaluate.segmentation import masks
 from fastmae.evaluate.segmentation.masks import MaskEncoding, mask_size, read_mask
+from fastmae.images import decode
 
 
 def test_grey_palette_1_bit_and_16_bit_masks_hold_the_same_ids(tmp_path):
@@ -36,7 +36,7 @@ def test_a_mask_with_colours_is_refused(shapes, read):
 
 @pytest.mark.parametrize("read", [lambda path: read_mask(path, MaskEncoding()), mask_size])
 def test_a_mask_that_declares_too_many_pixels_is_refused(shapes, read, monkeypatch):
-    monkeypatch.setattr(masks, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 1000)
     with pytest.raises(InputError, match=r"02\.png: declares 94 x 72 pixels"):
         read(shapes / "masks" / "train" / "02.png")
 

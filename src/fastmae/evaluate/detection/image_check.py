@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmae.errors import InputError, first_line
+from fastmae.errors import InputError
 from fastmae.evaluate.detection.masks import Size
 from fastmae.evaluate.file_checks import map_in_threads, upright_size
 from fastmae.runtime.progress import Progress
@@ -43,14 +43,9 @@ def _check_image(annotations: Path, path: Path, annotated: Size) -> bool:
         InputError: it is not an image, or has another size.
     """
     try:
-        size, turned = upright_size(path)
+        size, turned = upright_size(path, "replace it, or remove it from the annotations")
     except FileNotFoundError:
         return False
-    except Exception as error:  # codecs raise nearly any type on damaged headers
-        raise InputError(
-            f"{path}: not an image that can be read ({first_line(error)}); "
-            "replace it, or remove it from the annotations"
-        ) from error
     if size != annotated:
         hint = ", as its EXIF orientation turns it; save it upright" if turned else "; annotate the image as it is"
         raise InputError(

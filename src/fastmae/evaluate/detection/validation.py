@@ -15,11 +15,11 @@ from fastmae.evaluate.detection.average_precision import Detections, average_pre
 from fastmae.evaluate.detection.coco import Split
 from fastmae.evaluate.detection.datasets import SizeLimits, ValidationPhotos
 from fastmae.evaluate.detection.pictures import choose_images, draw_detections
-from fastmae.runtime.durable import write_whole
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import on_first_process
 from fastmae.runtime.progress import Progress
 from fastmae.training.evaluation import val_batches
+from fastmae.training.task import Evaluated, Picture
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Validation:
         split: the validation split.
         limits: of the photos' size for the network.
         channels: number of channels that photos are decoded to, 1 or 3.
+        value_range: how their values of more than 8 bits become 8 bits.
         workers: number of loading processes; -1 for automatic.
         num_pictures: number of photos that are drawn; 0 for none.
         pictures_file: where they are drawn.
@@ -38,13 +39,14 @@ class Validation:
     split: Split
     limits: SizeLimits
     channels: int
+    value_range: str
     workers: int
     num_pictures: int
     pictures_file: Path
 
-    def __call__(self, network: nn.Module, fabric: Fabric) -> dict[str, float]:
+    def __call__(self, network: nn.Module, fabric: Fabric) -> Evaluated:
         """COCO's figures, the same in every process; see `average_precision`."""
-        photos = ValidationPhotos(self.split, self.limits, self.channels)
+        photos = ValidationPhotos(self.split, self.limits, self.channels, self.value_range)
         # One photo at a time: in a batch, the padding of its feature maps would change a photo's proposals a little.
         samples = val_batches(photos, fabric, 1, self.workers, itemgetter(0))
         detections = []
@@ -56,15 +58,13 @@ class Validation:
         detections = gather_detections(fabric, detections)
         figures: dict[str, float] = {}
 
-        def measure_and_draw() -> None:
-            figures.update(average_precision(self.split, detections))
-            if self.num_pictures:
-                images = choose_images(self.split, self.num_pictures)
-                png = draw_detections(self.split, detections, images, self.channels)
-                write_whole(self.pictures_file, lambda file: file.write_bytes(png))
+        on_first_process(fabric, lambda: figures.update(average_precision(self.split, detections)))
+        picture = Picture(self.pictures_file, lambda: self._draw(detections))
+        return Evaluated(fabric.broadcast(figures), [picture] if self.num_pictures else [])
 
-        on_first_process(fabric, measure_and_draw)
-        return fabric.broadcast(figures)
+    def _draw(self, detections: list[Detections]) -> bytes:
+        images = choose_images(self.split, self.num_pictures)
+        return draw_detections(self.split, detections, images, self.channels, self.value_range)
 
 
 def detect_objects(network: nn.Module, split: Split, image: int, photo: torch.Tensor) -> Detections:

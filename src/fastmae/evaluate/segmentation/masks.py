@@ -1,20 +1,21 @@
 """Reads masks: image files with one class id for each pixel."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import ImageFile
 
-from fastmae.errors import InputError, first_line
-from fastmae.images.decode import MAX_PIXELS
+from fastmae.errors import InputError
+from fastmae.images.decode import UndecodableError, load_image, open_image
+from fastmae.images.reading import read_or_refuse
 
 IGNORED = 255
 """Id of pixels that count for nothing. Classes are 0 to 254, so an id is one byte."""
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 """Pillow's modes of images with one integer for each pixel."""
+WAY_OUT = "write the mask again, as a grey or palette PNG (Pillow's mode L or P)"
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ def read_mask(path: Path, encoding: MaskEncoding) -> np.ndarray:
     Raises:
         InputError: not an image, damaged, too large, with colours instead of ids, or with ids over 255.
     """
-    with _opened(path) as image:
-        stored = np.asarray(image)
+    stored = read_or_refuse(path, _stored, WAY_OUT)
     if stored.dtype.itemsize > 1:
         outside = stored[(stored < 0) | (stored > IGNORED)]
         if outside.size:
@@ -56,27 +56,19 @@ def mask_size(path: Path) -> tuple[int, int]:
     Raises:
         InputError: not an image, too large, or with colours instead of ids.
     """
-    with _opened(path) as image:
-        return image.size
+    return read_or_refuse(path, lambda file: _opened(file).size, WAY_OUT)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """A mask file whose header is fine; any error while it is open becomes an InputError."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.mode not in ID_MODES:
-                raise InputError(
-                    f"{path}: has colours ({image.mode}) instead of a class id for each pixel; "
-                    "save the ids as a grey or palette PNG (Pillow's mode L or P)"
-                )
-            if width * height > MAX_PIXELS:
-                raise InputError(
-                    f"{path}: declares {width} x {height} pixels, more than the {MAX_PIXELS >> 20} Mpx allowed"
-                )
-            yield image
-    except InputError:
-        raise
-    except Exception as error:  # codecs raise nearly any type on damaged files
-        raise InputError(f"{path}: damaged, or not an image ({first_line(error)}); write the mask again") from error
+def _opened(file: BinaryIO) -> ImageFile.ImageFile:
+    """A mask whose header is fine."""
+    image = open_image(file)
+    if image.mode not in ID_MODES:
+        raise UndecodableError(f"has colours ({image.mode}) instead of a class id for each pixel")
+    return image
+
+
+def _stored(file: BinaryIO) -> np.ndarray:
+    """The numbers in a mask file, [H, W]."""
+    image = _opened(file)
+    load_image(image)
+    return np.asarray(image)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-from fastmae.evaluate.drawing import class_hue, png_bytes
+from fastmae.evaluate.drawing import class_hue, label, png_bytes, text_as_it_is
 from fastmae.evaluate.segmentation.masks import IGNORED
 
 TAB20_STRONG_FIRST = (*range(0, 20, 2), *range(1, 20, 2))
@@ -53,6 +53,7 @@ def palette(num_classes: int) -> np.ndarray:
     return colours
 
 
+@text_as_it_is()
 def draw_predictions(predictions: Sequence[Prediction], class_names: Sequence[str]) -> bytes:
     """Photo, truth and prediction side by side, one photo a row, above a legend of the classes in them; a PNG's bytes.
 
@@ -92,7 +93,9 @@ def _legend(predictions: Sequence[Prediction], class_names: Sequence[str], colou
     by_area = np.argsort(-area[: len(class_names)], kind="stable")
     largest = sorted(by_area[:MAX_LEGEND_CLASSES].tolist())
     patches = [
-        Patch(color=tuple(colours[class_id]), label=class_names[class_id]) for class_id in largest if area[class_id]
+        Patch(color=tuple(colours[class_id]), label=label(class_names[class_id]))
+        for class_id in largest
+        if area[class_id]
     ]
     if area[IGNORED]:
         patches.append(Patch(facecolor=IGNORED_COLOUR, edgecolor="0.6", linewidth=0.5, label="ignored"))

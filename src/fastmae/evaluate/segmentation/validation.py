@@ -14,10 +14,10 @@ from fastmae.evaluate.segmentation.inference import resize_scores, sliding_score
 from fastmae.evaluate.segmentation.mean_iou import intersection_over_union, miou_and_accuracy
 from fastmae.evaluate.segmentation.pictures import Prediction, draw_predictions
 from fastmae.images.views import PixelScale
-from fastmae.runtime.durable import write_whole
 from fastmae.runtime.fabric import Fabric
-from fastmae.runtime.launch import on_first_process, take_first_buffers
+from fastmae.runtime.launch import take_first_buffers
 from fastmae.training.evaluation import val_batches
+from fastmae.training.task import Evaluated, Picture
 
 CLASS_PREFIX = "iou/"
 """Stands before a class's name in the figures of an evaluation."""
@@ -51,7 +51,7 @@ class Validation:
     pictures_file: Path
     confusion_matrix: Any
 
-    def __call__(self, network: Any, fabric: Fabric) -> dict[str, float]:
+    def __call__(self, network: Any, fabric: Fabric) -> Evaluated:
         """`miou`, `pixel_accuracy` and `iou/NAME` of each class (NaN if it does not occur), in percent."""
         confusion = self.confusion_matrix.to(fabric.device)
         confusion.reset()
@@ -67,9 +67,10 @@ class Validation:
             if index in drawn:
                 predictions.append(_to_draw(photo, mask, predicted))
         matrix = confusion.compute()
-        on_first_process(fabric, lambda: self._draw(predictions))
         ious = zip(self.class_names, intersection_over_union(matrix).tolist(), strict=True)
-        return {**miou_and_accuracy(matrix), **{f"{CLASS_PREFIX}{name}": iou for name, iou in ious}}
+        figures = {**miou_and_accuracy(matrix), **{f"{CLASS_PREFIX}{name}": iou for name, iou in ious}}
+        picture = Picture(self.pictures_file, lambda: draw_predictions(predictions, self.class_names))
+        return Evaluated(figures, [picture] if predictions else [])
 
     def predict(self, network: Any, photo: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """The class of every pixel, int64 [H, W].
@@ -85,11 +86,6 @@ class Validation:
         else:
             scores = sliding_scores(network, images, self.patch_size, self.window)
         return resize_scores(scores, size).argmax(1)[0]
-
-    def _draw(self, predictions: list[Prediction]) -> None:
-        if predictions:
-            png = draw_predictions(predictions, self.class_names)
-            write_whole(self.pictures_file, lambda file: file.write_bytes(png))
 
 
 def _to_draw(photo: torch.Tensor, mask: torch.Tensor, predicted: torch.Tensor) -> Prediction:
