@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from fastmae.errors import InputError, first_line
-from fastmae.tokens.files import StoreFiles
+from fastmae.tokens.files import StoreFiles, raise_named
 from fastmae.tokens.format import FLIPPED, PIXELS, TOKENS, StoreInfo, checksum, shard_name
 from fastmae.tokens.manifest import Manifest, read_header
 from fastmae.tokens.shard_header import (
@@ -186,7 +186,7 @@ class OpenShards:
         try:
             return self._read(number, read)
         except DamagedError as error:
-            raise self.files.named(error) from error
+            raise_named(self.files, error)
 
     def _read(self, number: int, read: Callable[[MappedShard], Value]) -> Value:
         try:
