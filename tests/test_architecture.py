@@ -197,12 +197,7 @@ READS_ITS_OWN = {
     "runtime/processes.py": "the system's account of a process",
 }
 """Modules that read what no stranger can have written, and what that is."""
-NOT_YET_BY_A_DOOR = {
-    "exporting/output_folder.py",
-    "images/saved_dataset.py",
-    "runs/folder.py",
-    "tokens/files.py",
-}
+NOT_YET_BY_A_DOOR = {"exporting/output_folder.py", "runs/folder.py", "tokens/cache.py"}
 
 
 def test_documents_from_outside_are_read_by_a_door_alone():
@@ -232,3 +227,20 @@ def test_every_image_is_opened_by_the_one_function_that_names_the_formats():
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")
     }
     assert opening == {("images/decode.py", "Image.open(file, formats=FORMATS)")}
+
+
+READERS = {"decode_bands", "resized_pixels", "make_middle_image", "WholeImages", "LabelledImages", "PairReader"} | {
+    *("check_data", "check_sizes", "TrainingPhotos", "ValidationPhotos", "load_photo", "draw_detections"),
+}
+"""What decodes images, or hands on how they are decoded."""
+
+
+def test_all_that_decodes_images_is_told_their_value_range():
+    without = [
+        f"{path.relative_to(SOURCE)}: {ast.unparse(node)}"
+        for path in modules()
+        if folder_of(path) in {"images", "offline", "probes", "evaluate", "bench", "studies"}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in READERS and "value_range" not in ast.unparse(node)
+    ]
+    assert [call for call in without if not call.startswith("bench/") or "check_sizes" not in call] == []

@@ -2,13 +2,14 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import pytest
 
-from fastmae.cli import parse
+from fastmae.cli import as_yaml, parse
 from fastmae.config import FinetuneConfig, KnnConfig, PretrainConfig, TokenizeConfig
 from fastmae.config.ranges import Range
 from fastmae.config.recipes import load_recipe
@@ -178,3 +179,50 @@ def test_an_unknown_option_and_a_missing_one_are_named():
 def test_options_that_contradict_each_other_are_named(given, named):
     with pytest.raises(InputError, match=named):
         pretraining(**given)
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ([], "auto"),
+        (["--value-range", "file"], "file"),
+        (["--value-range", "-1000", "400"], (-1000.0, 400.0)),
+        (["--value-range", "-1e3", "4e2"], (-1000.0, 400.0)),
+        (["--value-range=-1000 400"], (-1000.0, 400.0)),
+        (["--value_range", "0", "4095"], (0.0, 4095.0)),
+    ],
+)
+def test_an_option_takes_a_word_or_two_numbers_before_and_after_the_arguments(typed, value):
+    for words in (["images", "a.tokens", *typed], [*typed, "images", "a.tokens"], ["images", *typed, "a.tokens"]):
+        config = parse("tokenize", words)
+        assert (config.value_range, config.images) == (value, Path("images"))
+
+
+def test_a_word_or_two_numbers_come_from_python_and_yaml_too(tmp_path):
+    tokenizing = partial(TokenizeConfig, images="images", store="a.tokens")
+    assert tokenizing(value_range=(-1000, 400)).value_range == (-1000.0, 400.0)
+    for text in ("value-range: [-1000, 400]", "value_range: -1000 400"):
+        (tmp_path / "options.yaml").write_text(text)
+        assert tokenizing(config=tmp_path / "options.yaml").value_range == (-1000.0, 400.0)
+    config = tokenizing(value_range=[0, 4095])
+    (tmp_path / "options.yaml").write_text(as_yaml(config))
+    assert tokenizing(config=tmp_path / "options.yaml").value_range == (0.0, 4095.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (["fiel"], "--value-range fiel: give auto, file, set, or 2 numbers; did you mean 'file'?"),
+        (["5"], "--value-range 5: give auto, file, set, or 2 numbers"),
+        (["400", "-1000"], "--value-range 400 -1000: give the smaller one first"),
+        (["1", "1"], "--value-range 1 1: give the smaller one first"),
+        (["0", "inf"], "--value-range 0.0 inf: give -1000000000000 to 1000000000000"),
+        (["nan", "1"], "--value-range nan 1.0: give -1000000000000 to 1000000000000"),
+    ],
+)
+def test_what_is_neither_a_word_nor_two_numbers_in_order_is_refused(value, problem):
+    with pytest.raises(InputError) as refused:
+        parse("tokenize", ["images", "a.tokens", "--value-range", *value])
+    assert str(refused.value) == problem
+    with pytest.raises(InputError, match="needs a value"):
+        TokenizeConfig(images="images", store="a.tokens", value_range=None)

@@ -72,6 +72,7 @@ UNREADABLE = {
 }
 
 
+@pytest.mark.promise("files")
 @pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
 @pytest.mark.parametrize("line", UNREADABLE.values(), ids=UNREADABLE)
 def test_a_line_of_a_log_that_cannot_be_read_stops_no_run_and_costs_no_other_line(name, line, tmp_path, caplog):
@@ -92,6 +93,7 @@ def test_a_line_of_a_log_that_cannot_be_read_stops_no_run_and_costs_no_other_lin
     ]
 
 
+@pytest.mark.promise("files")
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", ["a named pipe", "a folder", "a link to itself"])
 def test_what_is_no_log_is_set_aside_and_the_run_goes_on(kind, tmp_path, caplog):
@@ -107,6 +109,7 @@ def test_what_is_no_log_is_set_aside_and_the_run_goes_on(kind, tmp_path, caplog)
     assert "the run goes on with a new log" in caplog.text
 
 
+@pytest.mark.promise("files")
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("text", ["{", "[1]", '{"stores": 3}', '{"stores": [[]]}', 100_000 * "[", None])
 def test_inputs_that_cannot_be_read_are_unknown(text, tmp_path, caplog):

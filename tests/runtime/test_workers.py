@@ -1,9 +1,11 @@
 import gc
+import math
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastmae.errors import InputError
 from fastmae.runtime import workers
-from fastmae.runtime.workers import as_is, batches, guarded, heed_only_the_parent, worker_count
+from fastmae.runtime.workers import as_is, batches, guarded, heed_only_the_parent, worker_count, workers_that_fit
 
 CPU = torch.device("cpu")
 
@@ -73,23 +75,68 @@ def test_a_failing_disk_in_a_worker_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
+def killed_at_2():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_killed_worker_is_one_line():
-    # In a process of its own: torch's SIGCHLD handler may notice the killed worker once more, during the next test.
-    program = """
-import os
-from torch.utils.data import DataLoader
-from fastmae.errors import InputError
-from fastmae.runtime.workers import guarded
-try:
-    list(guarded(DataLoader([0], num_workers=1, collate_fn=lambda _: os.kill(os.getpid(), 9))))
-except InputError as error:
-    print(error)
-"""
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 0
-    assert "--workers" in ended.stdout
-    assert ended.stdout.count("\n") == 1
+    with pytest.raises(InputError, match="a loading process was killed") as caught:
+        list(batches(Failing(killed_at_2), CPU, 1, batch_size=1))
+    assert "--workers" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_killed_worker_interrupts_nothing_but_the_wait_for_a_batch():
+    loaded = batches(Squares(), CPU, 1, batch_size=1, prefetch=1)
+    next(loaded)
+    (process,) = multiprocessing.active_children()
+    process.kill()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:  # an optimizer's step, say
+        time.sleep(0.01)
+    with pytest.raises(InputError, match="a loading process was killed"):
+        list(loaded)
+
+
+def test_workers_that_give_nothing_are_an_error_and_end(monkeypatch):
+    monkeypatch.setattr(workers, "LOOKS_EVERY", 0.1)
+    monkeypatch.setattr(workers, "STALLED_AFTER", 0.3)
+    with pytest.raises(InputError, match=r"\(\d+\) have given nothing for 0.005 minutes; see") as caught:
+        list(batches(Failing(lambda: time.sleep(600)), CPU, 1, batch_size=4))
+    assert "\n" not in str(caught.value)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("handles", "memory", "fitting", "reason"),
+    [
+        (1000, 10**10, 4, ""),
+        (21, 10**10, 2, "open files"),
+        (5, 10**10, 0, "open files"),
+        (math.inf, 350_000_000, 3, "free memory"),
+        (math.inf, None, 4, ""),
+    ],
+)
+def test_no_more_workers_are_started_than_fit(handles, memory, fitting, reason, monkeypatch, caplog):
+    monkeypatch.setattr(workers, "_told", set())
+    monkeypatch.setattr(workers, "free_handles", lambda: handles)
+    monkeypatch.setattr(workers, "allow_all_handles", lambda: None)
+    monkeypatch.setattr(workers, "available_for_sharing", lambda: memory)
+    assert workers_that_fit(4) == workers_that_fit(4) == fitting
+    lines = [f"{fitting} loading processes instead of 4: there are too few"] if reason else []
+    assert [record.getMessage().split(" open")[0].split(" free")[0] for record in caplog.records] == lines
+    assert reason in caplog.text
+
+
+def test_where_no_worker_can_be_started_this_process_loads(monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(workers, "_told", set())
+    monkeypatch.setattr(multiprocessing, "Queue", full)
+    assert next(batches(Squares(), CPU, 2, batch_size=5)).tolist() == [0, 1, 4, 9, 16]
+    assert "no loading processes can be started (No space left on device)" in caplog.text
 
 
 def test_workers_survive_ctrl_c_and_sigterm_and_end_with_the_loader():

@@ -93,7 +93,7 @@ class AccuracyMeasure:
         size, info = int(load_recipe(self.config.recipes[0])["image_size"]), self.store.info
         return {
             split: embed_images(
-                WholeImages(paths, size, info.resize, info.channels),
+                WholeImages(paths, size, info.resize, info.channels, info.value_range),
                 lambda pixels: pixels,
                 torch.device("cpu"),
                 DECODE_BATCH_SIZE,

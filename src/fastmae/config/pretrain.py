@@ -125,7 +125,7 @@ class PretrainConfig(TrainingConfig):
     cache: Path = Path("~/.cache/fastmae")
     """Folder for the files of remote stores."""
     cache_size: Annotated[float, GIGABYTES] = 50.0
-    """Size limit of that folder in gigabytes."""
+    """Size limit of that folder in gigabytes, downloads under way included."""
     on_damage: Literal["stop", "skip"] = "stop"
     """What to do at an image whose stored bytes are damaged."""
     profile: bool = False

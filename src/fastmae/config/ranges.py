@@ -76,4 +76,6 @@ MIXING = Range(ge=0, le=1000)
 FRACTION = Range(ge=0, lt=1)
 """From 0 to less than 1: a rate of dropping or smoothing, a decay, a momentum."""
 WORKERS = Range(ge=-1, le=1024)
+VALUES = Range(ge=-(10**12), le=10**12)
+"""Of pixels, of any type."""
 SEED = Range(ge=0, lt=2**31)

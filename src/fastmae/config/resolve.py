@@ -73,7 +73,7 @@ def converted(hint: Any, value: Any, name: str) -> Any:
         number = converted(arguments[0], value, name)
         _check_range(range_of(hint), number, name)
         return number
-    if origin in (Union, UnionType):
+    if origin in (Union, UnionType) and NoneType in arguments:
         if value is None or value == "None":
             return None
         return converted(next(kind for kind in arguments if kind is not NoneType), value, name)
@@ -85,9 +85,29 @@ def converted(hint: Any, value: Any, name: str) -> Any:
                 f"{name} {shown(value)}: give one of {', '.join(map(repr, arguments))}{near(value, arguments)}"
             )
         return value
-    if origin is tuple:
-        return _converted_tuple(arguments, value, name)
+    if origin in (tuple, Union, UnionType):
+        either = words_or_numbers(hint)
+        return _word_or_numbers(*either, value, name) if either else _converted_tuple(arguments, value, name)
     return _converted_number(hint, value, name) if hint in (int, float) else _converted_simple(hint, value, name)
+
+
+def _word_or_numbers(words: tuple[str, ...], numbers: Any, value: Any, name: str) -> Any:
+    if isinstance(value, str) and value in words:
+        return value
+    try:
+        return converted(numbers, value, name)
+    except InputError as error:
+        shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        wanted = f"{', '.join(words)}, or {len(get_args(numbers))} numbers"
+        raise InputError(f"{name} {shown}: give {wanted}{near(value, words)}") from error
+
+
+def words_or_numbers(hint: Any) -> tuple[tuple[str, ...], Any] | None:
+    """The words and the tuple of a type `Literal[...] | tuple[...]`; None for any other type."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    kinds = {get_origin(kind): kind for kind in get_args(hint)}
+    return (get_args(kinds[Literal]), kinds[tuple]) if kinds.keys() == {Literal, tuple} else None
 
 
 def _converted_simple(kind: type, value: Any, name: str) -> Any:
@@ -101,6 +121,8 @@ def _converted_simple(kind: type, value: Any, name: str) -> Any:
 
 def _converted_tuple(arguments: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
     """A tuple of any length (`tuple[str, ...]`, where one value stands for itself) or of a fixed one."""
+    if isinstance(value, str) and arguments[-1] is not Ellipsis:
+        value = value.split()
     parts = list(value) if isinstance(value, list | tuple) else [value]
     if arguments[-1] is Ellipsis:
         return tuple(converted(arguments[0], part, name) for part in parts)
@@ -123,7 +145,7 @@ def _converted_number(kind: type, value: Any, name: str) -> int | float:
 
 
 def _check_range(span: Range | None, number: Any, name: str) -> None:
-    numbers = number if isinstance(number, tuple) else () if number is None else (number,)
+    numbers = number if isinstance(number, tuple) else () if number is None or isinstance(number, str) else (number,)
     if span is not None and not all(span.holds(each) for each in numbers):
         raise InputError(f"{name} {' '.join(map(shown, numbers))}: give {span}")
 

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from fastmae.config.common import BLOCK, DEFAULT_TEACHER, PIXELS, Common, Precision
 from fastmae.config.options import options
-from fastmae.config.ranges import BATCH, COUNT, DEPTH, JPEG_QUALITY, PATCH, PROCESSES, WORKERS, Range
+from fastmae.config.ranges import BATCH, COUNT, DEPTH, JPEG_QUALITY, PATCH, PROCESSES, VALUES, WORKERS, Range
+from fastmae.errors import InputError
 
 
 @options
@@ -47,6 +48,10 @@ class TokenizeConfig(Common):
     """The channels that the teacher takes as red, green and blue. Default: 0,1,2 for RGB, 0,0,0 for grey."""
     resize: Literal["whole", "center-crop"] = "whole"
     """Squeeze the whole picture into the square, or crop its centre."""
+    value_range: Annotated[Literal["auto", "file", "set"] | tuple[float, float], VALUES] = "auto"
+    """The values of 16-bit, integer and float images that become black and white. auto: their type's range. file: each
+    image's own percentiles, 0.5 and 99.5. set: those of a sample of the images. Or two numbers: -1000 400 for
+    Hounsfield units, say. The store records it."""
     codec: str = "fp16"
     """Storage of a token: fp32, fp16, int8, or pq<M> for product quantisation to M bytes (pq48, say). auto: the
     smallest one whose tokens keep a cosine of 0.95 on a sample of the images."""
@@ -76,3 +81,9 @@ class TokenizeConfig(Common):
     """Extend a finished store by the images of IMAGES that it does not hold yet."""
     dry_run: bool = False
     """Measure on a few images how large the store will be and how long it will take. Nothing is written."""
+
+    def check(self) -> None:
+        """See `Options`."""
+        if isinstance(self.value_range, tuple) and self.value_range[0] >= self.value_range[1]:
+            low, high = self.value_range
+            raise InputError(f"--value-range {low:g} {high:g}: give the smaller one first")

@@ -101,6 +101,7 @@ class ListedPictures(Dataset[ImageBatch]):
     def __init__(self, images: ImageList, source: Source, opened: OpenedEncoder):
         self.images, self.source = images, source
         self.size, self.resize, self.channels = opened.image_size, opened.resize, opened.channels
+        self.value_range = opened.value_range
 
     def __getitem__(self, indices: range) -> ImageBatch:
         keys, skipped = [], []
@@ -116,7 +117,7 @@ class ListedPictures(Dataset[ImageBatch]):
         return ImageBatch(keys, torch.cat(pixels), skipped)
 
     def _pixels(self, key: str, file: BinaryIO) -> torch.Tensor:
-        return resized_pixels(file, key, self.size, self.resize, self.channels)[0]
+        return resized_pixels(file, key, self.size, self.resize, self.channels, self.value_range)[0]
 
     def batches(self, batch_size: int, workers: int, device: torch.device) -> Iterator[ImageBatch]:
         """All images, in the order of the list."""

@@ -87,7 +87,9 @@ def finetuning_task(config: FinetuneConfig, data: LabelledFolder, settings: Sett
         out=config.out,
         headline=f"finetune: {weight_count(weights)}",
         network=network,
-        dataset=LabelledImages(data.train, data.train_labels, opened.channels, augmentation, config.seed),
+        dataset=LabelledImages(
+            data.train, data.train_labels, opened.channels, augmentation, config.seed, opened.value_range
+        ),
         step=ClassifierStep(_mixing(config, len(data.classes)), config.smoothing),
         parameter_groups=partial(layer_decayed_groups, network, network, config.weight_decay, config.layer_decay),
         description={"encoder": {**opened.describe(""), "arguments": arguments}, "data": data.describe()},
@@ -204,6 +206,8 @@ def _measure(
     batch_size: int,
 ) -> Evaluated:
     assert config.out is not None
-    images = LabelledImages(data.val, data.val_labels, opened.channels, centre_crop(opened))
+    images = LabelledImages(
+        data.val, data.val_labels, opened.channels, centre_crop(opened), value_range=opened.value_range
+    )
     batches = val_batches(images, fabric, batch_size // fabric.world_size, config.workers)
     return measure_classifier(network, batches, data.classes, fabric, config.out / "confusion.png")

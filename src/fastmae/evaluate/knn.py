@@ -9,6 +9,7 @@ import torch
 
 from fastmae.config import KnnConfig
 from fastmae.errors import InputError
+from fastmae.images.value_range import AUTO
 from fastmae.probes.embed import Embed, WholeImages, embed_images, embed_with_encoder, embed_with_teacher
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.probes.neighbours import knn_accuracy
@@ -34,12 +35,14 @@ class FeatureExtractor:
         image_size: side of its images in pixels.
         resize: how pictures are brought to this size, a key of `images.middle.RESIZE`.
         channels: channels of its images.
+        value_range: how values of more than 8 bits become 8 bits.
     """
 
     embed: Embed
     image_size: int
     resize: str
     channels: int = 3
+    value_range: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def labelled_features(config: KnnConfig, data: LabelledFolder | None = None) -> 
     check_batch(images_at_once, extractor.channels, extractor.image_size)
     train, val = (
         embed_images(
-            WholeImages(paths, extractor.image_size, extractor.resize, extractor.channels),
+            WholeImages(paths, extractor.image_size, extractor.resize, extractor.channels, extractor.value_range),
             extractor.embed,
             device,
             config.batch_size,
@@ -145,7 +148,7 @@ def feature_extractor(config: KnnConfig, device: torch.device) -> FeatureExtract
     pretrained = config.pretrained and config.features == "encoder"
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=pretrained)
     embed = embed_with_encoder(opened.network.to(device), config.pool, config.block, opened.mean, opened.std)
-    return FeatureExtractor(embed, opened.image_size, opened.resize, opened.channels)
+    return FeatureExtractor(embed, opened.image_size, opened.resize, opened.channels, opened.value_range)
 
 
 def _of_the_runs_teacher(config: KnnConfig, device: torch.device) -> FeatureExtractor:
@@ -160,7 +163,8 @@ def _of_the_runs_teacher(config: KnnConfig, device: torch.device) -> FeatureExtr
         )
     size = store["middle_sizes"][-1]
     teacher = teacher_of_store(store["teachers"][0], size, size // store["patch_size"], config.run).to(device)
-    return FeatureExtractor(embed_with_teacher(teacher), size, store["resize"], store["channels"])
+    value_range = store.get("value_range", AUTO)
+    return FeatureExtractor(embed_with_teacher(teacher), size, store["resize"], store["channels"], value_range)
 
 
 def _of_a_teacher(config: KnnConfig, network: Any, device: torch.device) -> FeatureExtractor:

@@ -109,7 +109,9 @@ def probing_task(
     dataset: Dataset[Any]
     if augmented:
         augmentation = crop_augmentation(opened)
-        dataset = LabelledImages(data.train, data.train_labels, opened.channels, augmentation, config.seed)
+        dataset = LabelledImages(
+            data.train, data.train_labels, opened.channels, augmentation, config.seed, opened.value_range
+        )
     else:
         dataset = FeatureRows(len(data.train))
     weights = sum(parameter.numel() for parameter in probe.parameters())
@@ -210,7 +212,7 @@ def _features(
     paths, labels = (data.train, data.train_labels) if split == "train" else (data.val, data.val_labels)
     device = own_device(config.device)
     opened.network.to(device)
-    images = LabelledImages(paths, labels, opened.channels, centre_crop(opened))
+    images = LabelledImages(paths, labels, opened.channels, centre_crop(opened), value_range=opened.value_range)
     return embed_images(images, embed, device, BATCH_SIZE, config.workers, f"features {split}")
 
 

@@ -16,6 +16,7 @@ from fastmae.config.resolve import shown
 from fastmae.errors import InputError
 from fastmae.images.decode import decode_bands
 from fastmae.images.reading import read_or_refuse
+from fastmae.images.value_range import AUTO
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runtime.seeding import drawn_from
 
@@ -40,10 +41,20 @@ class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
         channels: K; if neither 1 nor 3, the transform gets a list of K images.
         transform: augmentation or crop.
         seed: seed of the augmentation.
+        value_range: how values of more than 8 bits become 8 bits.
     """
 
-    def __init__(self, paths: list[Path], labels: torch.Tensor, channels: int, transform: Transform, seed: int = 0):
+    def __init__(
+        self,
+        paths: list[Path],
+        labels: torch.Tensor,
+        channels: int,
+        transform: Transform,
+        seed: int = 0,
+        value_range: str = AUTO,
+    ):
         self.paths, self.labels, self.channels, self.transform, self.seed = paths, labels, channels, transform, seed
+        self.value_range = value_range
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -56,7 +67,9 @@ class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
 
     def _decode(self, path: Path) -> list[Image.Image]:
         return read_or_refuse(
-            path, lambda file: decode_bands(file, path.name, self.channels)[0], "remove it from the data"
+            path,
+            lambda file: decode_bands(file, path.name, self.channels, value_range=self.value_range)[0],
+            "remove it from the data",
         )
 
 

@@ -14,6 +14,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
+from fastmae.images.value_range import AUTO, by_type, to_8_bits
+
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "SGI", "PSD", "PCX", "XBM", "XPM"),
     "TGA",  # has no mark at its start, so it comes last
@@ -75,16 +77,19 @@ def upright_size(file: BinaryIO) -> tuple[tuple[int, int], bool]:
         return (image.height, image.width) if swapped else image.size, swapped
 
 
-def decode_image(file: BinaryIO, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+def decode_image(
+    file: BinaryIO, at_least: int | None = None, value_range: str = AUTO
+) -> tuple[Image.Image, tuple[int, int]]:
     """Decode the first frame to 8-bit RGB, turned upright by its EXIF orientation.
 
-    Grey and palette images become RGB; CMYK and Lab are converted; 16-bit grey keeps its high byte; transparent pixels
-    are blended onto white.
+    Grey and palette images become RGB; CMYK and Lab are converted; 16-bit grey keeps its high byte unless a value range
+    says otherwise; transparent pixels are blended onto white.
 
     Args:
         file: open and seekable, positioned at its start. It is left open.
         at_least: allows a large JPEG to be decoded at 1/2, 1/4 or 1/8 of its size (by dropping DCT coefficients) as
             long as both sides stay at least twice this many pixels; None decodes at full size.
+        value_range: how values of more than 8 bits become 8 bits (`value_range`).
 
     Returns:
         The image, and its full upright (width, height) before any such reduction.
@@ -96,20 +101,22 @@ def decode_image(file: BinaryIO, at_least: int | None = None) -> tuple[Image.Ima
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which doesn't affect the pixels
         image = open_image(file)
+        if value_range != AUTO:
+            _check_values_are_whole(image)
         width, height = image.size
         if at_least is not None:
             image.draft("RGB", (2 * at_least, 2 * at_least))
         load_image(image)
         transposed = _is_turned(image)
         try:
-            rgb = to_rgb(ImageOps.exif_transpose(image))
+            rgb = to_rgb(ImageOps.exif_transpose(image), value_range)
         except Exception as error:  # codecs raise nearly any type on hostile files
             raise _error_to_raise(error, "damaged") from error
     return rgb, (height, width) if transposed else (width, height)
 
 
 def decode_bands(
-    file: BinaryIO, name: str, channels: int, at_least: int | None = None
+    file: BinaryIO, name: str, channels: int, at_least: int | None = None, value_range: str = AUTO
 ) -> tuple[list[Image.Image], tuple[int, int]]:
     """Decode to a fixed number of channels.
 
@@ -119,6 +126,7 @@ def decode_bands(
         channels: 3 gives RGB, 1 grey (the luma of a colour image); any other number needs .npy, or an image with
             exactly that many bands.
         at_least: as in `decode_image`.
+        value_range: as in `decode_image`; it maps arrays of 8 bits too.
 
     Returns:
         One RGB image, or one 8-bit image for each channel; and the full (width, height) as in `decode_image`.
@@ -128,17 +136,47 @@ def decode_bands(
         OSError: as in `decode_image`.
     """
     if Path(name).suffix.lower() == ".npy":
-        array = _read_npy(file, channels)
+        array = _npy_to_8_bits(_read_npy(file, channels), value_range)
         planes = [array] if channels == 3 else [array[..., channel] for channel in range(channels)]
         return [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes], (array.shape[1], array.shape[0])
     if channels in (1, 3):
-        image, size = decode_image(file, at_least)
+        image, size = decode_image(file, at_least, value_range)
         return [image if channels == 3 else image.convert("L")], size
-    return _decode_n_bands(file, channels)
+    return _decode_n_bands(file, channels, value_range)
 
 
-def _decode_n_bands(file: BinaryIO, channels: int) -> tuple[list[Image.Image], tuple[int, int]]:
+def wide_values(file: BinaryIO, name: str, channels: int) -> np.ndarray | None:
+    """The values of an image that a value range would map, [H, W] or [H, W, K]; None for a picture of 8 bits.
+
+    Raises:
+        UndecodableError, OSError: as in `decode_bands`.
+    """
+    if Path(name).suffix.lower() == ".npy":
+        return _read_npy(file, channels)
     image = open_image(file)
+    _check_values_are_whole(image)
+    if not _is_wide(image):
+        return None
+    load_image(image)
+    return np.asarray(image)
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Whether an image has grey values of more than 8 bits: integers (I;16, I) or floats."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _check_values_are_whole(image: ImageFile.ImageFile) -> None:
+    """Refuse files of 16 bits in several channels, of which Pillow reads the high bytes only."""
+    layout = str(image.tile[0].args) if image.tile else ""
+    if ";16" in layout and not _is_wide(image):
+        raise UndecodableError("16 bits in several channels, which a value range can't map; save it as .npy")
+
+
+def _decode_n_bands(file: BinaryIO, channels: int, value_range: str) -> tuple[list[Image.Image], tuple[int, int]]:
+    image = open_image(file)
+    if value_range != AUTO:
+        _check_values_are_whole(image)
     bands = len(image.getbands())
     if bands != channels:
         raise UndecodableError(
@@ -177,22 +215,32 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def _read_npy(file: BinaryIO, channels: int) -> np.ndarray:
-    """uint8 [H, W, channels] from an array of unsigned 8 or 16 bits, or of floats in [0, 1]."""
+    """The values of an array, [H, W, channels], as they are in the file."""
     declared_shape, fortran_order, dtype = _read_npy_header(file)
     shape = (*declared_shape, 1) if len(declared_shape) == 2 else declared_shape
     if len(shape) != 3 or min(shape) < 1 or shape[0] * shape[1] > MAX_PIXELS:
         raise UndecodableError(f"an array of shape {declared_shape}, not [H, W, channels]")
     if shape[2] != channels:
         raise UndecodableError(f"has {shape[2]} channels, not {channels}")
-    if dtype in (np.uint8, np.uint16) or dtype.kind == "f":
-        array = _read_npy_values(file, math.prod(shape), dtype).reshape(shape, order="F" if fortran_order else "C")
-        if dtype == np.uint8:
-            return array
-        if dtype == np.uint16:
-            return (array >> 8).astype(np.uint8)
-        if np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1:
-            return (np.asarray(array, dtype=np.float32) * 255).round().astype(np.uint8)
-    raise UndecodableError(f"an array of {dtype} that is neither 8 nor 16 bits unsigned, nor from 0 to 1")
+    if dtype.kind not in "uif":
+        raise UndecodableError(f"an array of {dtype} that is neither 8 nor 16 bits unsigned, nor other numbers")
+    return _read_npy_values(file, math.prod(shape), dtype).reshape(shape, order="F" if fortran_order else "C")
+
+
+def _npy_to_8_bits(array: np.ndarray, value_range: str) -> np.ndarray:
+    """An array of numbers as uint8. `auto` takes unsigned 8 or 16 bits, and floats in [0, 1]."""
+    if value_range != AUTO:
+        return to_8_bits(array, value_range)
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.newbyteorder("=") == np.uint16:
+        return (array >> 8).astype(np.uint8)
+    if array.dtype.kind == "f" and np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1:
+        return (np.asarray(array, dtype=np.float32) * 255).round().astype(np.uint8)
+    raise UndecodableError(
+        f"an array of {array.dtype} that is neither 8 nor 16 bits unsigned, nor from 0 to 1; tokenize --value-range "
+        "maps any values"
+    )
 
 
 def _read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -224,17 +272,14 @@ def _read_npy_values(file: BinaryIO, length: int, dtype: np.dtype) -> np.ndarray
     return np.frombuffer(file.read(bytes_declared), dtype, length)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, value_range: str = AUTO) -> Image.Image:
     """Convert any Pillow mode to 8-bit RGB: 16-bit values are scaled, not clipped, and transparency becomes white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # I;16 and I hold integers of 16 bits or more; the high byte is the 8-bit value
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":  # the format declares no range: [0, 1] if no value is above 1, else [0, 255]
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        scale = 255.0 if values.max() <= 1.0 else 1.0
-        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if _is_wide(image):
+        values = np.asarray(image)
+        mapped = by_type(values) if value_range == AUTO else to_8_bits(values, value_range)
+        return Image.fromarray(mapped).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fastmae.images import jpeg
 from fastmae.images.decode import decode_bands
+from fastmae.images.value_range import AUTO
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,13 @@ RESIZE = {"whole": resize_whole, "center-crop": resize_and_crop}
 
 
 def make_middle_image(
-    file: BinaryIO, name: str, size: int, resize: str, jpeg_quality: int | None, channels: int = 3
+    file: BinaryIO,
+    name: str,
+    size: int,
+    resize: str,
+    jpeg_quality: int | None,
+    channels: int = 3,
+    value_range: str = AUTO,
 ) -> MiddleImage:
     """Decode an image file and resize it to the middle size.
 
@@ -59,11 +66,12 @@ def make_middle_image(
         resize: a key of `RESIZE`.
         jpeg_quality: quality from 1 to 100 of the JPEG (4:2:0) that the pixels go through; None keeps them raw.
         channels: number of channels, K; 1 or 3 for JPEG.
+        value_range: how values of more than 8 bits become 8 bits.
 
     Raises:
         UndecodableError, OSError: as in `decode_bands`.
     """
-    pixels, (width, height) = resized_pixels(file, name, size, resize, channels)
+    pixels, (width, height) = resized_pixels(file, name, size, resize, channels, value_range)
     if jpeg_quality is None:
         return MiddleImage(pixels, None, width, height)
     encoded = jpeg.encode(pixels, jpeg_quality)
@@ -71,10 +79,10 @@ def make_middle_image(
 
 
 def resized_pixels(
-    file: BinaryIO, name: str, size: int, resize: str, channels: int
+    file: BinaryIO, name: str, size: int, resize: str, channels: int, value_range: str = AUTO
 ) -> tuple[torch.Tensor, tuple[int, int]]:
     """Pixels of an image file, uint8 [K, S, S], before any JPEG; and the original (width, height)."""
-    bands, original_size = decode_bands(file, name, channels, at_least=size)
+    bands, original_size = decode_bands(file, name, channels, at_least=size, value_range=value_range)
     return torch.cat([to_tensor(RESIZE[resize](band, size)) for band in bands]), original_size
 
 

@@ -10,6 +10,7 @@ from fastmae.config.common import PIXELS
 from fastmae.config.ranges import Range
 from fastmae.config.resolve import numbers, shown
 from fastmae.errors import InputError
+from fastmae.images.value_range import text_of
 from fastmae.runtime.device import own_device, resolve_device
 from fastmae.runtime.processes import this_process
 from fastmae.teachers import Teacher
@@ -17,6 +18,8 @@ from fastmae.teachers.precision import AUTOCAST_DTYPES
 from fastmae.tokens.codec import parse_codec
 from fastmae.tokens.format import LARGEST_SIDE, Part, StoreInfo
 
+SET = "set"
+"""The value of `--value-range` that is settled by measuring, too."""
 AUTO = "auto"
 """The value of an option that is settled by measuring (`settle`)."""
 
@@ -148,7 +151,8 @@ def build_teacher(config: TokenizeConfig, middle_size: int, network: Any, weight
 
 
 def describe_store(config: TokenizeConfig, middle_size: int, teacher: Teacher, part: Part) -> StoreInfo:
-    """The description of a new store of one middle size, with the codec still 'auto' if that is what was asked for."""
+    """The description of a new store of one middle size. What is to be measured is still 'auto' or 'set'."""
+    value_range = config.value_range if isinstance(config.value_range, str) else text_of(*config.value_range)
     return StoreInfo(
         teacher=teacher.describe(),
         token_dim=teacher.token_dim,
@@ -162,4 +166,5 @@ def describe_store(config: TokenizeConfig, middle_size: int, teacher: Teacher, p
         jpeg_quality=config.jpeg_quality if config.pixels == "jpeg" else 0,
         shard_size=config.shard_size,
         parts=(part,),
+        value_range=value_range,
     )

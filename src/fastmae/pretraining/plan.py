@@ -73,7 +73,7 @@ def make_plan(config: PretrainConfig) -> Plan:
     info = stores[0][0].info  # of the smallest middle size
     if config.image_size > info.middle_size:
         raise InputError(
-            f"--image-size {config.image_size}: larger than the middle images of {stores[0][0].folder}, which have "
+            f"--image-size {config.image_size}: larger than the middle images of {stores[0][0].location}, which have "
             f"{info.middle_size} px; give {info.middle_size} or less, or a recipe for small images"
         )
     check_batch(images_at_once(config, config.batch_size), info.channels, config.image_size)
@@ -113,16 +113,17 @@ def open_stores(config: PretrainConfig) -> list[list[TokenStore]]:
 
 
 def _check_alike(first: TokenStore, other: TokenStore) -> None:
-    for name in ("images_sha256", "middle_size", "patch_size", "channels", "resize", "flips"):
+    for name in ("images_sha256", "middle_size", "patch_size", "channels", "resize", "value_range", "flips"):
         expected, actual = getattr(first.info, name), getattr(other.info, name)
         if actual != expected:
             difference = "other images" if name == "images_sha256" else f"{name} {actual}, not {expected},"
             raise InputError(
-                f"{other.folder}: has {difference} than {first.folder}; tokenize the same folder with the same settings"
+                f"{other.location}: has {difference} than {first.location}; "
+                "tokenize the same folder with the same settings"
             )
     if not first.holds_the_images_of(other):
         raise InputError(
-            f"{other.folder}: skipped other images than {first.folder}; tokenize both again from the same folder"
+            f"{other.location}: skipped other images than {first.location}; tokenize both again from the same folder"
         )
 
 

@@ -13,6 +13,7 @@ import msgspec
 from fastmae.config.commands import COMMANDS
 from fastmae.config.resolve import converted, flag
 from fastmae.errors import InputError
+from fastmae.images.value_range import AUTO, bounds_of
 from fastmae.outside.documents import checked
 from fastmae.teachers.factory import StoredTeacher
 
@@ -43,8 +44,10 @@ class DescribedEncoder(msgspec.Struct):
     resize: Resize
     source: str
     weights_sha256: str
+    value_range: str = AUTO
 
     def __post_init__(self) -> None:
+        bounds_of(self.value_range)
         check_normalisation(self.mean, self.std, self.channels)
 
 
@@ -62,8 +65,10 @@ class DescribedStore(msgspec.Struct):
     normalisation: Annotated[list[list[float]], msgspec.Meta(min_length=2, max_length=2)]
     resize: Resize
     teachers: Annotated[list[StoredTeacher], msgspec.Meta(min_length=1, max_length=1024)]
+    value_range: str = AUTO
 
     def __post_init__(self) -> None:
+        bounds_of(self.value_range)
         mean, std = self.normalisation
         check_normalisation(mean, std, self.channels)
 

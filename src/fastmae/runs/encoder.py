@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 from fastmae.errors import InputError
+from fastmae.images.value_range import AUTO, bounds_of, range_entry
 from fastmae.outside.documents import read_json
 from fastmae.outside.networks import check_architecture, checked_arguments, network_of
 from fastmae.runs.checkpoint import is_checkpoint
@@ -55,10 +56,14 @@ class Preprocessing(msgspec.Struct):
         return self.input_size[-1]
 
 
-class ResizedAs(msgspec.Struct):
-    """The part `fastmae` of an export's config.json."""
+class Prepared(msgspec.Struct):
+    """The part `fastmae` of an export's config.json: how pictures become the network's images."""
 
     resize: Resize = "whole"
+    value_range: str = AUTO
+
+    def __post_init__(self) -> None:
+        bounds_of(self.value_range)
 
 
 class TimmConfig(msgspec.Struct):
@@ -69,7 +74,7 @@ class TimmConfig(msgspec.Struct):
     model_args: dict[str, Any] = {}
     num_classes: int | None = None
     global_pool: str | None = None
-    fastmae: ResizedAs | None = None
+    fastmae: Prepared | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that build the network. What `model_args` leaves out, timm takes from elsewhere in the file."""
@@ -103,6 +108,7 @@ class OpenedEncoder:
         std: standard deviation of its input.
         resize: how pictures were brought to its size in pre-training, a key of `images.middle.RESIZE`.
         source: RUN, as it was given.
+        value_range: how values of more than 8 bits became 8 bits in pre-training (`images.value_range`).
     """
 
     network: Encoder
@@ -114,6 +120,13 @@ class OpenedEncoder:
     std: tuple[float, ...]
     resize: str
     source: str
+    value_range: str = AUTO
+
+    def __post_init__(self) -> None:
+        try:
+            bounds_of(self.value_range)
+        except InputError as error:
+            raise InputError(f"{self.source}: {error}") from error
 
     @property
     def is_vit(self) -> bool:
@@ -159,6 +172,7 @@ class OpenedEncoder:
             "mean": list(self.mean),
             "std": list(self.std),
             "resize": self.resize,
+            **range_entry(self.value_range),
             "source": self.source,
             "weights_sha256": _digest(self.network),
         }
@@ -293,6 +307,7 @@ def _of_run(spec: str, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder
             std=tuple(recorded["std"]),
             resize=recorded["resize"],
             source=spec,
+            value_range=recorded.get("value_range", AUTO),
         )
     options, store = description["options"], description["store"]
     mean, std = (tuple(values) for values in store["normalisation"])
@@ -306,6 +321,7 @@ def _of_run(spec: str, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder
         std=std,
         resize=store["resize"],
         source=spec,
+        value_range=store.get("value_range", AUTO),
     )
 
 
@@ -344,6 +360,7 @@ def _of_export(folder: Path, pretrained: bool, extra: dict[str, Any]) -> OpenedE
     weights = read_weights(folder / EXPORT_WEIGHTS) if pretrained else None
     network = network_of(architecture, arguments, file, weights, **accepted_arguments(architecture, extra))
     network.reset_classifier(0)
+    prepared = config.fastmae or Prepared()
     return OpenedEncoder(
         network=network.eval(),
         architecture=architecture,
@@ -352,8 +369,9 @@ def _of_export(folder: Path, pretrained: bool, extra: dict[str, Any]) -> OpenedE
         channels=own.channels,
         mean=tuple(own.mean),
         std=tuple(own.std),
-        resize=config.fastmae.resize if config.fastmae else "whole",
+        resize=prepared.resize,
         source=str(folder),
+        value_range=prepared.value_range,
     )
 
 

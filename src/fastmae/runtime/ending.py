@@ -132,7 +132,7 @@ def _watch(reader: int) -> None:
 
 
 def _end_now() -> None:
-    if _ending.code is None:
+    if _ending.code is None and os.environ.get("LOCAL_RANK", "0") == "0":
         shown_again = "\x1b[?25h" if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""  # the cursor
         with contextlib.suppress(OSError):
             os.write(2, f"{shown_again}{_ending.command}: interrupted\n".encode())

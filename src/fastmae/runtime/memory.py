@@ -1,5 +1,7 @@
-"""Memory that worker processes share with this one: how much there is, and how it is taken."""
+"""Memory that worker processes share with this one: how much there is, and how it is taken. And how many open files."""
 
+import contextlib
+import math
 import mmap
 import multiprocessing
 import shutil
@@ -7,9 +9,15 @@ from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 SHARED_FOLDER = Path("/dev/shm")
 """Where Linux keeps named shared memory; a container's may be as small as 64 MB."""
 PROC_MEMORY, CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+OPEN_FILES = Path("/proc/self/fd")
 CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
@@ -37,8 +45,35 @@ def available_for_sharing() -> int | None:
     """Bytes that `shared_memory` can give now; None where the system doesn't say."""
     limits = [_free_of_machine(), _free_of_container()]
     if not inherits_memory() and SHARED_FOLDER.exists():
-        limits.append(shutil.disk_usage(SHARED_FOLDER).free)
+        limits.append(int(free_shared_folder()))
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def free_shared_folder() -> float:
+    """Free bytes in `SHARED_FOLDER`; infinite where shared memory lies elsewhere."""
+    try:
+        return shutil.disk_usage(SHARED_FOLDER).free
+    except OSError:
+        return math.inf
+
+
+def free_handles() -> float:
+    """How many more files this process may open; infinite where the system doesn't say."""
+    if resource is None or not OPEN_FILES.parent.is_dir():
+        return math.inf
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    try:
+        return math.inf if soft == resource.RLIM_INFINITY else soft - sum(1 for _ in OPEN_FILES.iterdir())
+    except OSError:  # to look takes one too
+        return 0
+
+
+def allow_all_handles() -> None:
+    """Raise the limit of open files as far as this process itself may."""
+    if resource is not None:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _free_of_machine() -> int | None:

@@ -14,7 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
-from fastmae.errors import FailedCheckError, InputError, first_line
+from fastmae.errors import FailedCheckError, InputError, InterruptedRunError, first_line
+from fastmae.runtime.ending import leave_children_to
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.heartbeat import Heartbeat
 
@@ -61,6 +62,7 @@ def watch_peers(fabric: Fabric) -> None:
         started.clear()
         threading.Thread(target=_watch, daemon=True).start()
         atexit.register(_end_started)
+        leave_children_to(_kill_started)
     if dist.get_backend() == "gloo":  # Fabric closes NCCL's connections itself
         atexit.register(_disconnect)  # runs before `_end_started`, since the started processes may wait for this one
 
@@ -78,9 +80,10 @@ def ends_with_its_peers(function: Callable[P, Result]) -> Callable[P, Result]:
         try:
             with _lost_peers_reported():
                 return function(*args, **kwargs)
-        except (InputError, FailedCheckError) as error:
+        except Exception as error:
             if dist.is_available() and dist.is_initialized():
-                atexit.register(_exit_in_any_case, 2 if isinstance(error, InputError) else 1)
+                code = 130 if isinstance(error, InterruptedRunError) else 2 if isinstance(error, InputError) else 1
+                atexit.register(_exit_in_any_case, code)
             raise
         finally:
             while _heartbeats:
@@ -139,9 +142,13 @@ def _lost(line: str) -> None:
 def _end(line: str, code: int) -> None:
     _ending.acquire()
     log.warning(f"fastmae: {line}")
+    _kill_started()
+    os._exit(code)
+
+
+def _kill_started() -> None:
     for process in _started:
         process.kill()
-    os._exit(code)
 
 
 def _communication_failure() -> str:

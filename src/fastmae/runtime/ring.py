@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from fastmae.errors import OneProcessError
 from fastmae.runtime.device import local_processes, pinned_in_place
 from fastmae.runtime.memory import available_for_sharing, shared_memory
-from fastmae.runtime.workers import as_is, batches, worker_count
+from fastmae.runtime.workers import as_is, batches, worker_count, workers_that_fit
 
 Batch = TypeVar("Batch")
 
@@ -146,7 +146,8 @@ def ring_batches(
     Raises:
         OneProcessError: the slots don't fit into memory, or a worker met bad data or was killed.
     """
-    plan = RingPlan.of(batch_size, len(batch_sampler), worker_count(workers), held)
+    workers = workers_that_fit(worker_count(workers))
+    plan = RingPlan.of(batch_size, len(batch_sampler), workers, held)
     slots = _slots(plan, dataset.batch_bytes(batch_size), batch_size)
     filled = [dataset.batch_in(slot, batch_size) for slot in slots]
     parts = _Parts(batch_sampler, len(batch_sampler), plan)

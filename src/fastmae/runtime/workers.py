@@ -1,33 +1,73 @@
 """Worker processes of a DataLoader: how many there are, which signals they obey, and how their errors are reported."""
 
+import contextlib
+import errno
 import gc
+import logging
+import math
+import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from operator import length_hint
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_convert
 
 from fastmae.errors import InputError, OneProcessError
-from fastmae.runtime.device import own_cores, pins_memory
+from fastmae.runtime.device import local_processes, own_cores, pins_memory
+from fastmae.runtime.ending import STOP_SIGNALS
+from fastmae.runtime.memory import allow_all_handles, available_for_sharing, free_handles
+from fastmae.runtime.sending import Sending, collated, received
 
 Batch = TypeVar("Batch")
 
-# Windows has no SIGUSR1.
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""Signals on which a run saves itself and stops: Ctrl-C, and those that schedulers send before they take a machine."""
+log = logging.getLogger(__name__)
 
 CORES_LEFT = 2
 """Cores that `--workers -1` leaves to the main process: one for its own thread, one for those of its libraries."""
+HANDLES_OF_A_WORKER, HANDLES_LEFT = 5, 10
+"""Open files that a loading process takes in the main one (measured), and those that are left to everything else."""
+MEMORY_OF_A_WORKER = 100_000_000
+"""Bytes that a loading process takes for itself, beside its batches."""
+LOOKS_EVERY = 1.0
+"""Seconds between two looks at whether the loading processes are still there."""
+STALLED_AFTER = 900.0
+"""Seconds without a batch after which loading has failed: the disk is gone, say. A remote store's shard takes less."""
+END = object()
+_told: set[str] = set()
 
 
 def worker_count(workers: int) -> int:
     """`--workers` as a number of processes: -1 is all cores of this process but `CORES_LEFT`, at least 1."""
     return workers if workers >= 0 else max(1, own_cores() - CORES_LEFT)
+
+
+def workers_that_fit(workers: int) -> int:
+    """As many of these loading processes as memory and the number of open files allow; a line if they are fewer."""
+    if not workers:
+        return 0
+    if (workers * HANDLES_OF_A_WORKER + HANDLES_LEFT) > free_handles():
+        allow_all_handles()
+    by_handles, available = (free_handles() - HANDLES_LEFT) / HANDLES_OF_A_WORKER, available_for_sharing()
+    by_memory = math.inf if available is None else available / MEMORY_OF_A_WORKER / local_processes()
+    fitting = int(max(0, min(workers, by_handles, by_memory)))
+    if fitting < workers:
+        limit = "open files (ulimit -n)" if by_handles < by_memory else "free memory"
+        _tell(f"{fitting} loading processes instead of {workers}: there are too few {limit} for more")
+    return fitting
+
+
+def _tell(line: str) -> None:
+    """A warning, once: a command may load many times."""
+    if line not in _told:
+        _told.add(line)
+        log.warning(line)
 
 
 def as_is(batch: Batch) -> Batch:
@@ -62,12 +102,15 @@ def batches(
         prefetch: batches that each worker loads ahead.
 
     Raises:
-        OneProcessError: a worker met bad data or was killed.
+        OneProcessError: a worker met bad data, was killed, or has given nothing for `STALLED_AFTER` seconds.
     """
     if batch_size is not None:
         batch_sampler = BatchSampler(range(len(dataset)), batch_size, drop_last=False)  # type: ignore[arg-type]
     order = batch_sampler if sampler is None else sampler
     num_workers = min(worker_count(workers), length_hint(order, sys.maxsize))  # a generator's length is unknown
+    num_workers = workers_that_fit(num_workers)
+    if collate is None:
+        collate = collated if sampler is None else default_convert
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=1 if sampler is None else None,  # torch wants its default, 1, beside a batch_sampler
@@ -75,7 +118,8 @@ def batches(
         batch_sampler=batch_sampler,
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
-        collate_fn=collate,
+        collate_fn=Sending(collate, num_workers, prefetch),
+        timeout=LOOKS_EVERY if num_workers else 0,
         pin_memory=pins_memory(device),
         worker_init_fn=heed_only_the_parent,
     )
@@ -105,11 +149,13 @@ def _exit_when_the_parent_says() -> None:
 def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
     """The loader's batches; an error in a worker becomes one line instead of the worker's traceback.
 
+    Where not a single worker can be started, this process loads.
+
     Raises:
-        OneProcessError: a worker met bad data or was killed.
+        OneProcessError: a worker met bad data, was killed, or has given nothing for `STALLED_AFTER` seconds.
     """
     try:
-        yield from loader
+        yield from _delivered(loader)
         return
     except (InputError, OSError, EOFError, RuntimeError) as error:
         message = _loading_failure(error, has_workers=loader.num_workers > 0)
@@ -122,6 +168,102 @@ def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
     raise OneProcessError(message)
 
 
+def _delivered(loader: DataLoader[Any]) -> Iterator[Any]:
+    others = set(multiprocessing.active_children())
+    iterator = _started(loader)
+    own = [process for process in multiprocessing.active_children() if process not in others]
+    try:
+        while (batch := _next(iterator, own)) is not END:
+            yield received(batch)
+    except KeyboardInterrupt:  # torch would wait for what they are loading
+        for process in own:
+            process.terminate()
+        raise
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator, with its workers, or without where the system has no room for their pipes and locks."""
+    try:
+        if loader.num_workers:
+            multiprocessing.Queue().close()  # torch's iterator complains of itself if it can't have all of its own
+        iterator = iter(loader)
+    except OSError as error:
+        if not loader.num_workers:
+            raise
+        _tell(f"no loading processes can be started ({error.strerror or error}), so this process loads by itself")
+        loader.num_workers, loader.prefetch_factor, loader.timeout = 0, None, 0
+        return iter(loader)
+    deaths.take_over()
+    return iterator
+
+
+def _next(iterator: Iterator[Any], workers: list[Any]) -> Any:
+    """The next batch; `END` after the last one."""
+    start = time.monotonic()
+    while True:
+        try:
+            with deaths.heeded():
+                return next(iterator, END)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+        if time.monotonic() - start > STALLED_AFTER:
+            for process in workers:
+                process.kill()
+            raise OneProcessError(
+                f"{len(workers)} loading processes ({', '.join(str(process.pid) for process in workers)}) have given "
+                f"nothing for {STALLED_AFTER / 60:g} minutes; see whether the images can still be read, and give the "
+                "same command again to continue"
+            )
+
+
+class _Deaths:
+    """torch's handler of SIGCHLD, held back while the main thread is not waiting for a batch.
+
+    By itself it raises an error about a killed worker wherever the main thread is: in the middle of an optimizer's
+    step, or while a run is saved. Held back, it does so when the next batch is waited for.
+    """
+
+    def __init__(self) -> None:
+        self.of_torch: Any = None
+        self.waits = self.has_come = False
+
+    def take_over(self) -> None:
+        """After torch has set its handler."""
+        if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+            return
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and handler != self._note:
+            self.of_torch = handler
+            signal.signal(signal.SIGCHLD, self._note)
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """The death of a worker raises an error within.
+
+        Raises:
+            RuntimeError: torch's, which names the worker.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before, self.waits = self.waits, True
+        try:
+            if self.has_come:
+                self._note(signal.SIGCHLD, None)
+            yield
+        finally:
+            self.waits = before
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.has_come = not self.waits
+        if self.waits:
+            self.of_torch(number, frame)
+
+
+deaths = _Deaths()
+
+
 def _loading_failure(error: Exception, has_workers: bool) -> str | None:
     """What went wrong, as one line; None for an error that is not about loading."""
     text = str(error)
@@ -129,6 +271,8 @@ def _loading_failure(error: Exception, has_workers: bool) -> str | None:
         return text.rstrip().splitlines()[-1].split(": ", 1)[-1]  # a worker's traceback, whose last line is the error
     if isinstance(error, InputError):
         return text  # without workers, this process loads
+    if has_workers and ("Too many open files" in text or getattr(error, "errno", None) == errno.EMFILE):
+        return "too many open files; raise the limit (ulimit -n), or give fewer --workers"
     # torch notices that a worker died; or fetching a tensor from the dead worker fails.
     if "DataLoader worker (pid" in text or (has_workers and isinstance(error, OSError | EOFError)):
         return (

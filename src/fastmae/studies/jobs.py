@@ -22,6 +22,7 @@ from typing import Any
 from fastmae.errors import InterruptedRunError
 from fastmae.outside.documents import parse_json
 from fastmae.runtime.device import cores
+from fastmae.runtime.ending import leave_children_to, unlimited
 from fastmae.runtime.progress import duration
 from fastmae.runtime.workers import CORES_LEFT
 from fastmae.studies.worker import CRASHED, DONE
@@ -108,6 +109,11 @@ class Worker:
         self.process.wait()
         self._end_loading_processes()
 
+    def kill(self) -> None:
+        """End it and its loading processes at once."""
+        if self.process.poll() is None:
+            self._end_loading_processes()
+
     def _end_loading_processes(self) -> None:
         """Of a worker that was killed; they are alone in its session."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -183,7 +189,8 @@ def run_jobs(
     """
     waiting, running, interrupted = deque(jobs), dict[Worker, Job](), False
     workers = Workers(threads_of_a_job(at_once))
-    with StopRequest() as stop, contextlib.closing(workers):
+    leave_children_to(workers.kill)
+    with StopRequest() as stop, unlimited(), contextlib.closing(workers):
         while running or (waiting and not stop.requested):
             while waiting and len(running) < at_once and not stop.requested:
                 job = waiting.popleft()
@@ -242,6 +249,11 @@ class Workers:
         for worker in self.all:
             if worker not in self.free:
                 worker.stop()
+
+    def kill(self) -> None:
+        """End all at once."""
+        for worker in self.all:
+            worker.kill()
 
     def close(self) -> None:
         """End all; those that are at work save first."""

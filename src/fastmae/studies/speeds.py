@@ -122,7 +122,8 @@ def _embedding_speed(options: PretrainConfig, data: Path) -> float:
     device = own_device(options.device)
     embed = embed_with_encoder(student.encoder.to(device).eval(), "mean", None, *store.normalisation)
     paths = open_labelled(data).train[:EMBEDDED_IMAGES]
-    images = WholeImages(paths, options.image_size, store.info.resize, store.info.channels)
+    info = store.info
+    images = WholeImages(paths, options.image_size, info.resize, info.channels, info.value_range)
     start = time.monotonic()
     embed_images(images, embed, device, BATCH_SIZE, options.workers, "features", quiet=True)
     synchronise(device)

@@ -32,6 +32,7 @@ SHARED_PIXELS = (
     "patch_size",
     "channels",
     "resize",
+    "value_range",
     "pixels",
     "jpeg_quality",
 )

@@ -21,6 +21,7 @@ import torch
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
 from fastmae.outside.documents import read_json
 from fastmae.runtime import console
+from fastmae.runtime.ending import heed_signals
 from fastmae.studies.measure import train_and_measure
 from fastmae.studies.speeds import measure_speeds
 
@@ -42,6 +43,12 @@ def main() -> None:
     console.show()
     jobs: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(questions, jobs), daemon=True).start()
+    heed_signals()
+    with contextlib.suppress(KeyboardInterrupt):  # while it waits for a job
+        _do_jobs(jobs, answers)
+
+
+def _do_jobs(jobs: "queue.SimpleQueue[str | None]", answers: TextIO) -> None:
     code = DONE
     while code in (DONE, FAILED_CHECK, BAD_INPUT) and (path := jobs.get()) is not None:
         code, message = _do(Path(path))

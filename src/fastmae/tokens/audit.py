@@ -211,11 +211,10 @@ def _audit_shard(folder: Path, info: StoreInfo, shard: int, manifest: Manifest |
     keys = {image.row: image.path for image in header.images}
     records = bad_records(info, mapped)
     changed = [tensor for tensor in sorted(mapped.tensors) if not _intact(mapped, tensor)]
-    if changed:
-        what = f"{', '.join(changed)} differ from their checksums"
-        return damaged(what, [] if records is None else [keys[row] for row in records.rows])
-    if records is not None:
-        return damaged(records.what, [keys[row] for row in records.rows])
+    if changed or records:
+        first = records[min(records)] if records else ""
+        what = f"{', '.join(changed)} differ from their checksums" if changed else first
+        return damaged(what, [keys[row] for row in sorted(records)])
     return _Audited(None, header.images, {name: mapped.tensors[name].copy() for name in SUMS})
 
 

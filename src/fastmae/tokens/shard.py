@@ -182,6 +182,12 @@ class OpenShards:
             DamagedError: the shard, or the record that was read, is not what was written.
         """
         try:
+            return self._read(number, read)
+        except DamagedError as error:
+            raise self.files.named(error) from error
+
+    def _read(self, number: int, read: Callable[[MappedShard], Value]) -> Value:
+        try:
             return read(self._shard(number))
         except DamagedError:
             tried = number in self._damaged or number in self._fetched_again

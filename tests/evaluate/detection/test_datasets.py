@@ -147,3 +147,16 @@ def test_fabric_does_not_round_boxes_to_bf16(split):
     _, converted = fabric._precision.convert_input((photos, targets))
     assert converted.objects[0]["boxes"].dtype == torch.float32
     assert torch.equal(converted.objects[0]["boxes"], targets.objects[0]["boxes"])
+
+
+def test_photos_of_16_bits_are_mapped_as_in_pre_training(split):
+    width, height = split.size(0)
+    values = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
+    Image.fromarray(values.astype(np.uint16) * 16).save(split.path(0))
+    for photo in (
+        load_photo(split, 0, COCO_LIMITS, 1, "0 4080"),
+        ValidationPhotos(split, COCO_LIMITS, 1, "0 4080")[0][1],
+    ):
+        np.testing.assert_array_equal(photo[0], values)
+    photo, _ = TrainingPhotos(split, COCO_LIMITS, 1, 0, "0 4080")[0, 0]
+    assert np.array_equal(photo[0], values) or np.array_equal(photo[0], values[:, ::-1])

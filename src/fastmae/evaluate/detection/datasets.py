@@ -19,6 +19,7 @@ from fastmae.evaluate.detection.coco import Split
 from fastmae.evaluate.detection.masks import Size
 from fastmae.images.decode import decode_bands
 from fastmae.images.reading import read_or_refuse
+from fastmae.images.value_range import AUTO
 
 Objects = dict[str, torch.Tensor]
 """`boxes` float32 [N, 4] (left, top, right, bottom in pixels of the photo), `labels` int64 [N] from 1, `masks` uint8
@@ -61,10 +62,12 @@ class TrainingPhotos(Dataset[Sample]):
         limits: of the photos' size.
         channels: number of channels that photos are decoded to, 1 or 3.
         seed: the run's seed.
+        value_range: how values of more than 8 bits become 8 bits.
     """
 
-    def __init__(self, split: Split, limits: SizeLimits, channels: int, seed: int):
+    def __init__(self, split: Split, limits: SizeLimits, channels: int, seed: int, value_range: str = AUTO):
         self.split, self.limits, self.channels, self.seed = split, limits, channels, seed
+        self.value_range = value_range
         self.images = split.trainable_images()
 
     def __len__(self) -> int:
@@ -73,7 +76,7 @@ class TrainingPhotos(Dataset[Sample]):
     def __getitem__(self, visit: tuple[int, int]) -> Sample:
         epoch, index = visit
         image = self.images[index]
-        photo = load_photo(self.split, image, self.limits, self.channels)
+        photo = load_photo(self.split, image, self.limits, self.channels, self.value_range)
         objects = load_objects(self.split, image, self.limits)
         flip = np.random.default_rng((self.seed, epoch, index)).random() < 0.5
         return mirror(photo, objects) if flip else (photo, objects)
@@ -86,16 +89,17 @@ class ValidationPhotos(Dataset[tuple[int, torch.Tensor]]):
         split: the validation split.
         limits: of the photos' size.
         channels: number of channels that photos are decoded to, 1 or 3.
+        value_range: how values of more than 8 bits become 8 bits.
     """
 
-    def __init__(self, split: Split, limits: SizeLimits, channels: int):
-        self.split, self.limits, self.channels = split, limits, channels
+    def __init__(self, split: Split, limits: SizeLimits, channels: int, value_range: str = AUTO):
+        self.split, self.limits, self.channels, self.value_range = split, limits, channels, value_range
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, image: int) -> tuple[int, torch.Tensor]:
-        return image, load_photo(self.split, image, self.limits, self.channels)
+        return image, load_photo(self.split, image, self.limits, self.channels, self.value_range)
 
 
 class Targets:
@@ -135,7 +139,7 @@ def collate_photos(samples: Sequence[Sample]) -> tuple[list[torch.Tensor], Targe
     return list(photos), Targets(objects)
 
 
-def load_photo(split: Split, image: int, limits: SizeLimits, channels: int) -> torch.Tensor:
+def load_photo(split: Split, image: int, limits: SizeLimits, channels: int, value_range: str = AUTO) -> torch.Tensor:
     """A photo within the limits, uint8 [K, H, W].
 
     Raises:
@@ -146,7 +150,7 @@ def load_photo(split: Split, image: int, limits: SizeLimits, channels: int) -> t
     at_least = min(size) if size != own_size else None  # lets a JPEG be decoded no larger than needed
     bands, _ = read_or_refuse(
         path,
-        lambda file: decode_bands(file, path.name, channels, at_least),
+        lambda file: decode_bands(file, path.name, channels, at_least, value_range),
         f"replace it, or remove it from {split.files.annotations}",
     )
     (band,) = bands  # one RGB or one grey image

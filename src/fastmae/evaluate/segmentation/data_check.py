@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from fastmae.evaluate.segmentation.layout import Pair, SegmentationData
 from fastmae.evaluate.segmentation.masks import IGNORED, MaskEncoding, mask_size, read_mask
 from fastmae.images.decode import decode_bands
 from fastmae.images.reading import read_or_refuse
+from fastmae.images.value_range import AUTO
 from fastmae.runtime.device import cores
 from fastmae.runtime.progress import Progress
 
@@ -61,12 +63,13 @@ class DataSummary:
         return [name for class_id, name in enumerate(self.class_names) if not self.pixel_counts[class_id]]
 
 
-def check_data(data: SegmentationData, channels: int, quiet: bool = False) -> DataSummary:
+def check_data(data: SegmentationData, channels: int, value_range: str = AUTO, quiet: bool = False) -> DataSummary:
     """Check the sizes of all pairs and the ids in the masks.
 
     Args:
         data: from `find_data`.
         channels: number of channels that the photos will be decoded to.
+        value_range: how their values of more than 8 bits will become 8 bits.
         quiet: whether to show no progress.
 
     Raises:
@@ -75,7 +78,7 @@ def check_data(data: SegmentationData, channels: int, quiet: bool = False) -> Da
     pairs = [*data.train, *data.val]
     threads = max(2, cores())
     with Progress("check sizes", "images", len(pairs), quiet=quiet) as progress:
-        sizes = list(map_in_threads(lambda pair: check_sizes(pair, channels), pairs, threads, progress))
+        sizes = list(map_in_threads(lambda pair: check_sizes(pair, channels, value_range), pairs, threads, progress))
     max_read = len(pairs) if data.class_names is None else MAX_MASKS_READ
     train, val = _spread(data.train, max_read), _spread(data.val, max_read)
     checked = [*train, *val]
@@ -95,13 +98,13 @@ def check_data(data: SegmentationData, channels: int, quiet: bool = False) -> Da
     return DataSummary(class_names, int(short_side), train_counts, len(checked))
 
 
-def check_sizes(pair: Pair, channels: int) -> tuple[int, int]:
+def check_sizes(pair: Pair, channels: int, value_range: str = AUTO) -> tuple[int, int]:
     """(width, height) in pixels of a photo, upright by its EXIF orientation, and of its mask.
 
     Raises:
         InputError: the two differ, or one of the files is not an image.
     """
-    image, mask = _image_size(pair, channels), mask_size(pair.mask)
+    image, mask = _image_size(pair, channels, value_range), mask_size(pair.mask)
     if image != mask:
         turned = "; its EXIF orientation turns the photo, but not its mask" if image == mask[::-1] else ""
         raise InputError(
@@ -138,10 +141,11 @@ def check_ids(pair: Pair, counts: np.ndarray, num_classes: int, data: Segmentati
         )
 
 
-def _image_size(pair: Pair, channels: int) -> tuple[int, int]:
+def _image_size(pair: Pair, channels: int, value_range: str) -> tuple[int, int]:
     way_out = "remove it and its mask from the data"
     if pair.image.suffix.lower() == ".npy":
-        return read_or_refuse(pair.image, lambda file: decode_bands(file, pair.image.name, channels)[1], way_out)
+        decode = partial(decode_bands, name=pair.image.name, channels=channels, value_range=value_range)
+        return read_or_refuse(pair.image, lambda file: decode(file)[1], way_out)
     return upright_size(pair.image, way_out)[0]
 
 

@@ -87,7 +87,7 @@ def segment(config: SegmentConfig) -> dict[str, Any] | None:
         drop_path_rate=config.drop_path,
         dynamic_img_size=True,
     )
-    summary = check_data(data, opened.channels, quiet=not is_first_process())
+    summary = check_data(data, opened.channels, opened.value_range, quiet=not is_first_process())
     sizes = choose_sizes(config, opened, summary)
     opened = set_crop_size(opened, sizes.crop)
     task = make_task(config, settings, data, summary, opened, sizes)
@@ -165,7 +165,7 @@ def make_task(
     stages = None if opened.is_vit else trainable_stages(opened)
     uper_net = UperNet(opened.network, len(classes), sizes.head_channels, stages)
     network: Any = sync_batch_norms(uper_net, resolve_device(config.device), processes)
-    read_pair = PairReader(data, len(classes), opened.channels)
+    read_pair = PairReader(data, len(classes), opened.channels, opened.value_range)
     mean_colour = tuple(round(255 * value) for value in opened.mean)
     augment = Augmentation(sizes.crop, sizes.short_side, mean_colour)
     pixel_scale = PixelScale(opened.mean, opened.std)
