@@ -8,9 +8,7 @@ from fastmae.runtime.batch_memory import check_batch
 def test_a_batch_beyond_the_machines_memory_is_refused(monkeypatch):
     monkeypatch.setattr(batch_memory, "memory_of_machine", lambda: 8 * 3 * 100**2)
     check_batch(8, 3, 100)
-    with pytest.raises(
-        InputError, match=r"^--batch-size: 9 images of 100 x 100 pixels are 0 GB, .* give a smaller"
-    ):
+    with pytest.raises(InputError, match=r"^--batch-size: 9 images of 100 x 100 pixels are 0 GB, .* give a smaller"):
         check_batch(9, 3, 100)
 
 
