@@ -1,5 +1,6 @@
 """What a stranger could do to a store before making its checksums right again: kinds of edits, each by its name."""
 
+import contextlib
 import copy
 import io
 import itertools
@@ -59,6 +60,12 @@ NUMBERS = (np.nan, np.inf, -np.inf, 0.0, -1.0, 1e-30, 1e5, -1e8, 1e12, 3e38, -3e
 TENSORS = ("tokens", "token_means", "flipped_tokens", "flipped_token_means", "pixels", "jpeg", "jpeg_offsets")
 TENSORS += ("record_checksums", "channel_sums", "pixel_sums")
 SAFETENSORS_DTYPES = ("BF16", "F8_E4M3", "F64", "F32", "F16", "I64", "U64", "I8", "U8", "BOOL", "", "f32", 4, None)
+
+
+def apply(name: str, store: EditedStore, random: Random) -> None:
+    """Edit a store. After another edit, there may be nothing left that this one could change."""
+    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
+        EDITS[name](store, random)
 
 
 def edit(name: str) -> Callable[[Edit], Edit]:

@@ -17,8 +17,8 @@ from fastmae.runtime.durable import write_json
 from fastmae.runtime.ownership import owned
 from fastmae.runtime.progress import Progress
 from fastmae.tokens.audit import Damage, audit, description_of
-from fastmae.tokens.format import MANIFEST_FILE, SCALES_FILE, STORE_FILE
-from fastmae.tokens.reader import LARGEST_SCALES, open_scales
+from fastmae.tokens.format import LARGEST_SCALES, MANIFEST_FILE, SCALES_FILE, STORE_FILE
+from fastmae.tokens.reader import open_scales
 
 log = logging.getLogger(__name__)
 

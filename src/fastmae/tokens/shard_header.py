@@ -177,9 +177,9 @@ def data_problem(entries: Mapping[str, TensorEntry], header_bytes: int, file_byt
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         dtype, (start, stop) = DTYPES.get(entry.dtype), entry.data_offsets
         if dtype is None:
-            return f"its {name} has the dtype {entry.dtype!r}"
+            return f"its {name!r} has the dtype {entry.dtype!r}"
         if start != end or stop - start != dtype.itemsize * math.prod(entry.shape) or start % dtype.itemsize:
-            return f"its {name} does not lie where it should"
+            return f"its {name!r} does not lie where it should"
         end = stop
     return "its tensors do not fill the file" if header_bytes % ALIGNMENT or header_bytes + end != file_bytes else None
 
