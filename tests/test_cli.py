@@ -53,6 +53,7 @@ def failing(error):
     return run_command
 
 
+@pytest.mark.promise("saved")
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

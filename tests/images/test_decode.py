@@ -8,7 +8,6 @@ import pytest
 from PIL import Image, ImageFile
 
 from fastmae.images import decode as decode_module
-from fastmae.images import rgb as rgb_module
 from fastmae.images.decode import UndecodableError, decode_bands, decode_image, upright_size
 from fastmae.images.rgb import to_rgb
 
@@ -91,48 +90,8 @@ def test_cmyk_and_lab_are_converted_close_to_their_rgb(tmp_path):
     photo = Image.fromarray(gradient()).convert("CMYK")
     pixels, _ = decoded(photo, tmp_path / "x.jpg", quality=100, subsampling=0)
     assert abs(pixels - gradient()).mean() < 6
-    white = to_rgb(
-        Image.new("LAB", (4, 4), (255, 128, 128))
-    )  # in Pillow, L is at most 255, and a and b are neutral at 128
+    white = to_rgb(Image.new("LAB", (4, 4), (255, 128, 128)))  # L is at most 255, a and b are neutral at 128
     assert np.asarray(white).min() > 245
-
-
-def pictures():
-    """The same gradient in every mode that has its own conversion."""
-    rgb = Image.fromarray(gradient())
-    grey = gradient()[..., 0]
-    clear = rgb.convert("RGBA")
-    clear.putalpha(Image.fromarray(gradient()[..., 1]))
-    keyed = rgb.copy()
-    keyed.info["transparency"] = rgb.getpixel((3, 4))
-    palette = rgb.quantize(16)
-    palette.info["transparency"] = 2
-    return {
-        "RGB": rgb,
-        "keyed": keyed,
-        "RGBA": clear,
-        "LA": clear.convert("LA"),
-        "P": palette,
-        "1": rgb.convert("1"),
-        "CMYK": rgb.convert("CMYK"),
-        "LAB": Image.merge("LAB", rgb.split()),
-        "I;16": Image.fromarray(grey.astype(np.uint16) * 257),
-        "I": Image.fromarray(grey.astype(np.int32) * 300),
-        "F up to 1": Image.fromarray(grey.astype(np.float32) / 255),
-        "F up to 255": Image.fromarray(grey.astype(np.float32)),
-    }
-
-
-@pytest.mark.parametrize("name", pictures())
-def test_strips_give_the_same_pixels_as_the_whole_image_and_a_reduction_gives_their_means(name, monkeypatch):
-    image = pictures()[name]
-    whole = to_rgb(image)
-    monkeypatch.setattr(rgb_module, "STRIP_PIXELS", 7 * 40)
-    assert (np.asarray(to_rgb(image)) == np.asarray(whole)).all()
-    reduced = np.asarray(to_rgb(image, 3)).astype(int)
-    assert reduced.shape == (8, 14, 3)
-    means = np.asarray(whole)[:, :39].reshape(8, 3, 13, 3, 3).mean((1, 3))
-    assert abs(reduced[:, :13] - means).max() <= 0.6
 
 
 def test_a_large_image_is_reduced_only_where_a_small_one_is_wanted(tmp_path, monkeypatch):
@@ -179,6 +138,7 @@ showpage
 """
 
 
+@pytest.mark.promise("files")
 def test_a_format_that_starts_a_program_is_not_opened(tmp_path, monkeypatch):
     (tmp_path / "photo.jpg").write_bytes(EPS)
     assert Image.open(tmp_path / "photo.jpg").format == "EPS"
@@ -210,6 +170,7 @@ def test_an_image_of_too_many_pixels_is_refused_with_any_number_of_channels(tmp_
             bands_of(tmp_path / "x.png", channels)
 
 
+@pytest.mark.promise("files")
 @pytest.mark.parametrize(
     ("name", "options"),
     [("x.webp", {}), ("x.avif", {}), ("x.jp2", {}), ("x.jpg", {"progressive": True}), ("x.tif", {}), ("x.png", {})],
@@ -243,6 +204,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.promise("files")
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_decoding_takes_no_more_memory_than_the_bound_allows(tmp_path):
     side = 1600
@@ -288,6 +250,7 @@ def test_the_upright_size_of_a_png_needs_no_pixels_unless_metadata_follow_them(t
     assert upright_size(io.BytesIO(data["turned"])) == ((24, 40), True)
 
 
+@pytest.mark.promise("machine")
 def test_a_codec_that_ran_out_of_memory_is_not_told_as_a_damaged_file(tmp_path, monkeypatch):
     Image.fromarray(gradient()).save(tmp_path / "x.png")
     monkeypatch.setattr(decode_module, "_is_free", lambda size: False)

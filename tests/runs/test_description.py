@@ -10,6 +10,8 @@ from fastmae.runs.description import check_description
 from fastmae.runs.encoder import load_encoder
 from fastmae.runs.folder import read_run
 
+pytestmark = pytest.mark.promise("networks")
+
 
 @pytest.fixture(scope="module")
 def saved(tiny_run):

@@ -206,6 +206,7 @@ def test_an_export_of_timm_with_its_classifier_is_opened(tmp_path):
     assert torch.equal(tokens(load_encoder(tmp_path / "model")), tokens(network))
 
 
+@pytest.mark.promise("networks")
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [

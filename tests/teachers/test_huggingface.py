@@ -148,6 +148,7 @@ def test_a_cnn_saved_in_16_bits_is_read(pixels, tmp_path):
     assert load_teacher(f"hf/{tmp_path}", 64, 4)(pixels).dtype == torch.float32
 
 
+@pytest.mark.promise("networks")
 @pytest.mark.parametrize("kind", [None, "unknown"])
 def test_a_model_with_code_of_its_own_is_refused_and_nothing_is_asked(kind, tmp_path, monkeypatch):
     saved("vit", tmp_path)
@@ -159,6 +160,7 @@ def test_a_model_with_code_of_its_own_is_refused_and_nothing_is_asked(kind, tmp_
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.promise("networks")
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
@@ -178,6 +180,7 @@ def test_a_description_that_asks_for_something_else_is_refused_in_one_line(chang
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.promise("networks")
 def test_a_download_that_failed_and_weights_that_are_no_numbers_are_named(tmp_path):
     model = saved("vit", tmp_path)
     torch.nn.init.constant_(model.layernorm.bias, torch.nan)

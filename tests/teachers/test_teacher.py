@@ -228,6 +228,7 @@ def test_weights_of_another_image_size_are_read_and_resampled_once(tmp_path, pix
     assert teacher_of_store(teacher.describe(), 64, 4).weights_sha256 == teacher.weights_sha256
 
 
+@pytest.mark.promise("networks")
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [

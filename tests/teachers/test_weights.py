@@ -4,6 +4,8 @@ import torch
 from fastmae.errors import InputError
 from fastmae.teachers.weights import prefix_of, read_weights, weights_of
 
+pytestmark = pytest.mark.promise("networks")
+
 WEIGHTS = {"stem.weight": torch.ones(2, 2), "norm.bias": torch.ones(2), "norm.count": torch.tensor(3)}
 BOOKKEEPING = {"best_acc1": torch.tensor(71.5), "rng": torch.zeros(9, dtype=torch.uint8), "epoch": torch.tensor(3)}
 

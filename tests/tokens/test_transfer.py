@@ -16,6 +16,8 @@ from fastmae.tokens.files import MOST_BYTES, RemoteFiles
 from fastmae.tokens.transfer import MissingFileError
 from lying_server import Lies, LyingServer
 
+pytestmark = pytest.mark.promise("remote")
+
 SHARD = "shards/00000.safetensors"
 LIMIT = 3_000_000
 """Of the cache. It holds the shard several times."""

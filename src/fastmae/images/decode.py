@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from fastmae.images.codec_memory import bytes_per_pixel, codec_bytes
-from fastmae.images.rgb import is_wide, to_rgb
+from fastmae.images.rgb import is_wide, pixels_of, to_rgb
 from fastmae.images.value_range import AUTO, to_8_bits
 
 FORMATS = (
@@ -174,12 +174,15 @@ def decode_image(
                 factor = max(1, min(image.size) // (2 * at_least))
         result_bytes = 4 * math.prod(-(-side // factor) for side in image.size)
         is_result = image.mode == "RGB" and "transparency" not in image.info and factor == 1
-        load_image(image, codec, 0 if is_result else result_bytes)
+        made_bytes = 0 if is_result else result_bytes
+        if is_wide(image):  # the values as an array, then as 8 bits, of which the result is made
+            made_bytes = math.prod(image.size) + max(math.prod(image.size) * bytes_per_pixel(image.mode), result_bytes)
+        load_image(image, codec, made_bytes)
         orientation = _orientation(image)  # of a PNG, it may follow the pixels
         if orientation in UPRIGHT:
             _check_memory(image, 2 * result_bytes)
         try:
-            rgb = to_rgb(image, factor, value_range)
+            rgb = to_rgb(image, value_range, factor)
             del image  # its memory is free for the upright copy
             if orientation in UPRIGHT:
                 rgb = rgb.transpose(UPRIGHT[orientation])
@@ -243,7 +246,7 @@ def wide_values(file: BinaryIO, name: str, channels: int) -> np.ndarray | None:
     if not is_wide(image):
         return None
     load_image(image, codec_memory(image), math.prod(image.size) * bytes_per_pixel(image.mode))
-    return np.asarray(image)
+    return pixels_of(image)
 
 
 def _check_values_are_whole(image: ImageFile.ImageFile) -> None:

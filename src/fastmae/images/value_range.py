@@ -12,15 +12,13 @@ are not changed, but arrays (.npy) of 8 bits are.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
 from fastmae.errors import InputError
 
-Mapping = Callable[[np.ndarray], np.ndarray]
-"""Values of more than 8 bits -> uint8 of the same shape."""
 AUTO, FILE = "auto", "file"
 PERCENTILES = (0.5, 99.5)
 """Of values that become black and white. A few hot pixels, or a metal implant, must not make the rest grey."""
@@ -58,31 +56,8 @@ def range_entry(value_range: str) -> dict[str, str]:
     return {} if value_range == AUTO else {"value_range": value_range}
 
 
-def mapping_of(strips: Iterable[np.ndarray], size: int, value_range: str) -> Mapping:
-    """How the values of an image become 8 bits, told from strips of it, each read once.
-
-    Args:
-        strips: integers or floats [h, W] or [h, W, K], which together are the image.
-        size: number of its values.
-        value_range: as a store has it. `auto` takes the high byte of 16-bit integers, and 65,535 for what is above. A
-            float image declares no range: it is [0, 1] if no value is above 1, else [0, 255].
-    """
-    if value_range == AUTO:
-        highest = 0.0
-        for strip in strips:
-            if strip.dtype.kind in "iu":
-                return lambda values: (values.clip(0, 65535) >> 8).astype(np.uint8)
-            highest = np.nanmax(strip, initial=highest)
-        return partial(_scaled, scale=255.0 if highest <= 1.0 else 1.0)
-    bounds = bounds_of(value_range)
-    if bounds is None:
-        samples = [sample_of(strip, math.ceil(FILE_VALUES * strip.size / size)) for strip in strips]
-        bounds = percentiles(np.concatenate(samples))
-    return partial(_linear, low=bounds[0], high=bounds[1])
-
-
 def to_8_bits(values: np.ndarray, value_range: str) -> np.ndarray:
-    """Map the values of an array, strip by strip.
+    """Map an image's values.
 
     Args:
         values: integers or floats [H, W] or [H, W, K]. All channels have one range.
@@ -91,23 +66,35 @@ def to_8_bits(values: np.ndarray, value_range: str) -> np.ndarray:
     Returns:
         uint8, of the same shape. An image of one value is black.
     """
-    mapped = mapping_of([values], values.size, value_range)
-    result, rows = np.empty(values.shape, np.uint8), max(1, STRIP_VALUES // max(1, values[0].size))
-    for start in range(0, len(values), rows):
-        result[start : start + rows] = mapped(values[start : start + rows])
-    return result
-
-
-def _scaled(values: np.ndarray, scale: float) -> np.ndarray:
-    return (np.nan_to_num(values.astype(np.float64)) * scale).clip(0, 255).astype(np.uint8)
-
-
-def _linear(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    low, high = bounds_of(value_range) or percentiles(sample_of(values, FILE_VALUES))
     if not low < high:
         return np.zeros(values.shape, np.uint8)
+
+    def mapped(strip: np.ndarray) -> np.ndarray:
+        scaled = np.rint((strip.astype(np.float64) - low) / (high - low) * 255)
+        return np.nan_to_num(scaled.clip(0, 255), copy=False)
+
+    return _in_strips(values, mapped)
+
+
+def by_type(values: np.ndarray) -> np.ndarray:
+    """`auto` for an image that Pillow reads, [H, W] -> uint8: of integers of 16 bits and more, the high byte of the 16.
+
+    A float image declares no range: it is [0, 1] if no value is above 1, else [0, 255].
+    """
+    if values.dtype.kind in "iu":
+        return _in_strips(values, lambda strip: strip.clip(0, 65535) >> 8)
+    scale = 255.0 if np.nanmax(values, initial=0.0) <= 1.0 else 1.0
+    return _in_strips(values, lambda strip: (np.nan_to_num(strip.astype(np.float64)) * scale).clip(0, 255))
+
+
+def _in_strips(values: np.ndarray, mapped: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """`mapped` of some rows at a time, as uint8."""
+    result, rows = np.empty(values.shape, np.uint8), max(1, STRIP_VALUES // max(1, values[0].size))
     with np.errstate(all="ignore"):  # floats may hold anything
-        scaled = np.rint((values.astype(np.float64) - low) / (high - low) * 255)
-        return np.nan_to_num(scaled.clip(0, 255), copy=False).astype(np.uint8)
+        for start in range(0, len(values), rows):
+            result[start : start + rows] = mapped(values[start : start + rows])
+    return result
 
 
 def sample_of(values: np.ndarray, most: int) -> np.ndarray:

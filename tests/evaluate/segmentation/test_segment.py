@@ -58,6 +58,7 @@ def test_it_learns_to_tell_the_shapes_apart_and_reports_data_sizes_and_classes(t
     assert described["options"]["layer_decay"] == 1
 
 
+@pytest.mark.promise("labels")
 def test_masks_of_0_128_and_255_are_described_before_the_start(tiny_run, shapes, change_mask):
     (shapes / "classes.json").unlink()
     for mask in (shapes / "masks").rglob("*.png"):
