@@ -53,6 +53,7 @@ def failing(error):
     return run_command
 
 
+@pytest.mark.promise("machine")
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

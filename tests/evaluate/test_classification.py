@@ -32,6 +32,7 @@ def test_the_confusion_matrix_is_drawn(fabric, tmp_path):
         assert min(picture.size) > 300
 
 
+@pytest.mark.promise("saved")
 @pytest.mark.filterwarnings("error")
 def test_any_name_of_a_folder_can_be_drawn_as_a_class():
     names = [r"$x_{\frac$", "a$b$c", "猫 🐈", "_hidden", "half \udcff", "line\nbreak", 255 * "w"]
