@@ -53,7 +53,7 @@ def failing(error):
     return run_command
 
 
-@pytest.mark.promise("saved")
+@pytest.mark.promise("machine")
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

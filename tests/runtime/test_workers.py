@@ -79,6 +79,7 @@ def killed_at_2():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.promise("machine")
 def test_a_killed_worker_is_one_line():
     with pytest.raises(InputError, match="a loading process was killed") as caught:
         list(batches(Failing(killed_at_2), CPU, 1, batch_size=1))

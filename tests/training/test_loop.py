@@ -101,6 +101,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_check
     assert load_checkpoint(task.out / "checkpoint.pt")["step"] == 3
 
 
+@pytest.mark.promise("saved")
 def test_the_run_is_saved_before_it_fails_on_damaged_data(sums_task, options, settings):
     def four_batches(batches, _):
         for _, batch in zip(range(4), batches, strict=False):
@@ -250,7 +251,7 @@ def test_a_signal_breaks_off_what_a_run_waits_for_and_everything_is_saved(waits_
     assert saved_step(task) == 3
 
 
-@pytest.mark.promise("saved")
+@pytest.mark.promise("signals")
 def test_a_signal_before_an_evaluation_leaves_it_to_the_same_call(sums_task, options, settings):
     def evaluate(*_):
         return Evaluated({"top1": 1.0})
