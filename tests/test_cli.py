@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fastmae import cli
 from fastmae.cli import parse, run
-from fastmae.config.commands import COMMANDS
+from fastmae.config.commands import COMMANDS, Command
 from fastmae.config.recipes import load_recipe, recipe_names
-from fastmae.errors import InputError
+from fastmae.errors import InputError, add_note
 
 # (arguments, what the one line must name)
 BAD_USAGE = [
@@ -45,13 +46,56 @@ def test_bad_usage_is_one_line_and_code_2(args, named, capsys, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def failing(error):
+    def run_command(*_):
+        raise error
+
+    return run_command
+
+
+@pytest.mark.promise("machine")
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (TypeError("a bug\nin two lines"), 1, "an error of fastmae's own: TypeError: a bug (cli.py:"),
+        (KeyError("x"), 1, "an error of fastmae's own: KeyError: 'x' (cli.py:"),
+        (MemoryError(), 2, "out of memory; step 3 is saved; give a smaller --batch-size and fewer --workers, and the"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "out of memory; step 3 is saved; "),
+        (InputError("photo.jpg: damaged"), 2, "photo.jpg: damaged; step 3 is saved"),
+    ],
+)
+def test_whatever_a_command_raises_is_one_line_with_what_was_saved(error, code, line, monkeypatch, capsys):
+    add_note(error, "step 3 is saved")
+    monkeypatch.setattr(Command, "run", failing(error))
+    assert run(["knn", "r", "data"]) == code
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert err.startswith(f"fastmae knn: {line}")
+    assert "step 3 is saved" in err
+    assert err.rstrip().endswith("; --traceback shows all") == (code == 1)
+    assert run(["knn", "r", "data", "--traceback"]) == code
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback (most recent call last):")
+    assert shown.splitlines()[-1] == err.rstrip()
+
+
+def test_a_crash_in_a_loading_process_names_the_place_in_the_process(monkeypatch, capsys):
+    text = (
+        'Caught TypeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "{}", '
+    )
+    text += 'line 7, in fetch\n  File "/torch/fetch.py", line 3\nTypeError: a bug'
+    monkeypatch.setattr(Command, "run", failing(TypeError(text.format(Path(cli.__file__).parent / "decode.py"))))
+    assert run(["recipes"]) == 1
+    assert "own: TypeError: a bug (decode.py:7); --traceback" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_the_common_flags(command, capsys):
     with pytest.raises(SystemExit) as stop:
         run([command, "--help"])
     assert not stop.value.code
     out = capsys.readouterr().out
-    assert all(flag in out for flag in ("--json", "--seed", "--device", "--config", "--print-config"))
+    assert all(flag in out for flag in ("--json", "--seed", "--device", "--config", "--print-config", "--traceback"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,6 +10,8 @@ from fastmae.config.commands import COMMANDS
 from fastmae.config.ranges import BATCH, EPOCHS, FRACTION, Range
 from fastmae.config.resolve import range_of
 
+pytestmark = pytest.mark.promise("numbers")
+
 
 @pytest.mark.parametrize(
     ("span", "inside", "outside", "text"),

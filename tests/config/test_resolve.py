@@ -111,6 +111,7 @@ def test_flags_yaml_and_python_refuse_a_bad_value_with_the_same_words(name, valu
     assert way_out in messages[0]
 
 
+@pytest.mark.promise("numbers")
 @pytest.mark.parametrize(
     "number", ["9" * 5000, 10**5000, 16**5000, "0x" + "f" * 5000], ids=["text", "10^", "16^", "hex"]
 )
@@ -120,6 +121,7 @@ def test_a_number_of_thousands_of_digits_is_refused_in_a_short_line(number):
     assert len(str(caught.value)) < 200
 
 
+@pytest.mark.promise("files")
 def test_yaml_that_stands_for_more_than_it_says_is_refused(tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("a: &a [x, x]\nb: [*a, *a]\n")
@@ -127,12 +129,14 @@ def test_yaml_that_stands_for_more_than_it_says_is_refused(tmp_path):
         pretraining(config=file)
 
 
+@pytest.mark.promise("files")
 def test_options_that_come_out_of_a_pipe_are_refused_instead_of_waited_for(tmp_path):
     os.mkfifo(tmp_path / "options.yaml")
     with pytest.raises(InputError, match=r"options\.yaml: is a named pipe"):
         pretraining(config=tmp_path / "options.yaml")
 
 
+@pytest.mark.promise("numbers")
 @pytest.mark.parametrize("text", ["", "1,,2", "1,x", "inf", "nan", "0", "1e300", "9" * 5000])
 def test_numbers_within_a_text_have_a_range_too(text):
     with pytest.raises(InputError, match=r"^--store-weights .{,100}: give"):

@@ -135,6 +135,7 @@ LIES = {
 }
 
 
+@pytest.mark.promise("remote")
 @pytest.mark.parametrize(("name", "lie"), LIES, ids=lambda part: getattr(part, "__name__", part))
 def test_a_lie_of_a_server_ends_the_command_with_one_line_that_names_the_url(
     name, lie, server, pretrain_line, monkeypatch, tmp_path
@@ -190,6 +191,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.promise("remote")
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_file_behind_a_url_is_named_with_a_way_out_that_a_url_has(name, small_store, pretrain_line, tmp_path):
     store = shutil.copytree(small_store, tmp_path / "s")
@@ -200,6 +202,7 @@ def test_a_damaged_file_behind_a_url_is_named_with_a_way_out_that_a_url_has(name
     assert str(tmp_path / "cache") not in line
 
 
+@pytest.mark.promise("remote")
 def test_a_damaged_image_behind_a_url_is_named_with_a_way_out_that_a_url_has(
     small_store, flip_in_record, pretrain_line, tmp_path
 ):
@@ -211,6 +214,7 @@ def test_a_damaged_image_behind_a_url_is_named_with_a_way_out_that_a_url_has(
     assert "--repair" not in line
 
 
+@pytest.mark.promise("remote")
 def test_files_of_another_store_are_named_as_such(small_store, vit_store, pretrain_line, tmp_path):
     store = shutil.copytree(small_store, tmp_path / "s")
     shutil.copy(vit_store / "manifest.json", store)

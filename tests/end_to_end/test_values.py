@@ -19,6 +19,8 @@ from fastmae.runs.encoder import open_encoder
 from fastmae.runs.folder import read_run
 from fastmae.tokens.format import read_store_info, shard_path
 
+pytestmark = pytest.mark.promise("values")
+
 RANGE = ["--value-range", "0", "4080"]
 OPTIONS = "--middle-size 96 --patch-size 16 --shard-size 8 --codec fp32 --pixels raw --workers 0".split()
 

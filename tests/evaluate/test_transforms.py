@@ -53,6 +53,7 @@ def test_the_centre_is_that_of_the_resized_picture(width, height, opened):
     assert torch.equal(bands[0], bands[1])
 
 
+@pytest.mark.promise("images")
 @pytest.mark.parametrize("size", [(400_000, 1), (1, 400_000), (1, 1)])
 def test_a_picture_of_any_aspect_ratio_costs_no_more_than_another(size, opened):
     colour = (10, 20, 30)
@@ -68,6 +69,7 @@ def test_a_damaged_image_is_named(photos, opened, tmp_path):
         pictures[0]
 
 
+@pytest.mark.promise("values")
 def test_values_of_16_bits_are_mapped_as_in_pre_training(opened, tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (80, 90), dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "8.png")

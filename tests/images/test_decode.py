@@ -138,6 +138,7 @@ showpage
 """
 
 
+@pytest.mark.promise("files")
 def test_a_format_that_starts_a_program_is_not_opened(tmp_path, monkeypatch):
     (tmp_path / "photo.jpg").write_bytes(EPS)
     assert Image.open(tmp_path / "photo.jpg").format == "EPS"
@@ -169,6 +170,7 @@ def test_an_image_of_too_many_pixels_is_refused_with_any_number_of_channels(tmp_
             bands_of(tmp_path / "x.png", channels)
 
 
+@pytest.mark.promise("files")
 @pytest.mark.parametrize(
     ("name", "options"),
     [("x.webp", {}), ("x.avif", {}), ("x.jp2", {}), ("x.jpg", {"progressive": True}), ("x.tif", {}), ("x.png", {})],
@@ -202,6 +204,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.promise("files")
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_decoding_takes_no_more_memory_than_the_bound_allows(tmp_path):
     side = 1600
@@ -247,6 +250,7 @@ def test_the_upright_size_of_a_png_needs_no_pixels_unless_metadata_follow_them(t
     assert upright_size(io.BytesIO(data["turned"])) == ((24, 40), True)
 
 
+@pytest.mark.promise("machine")
 def test_a_codec_that_ran_out_of_memory_is_not_told_as_a_damaged_file(tmp_path, monkeypatch):
     Image.fromarray(gradient()).save(tmp_path / "x.png")
     monkeypatch.setattr(decode_module, "_is_free", lambda size: False)

@@ -13,6 +13,8 @@ from fastmae.images import value_range as module
 from fastmae.images.decode import UndecodableError, decode_bands
 from fastmae.images.value_range import bounds_of, sample_of, text_of, to_8_bits
 
+pytestmark = pytest.mark.promise("values")
+
 GRADIENT = np.linspace(0, 1, 24 * 40).reshape(24, 40)
 TWELVE_BITS = np.rint(GRADIENT * 4095).astype(np.uint16)
 HOUNSFIELD = np.rint(GRADIENT * 4000 - 1024).astype(np.int32)

@@ -3,11 +3,14 @@
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from fastmae.offline.contact_sheet import GAP, SIDE, Entry, contact_sheet_png, entries
 from fastmae.offline.quality import Quality
+
+pytestmark = pytest.mark.promise("values")
 
 
 class PixelsOnly:

@@ -14,6 +14,8 @@ from fastmae.cli import run
 from fastmae.offline import quality as module
 from fastmae.offline.quality import look_at
 
+pytestmark = pytest.mark.promise("values")
+
 FOUND = {
     "looked_at": 10,
     "compared": 10,

@@ -9,6 +9,8 @@ from fastmae.errors import InputError
 from fastmae.outside import networks
 from fastmae.outside.networks import ARGUMENTS, checked_arguments, create_network, network_of, on_meta
 
+pytestmark = pytest.mark.promise("networks")
+
 TINY = "vit_tiny_patch16_224"
 SMALL = {"num_classes": 0, "img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
 

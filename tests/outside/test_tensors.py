@@ -14,6 +14,8 @@ from fastmae.errors import InputError
 from fastmae.outside import tensors
 from fastmae.outside.tensors import check_finite, load_into, opened, read_tensors
 
+pytestmark = pytest.mark.promise("networks")
+
 WEIGHTS = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 
 

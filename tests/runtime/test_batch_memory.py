@@ -4,6 +4,8 @@ from fastmae.errors import InputError
 from fastmae.runtime import batch_memory
 from fastmae.runtime.batch_memory import check_batch
 
+pytestmark = pytest.mark.promise("machine")
+
 
 def test_a_batch_beyond_the_machines_memory_is_refused(monkeypatch):
     monkeypatch.setattr(batch_memory, "memory_of_machine", lambda: 8 * 3 * 100**2)

@@ -21,6 +21,8 @@ from fastmae.runtime import ending
 from fastmae.runtime.ending import STOP_SIGNALS
 from fastmae.runtime.workers import as_is, batches
 
+pytestmark = pytest.mark.promise("signals")
+
 CPU = torch.device("cpu")
 
 
@@ -113,6 +115,7 @@ def waits_for_a_loading_process(ready):
     next(loaded)
 
 
+@pytest.mark.promise("signals")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_one_line_and_code_130(number, signalled):
     ended = signalled(sleeps, number)
@@ -120,6 +123,7 @@ def test_a_signal_is_one_line_and_code_130(number, signalled):
     assert ended.seconds < 10
 
 
+@pytest.mark.promise("signals")
 @pytest.mark.parametrize(
     "work",
     [computes_without_python, turns_the_interruption_into_an_error_of_its_own, waits_for_a_loading_process],
@@ -130,6 +134,7 @@ def test_whatever_a_command_does_it_ends_in_time(work, signalled):
     assert ended.seconds < 10
 
 
+@pytest.mark.promise("signals")
 def test_no_loading_process_is_left_behind(signalled, tmp_path):
     def keeps_a_loading_process(ready):
         stubborn = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
@@ -145,6 +150,7 @@ def test_no_loading_process_is_left_behind(signalled, tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.promise("signals")
 def test_what_must_be_completed_is(signalled, tmp_path):
     def saves(ready):
         with ending.unlimited():

@@ -12,6 +12,8 @@ from fastmae.runtime import sending
 from fastmae.runtime.sending import Sent, collated
 from fastmae.runtime.workers import as_is, batches
 
+pytestmark = pytest.mark.promise("machine")
+
 CPU = torch.device("cpu")
 
 
@@ -44,6 +46,7 @@ def way(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.promise("machine")
 def test_a_batch_is_the_same_whichever_way_it_comes(way):
     for number, (batch, (scalar,)) in enumerate(batches(Batches(), CPU, 1, sampler=range(3), collate=as_is)):
         expected, _ = Batches()[number]
@@ -53,6 +56,7 @@ def test_a_batch_is_the_same_whichever_way_it_comes(way):
         assert (scalar.dtype, scalar.item()) == (torch.bfloat16, number)
 
 
+@pytest.mark.promise("machine")
 def test_batches_go_through_the_pipe_where_few_files_may_be_open(monkeypatch):
     monkeypatch.setattr(sending, "free_handles", lambda: 3)
     (batch, _) = next(batches(Batches(), CPU, 1, sampler=[0], collate=as_is))
@@ -64,6 +68,7 @@ def test_without_workers_a_batch_is_not_touched(monkeypatch):
     assert not next(batches(Batches(), CPU, 0, sampler=[0], collate=as_is))[0].pixels.is_shared()
 
 
+@pytest.mark.promise("machine")
 def test_batches_that_fill_the_memory_ahead_are_refused_with_a_way_out(monkeypatch):
     monkeypatch.setattr(sending, "available_for_sharing", lambda: 10)
     with pytest.raises(InputError, match="hold 2 batches of 0 MB ahead, and 0 MB") as line:

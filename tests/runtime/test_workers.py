@@ -79,6 +79,7 @@ def killed_at_2():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.promise("machine")
 def test_a_killed_worker_is_one_line():
     with pytest.raises(InputError, match="a loading process was killed") as caught:
         list(batches(Failing(killed_at_2), CPU, 1, batch_size=1))
@@ -87,6 +88,7 @@ def test_a_killed_worker_is_one_line():
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.promise("machine")
 def test_a_killed_worker_interrupts_nothing_but_the_wait_for_a_batch():
     loaded = batches(Squares(), CPU, 1, batch_size=1, prefetch=1)
     next(loaded)
@@ -99,6 +101,7 @@ def test_a_killed_worker_interrupts_nothing_but_the_wait_for_a_batch():
         list(loaded)
 
 
+@pytest.mark.promise("machine")
 def test_workers_that_give_nothing_are_an_error_and_end(monkeypatch):
     monkeypatch.setattr(workers, "LOOKS_EVERY", 0.1)
     monkeypatch.setattr(workers, "STALLED_AFTER", 0.3)
@@ -108,6 +111,7 @@ def test_workers_that_give_nothing_are_an_error_and_end(monkeypatch):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.promise("machine")
 @pytest.mark.parametrize(
     ("handles", "memory", "fitting", "reason"),
     [
@@ -129,6 +133,7 @@ def test_no_more_workers_are_started_than_fit(handles, memory, fitting, reason, 
     assert reason in caplog.text
 
 
+@pytest.mark.promise("machine")
 def test_where_no_worker_can_be_started_this_process_loads(monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -143,6 +143,7 @@ def test_relation_layers_that_the_encoder_does_not_have_are_refused(layers):
         layer_numbers(layers, depth=3)
 
 
+@pytest.mark.promise("numbers")
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize(
     ("sizes", "options"),

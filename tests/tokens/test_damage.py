@@ -19,6 +19,8 @@ from fastmae.tokens.loader import StoreViews
 from fastmae.tokens.manifest import read_header
 from fastmae.tokens.shard import DamagedError
 
+pytestmark = pytest.mark.promise("bytes")
+
 
 @pytest.fixture
 def copy(small_store, tmp_path):

@@ -208,6 +208,7 @@ def test_objects_share_what_was_fetched_of_a_version_and_stores_never_mix(server
     assert other.path(SHARDS[0]).read_bytes() == content(SHARDS[0], "b")
 
 
+@pytest.mark.promise("remote")
 def test_a_file_of_another_size_is_refused(server, tmp_path):
     files = remote(server.url, tmp_path, version=None)
     files.pin("v1", {SHARDS[0]: SHARD, SHARDS[1]: SHARD - 1})
@@ -368,6 +369,7 @@ def test_a_transfer_that_keeps_failing_is_refused_and_leaves_no_file(tells_lengt
     assert held(tmp_path) == {}
 
 
+@pytest.mark.promise("remote")
 def test_files_of_unknown_size_count_towards_the_limit(server, tmp_path):
     server.tells_length = False
     files = RemoteFiles(server.url, tmp_path / "cache", 2 * SHARD + 20)

@@ -16,6 +16,8 @@ from fastmae.tokens.files import MOST_BYTES, RemoteFiles
 from fastmae.tokens.transfer import MissingFileError
 from lying_server import Lies, LyingServer
 
+pytestmark = pytest.mark.promise("remote")
+
 SHARD = "shards/00000.safetensors"
 LIMIT = 3_000_000
 """Of the cache. It holds the shard several times."""
@@ -172,13 +174,13 @@ def object_storage(monkeypatch, tmp_path):
             asked.append((start, end))
             return data[start:end]
 
-    monkeypatch.setattr(transfer, "BLOCK", 1000)
+    monkeypatch.setattr(transfer, "RANGE", 1000)
     fsspec.register_implementation("objects", ObjectStorage, clobber=True)
     return f"objects://{tmp_path.name}", asked
 
 
 @pytest.mark.parametrize("size", [2, 999, 1000, 1001, 9000, 12345])
-def test_object_storage_is_read_in_ranges_of_a_block(size, object_storage, tmp_path):
+def test_object_storage_is_read_in_ranges(size, object_storage, tmp_path):
     url, asked = object_storage
     data = os.urandom(size)
     with fsspec.open(f"memory://{tmp_path.name}/x", "wb") as file:

@@ -101,6 +101,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_check
     assert load_checkpoint(task.out / "checkpoint.pt")["step"] == 3
 
 
+@pytest.mark.promise("saved")
 def test_the_run_is_saved_before_it_fails_on_damaged_data(sums_task, options, settings):
     def four_batches(batches, _):
         for _, batch in zip(range(4), batches, strict=False):
@@ -134,6 +135,7 @@ def failing_at(step, error, task, function):
     return replace(task, optimizer=optimizer)
 
 
+@pytest.mark.promise("saved")
 @pytest.mark.parametrize("error", [TypeError("a bug"), OSError(5, "Input/output error"), RuntimeError("unknown")])
 def test_whatever_ends_a_run_it_is_saved_first_and_goes_on_to_the_same_weights(error, sums_task, options, settings):
     unbroken = sums_task(out=sums_task().out.with_name("unbroken"))
@@ -146,6 +148,7 @@ def test_whatever_ends_a_run_it_is_saved_first_and_goes_on_to_the_same_weights(e
     assert torch.equal(task.network.weight, unbroken.network.weight)
 
 
+@pytest.mark.promise("machine")
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
 )
@@ -156,6 +159,7 @@ def test_a_full_memory_is_a_line_with_a_way_out_and_the_run_is_saved(error, sums
     assert saved_step(task) == 2
 
 
+@pytest.mark.promise("saved")
 def test_a_state_that_the_optimizer_was_changing_is_not_saved(sums_task, options, settings):
     task = failing_at(6, TypeError("a bug"), sums_task(), "optimizer")
     with pytest.raises(TypeError) as caught:
@@ -164,6 +168,7 @@ def test_a_state_that_the_optimizer_was_changing_is_not_saved(sums_task, options
     assert list(notes_of(caught.value)) == ["nothing is saved yet"]
 
 
+@pytest.mark.promise("saved")
 def test_a_run_that_can_not_even_be_saved_ends_with_what_ended_it(sums_task, options, settings, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -174,6 +179,7 @@ def test_a_run_that_can_not_even_be_saved_ends_with_what_ended_it(sums_task, opt
         train(options(), task, settings)
 
 
+@pytest.mark.promise("saved")
 def test_a_run_is_saved_before_an_evaluation_which_the_same_call_makes_up_for(sums_task, options, settings):
     accuracies = iter([50.0, None, 40.0, 30.0])
 
@@ -196,6 +202,7 @@ def test_a_run_is_saved_before_an_evaluation_which_the_same_call_makes_up_for(su
     assert next(accuracies) == 30.0  # a finished run is not evaluated again
 
 
+@pytest.mark.promise("saved")
 @pytest.mark.parametrize("lost", ["drawing", "file"])
 def test_a_picture_that_can_not_be_drawn_is_a_warning(lost, sums_task, options, settings, caplog):
     def draw():
@@ -218,6 +225,7 @@ def test_a_picture_that_can_not_be_drawn_is_a_warning(lost, sums_task, options, 
     assert "\n" not in warning
 
 
+@pytest.mark.promise("signals")
 @pytest.mark.parametrize("waits_for", ["a batch", "an evaluation"])
 def test_a_signal_breaks_off_what_a_run_waits_for_and_everything_is_saved(waits_for, sums_task, options, settings):
     def wait():
@@ -243,6 +251,7 @@ def test_a_signal_breaks_off_what_a_run_waits_for_and_everything_is_saved(waits_
     assert saved_step(task) == 3
 
 
+@pytest.mark.promise("signals")
 def test_a_signal_before_an_evaluation_leaves_it_to_the_same_call(sums_task, options, settings):
     def evaluate(*_):
         return Evaluated({"top1": 1.0})

@@ -27,7 +27,7 @@ from fastmae.pretraining.plan import resolve_loss
 from fastmae.pretraining.step import PretrainStep
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch
-from fastmae.student.encoder import build_encoder, sincos_positions, visible_patches
+from fastmae.student.encoder import build_encoder, number_of_heads, sincos_positions, visible_patches
 from fastmae.student.loss import StudentLoss
 from fastmae.student.normalisation import patch_norm
 from fastmae.student.student import Student, build_student
@@ -248,7 +248,7 @@ class Steps:
         """As the authors train: their code, and torch's AdamW with its defaults."""
         encoder, options = self._encoder(), self._options("pixels")
         visible = visible_patches(self.grid**2, options.mask_ratio)
-        grid, width, heads = 2 * (self.grid,), int(encoder.embed_dim), int(encoder.blocks[0].attn.num_heads)
+        grid, width, heads = 2 * (self.grid,), int(encoder.embed_dim), number_of_heads(encoder)
         positions = sincos_positions(grid, width), sincos_positions(grid, options.decoder_width)
         decoder = options.decoder_width, options.decoder_depth, options.decoder_heads
         mae = PublishedMae(self.config.patch_size, width, len(encoder.blocks), heads, visible, positions, decoder)

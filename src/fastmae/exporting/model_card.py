@@ -9,6 +9,7 @@ from fastmae.exporting.export_format import ExportFormat
 from fastmae.exporting.exported_model import ExportedModel
 from fastmae.exporting.provenance import Facts, Provenance
 from fastmae.images.value_range import AUTO, PERCENTILES, bounds_of
+from fastmae.student.encoder import number_of_heads
 
 CARD_FILE = "README.md"
 TITLES = {
@@ -71,7 +72,7 @@ def _network(model: ExportedModel) -> str:
     if model.is_vit:
         return (
             f"A vision transformer ({model.architecture}: {len(network.blocks)} blocks of width {model.dim}, "
-            f"{network.blocks[0].attn.num_heads} heads, {millions}).\n"
+            f"{number_of_heads(network)} heads, {millions}).\n"
             f"It takes images of {size} in patches of {model.patch_size} px."
         )
     return (

@@ -21,6 +21,10 @@ from fastmae.outside.networks import create_network
 from fastmae.runtime.fast_linear import linear
 from fastmae.student.lookup import linear_plus_rows
 
+MOST_WEIGHTS = 20_000_000_000
+"""Of a student; as float32 with AdamW's state, 320 GB."""
+NARROWEST = 64
+"""Width of timm's narrowest ViT."""
 Encoder = Any
 """A network of timm. Its attributes depend on its class, and nn.Module types them all as Tensor or Module."""
 
@@ -123,7 +127,7 @@ def build_encoder(
         extra: more arguments of timm's, for use after pre-training (`dynamic_img_size`, `drop_path_rate`).
 
     Raises:
-        InputError: no such ViT, or sizes that don't divide.
+        InputError: no such ViT, sizes that don't divide, or sizes that no memory holds.
     """
     architecture = architecture_of(name)
     if architecture not in timm.list_models("vit_*"):
@@ -131,6 +135,8 @@ def build_encoder(
             f"--encoder {name}: not one of timm's vit_* names (vit_tiny_patch16_224, vit_base_patch16_224, ...)"
         )
     check_grid(image_size, patch_size)
+    check_weights("--encoder-width, --encoder-depth", weights_of_blocks(width or 0, depth or 1))
+    check_weights("--image-size, --encoder-width", (image_size // patch_size) ** 2 * (width or NARROWEST))
     arguments = timm_arguments(name, image_size, patch_size, width, depth, heads, channels)
     try:
         encoder: Encoder = create_network(architecture, {**arguments, **extra})
@@ -154,6 +160,28 @@ def build_encoder(
         positions = sincos_positions(encoder.patch_embed.grid_size, encoder.embed_dim)
         encoder.pos_embed = nn.Parameter(F.pad(positions, (0, 0, prefix, 0))[None], requires_grad=False)
     return encoder
+
+
+def weights_of_blocks(width: int, depth: int) -> int:
+    """Weights of transformer blocks: four matrices of attention, and an MLP of four times the width."""
+    return 12 * width**2 * depth
+
+
+def check_weights(options: str, weights: int) -> None:
+    """Refuse a network of more than `MOST_WEIGHTS` by arithmetic: even without its memory, building it takes minutes.
+
+    Args:
+        options: that set the size.
+        weights: that it has at least.
+
+    Raises:
+        InputError: names the options.
+    """
+    if weights > MOST_WEIGHTS:
+        raise InputError(
+            f"{options}: a student of {weights / 1e9:.3g} billion weights and more; "
+            f"give smaller ones, for {MOST_WEIGHTS / 1e9:.3g} billion at most"
+        )
 
 
 def check_grid(image_size: int, patch_size: int) -> None:
@@ -236,6 +264,11 @@ def names_plain_vit(name: str) -> bool:
 def is_plain_vit(network: Encoder) -> bool:
     """Whether a network is a plain ViT: one token for each patch, straight from the pixels."""
     return type(network) in (VisionTransformer, Eva) and isinstance(network.patch_embed, PatchEmbed)
+
+
+def number_of_heads(encoder: Encoder) -> int:
+    """Attention heads of a ViT's blocks. Blocks that do several things side by side hold them in another place."""
+    return next(int(module.num_heads) for module in encoder.blocks[0].modules() if hasattr(module, "num_heads"))
 
 
 def layer_numbers(layers: str, depth: int) -> list[int]:

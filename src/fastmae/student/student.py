@@ -37,6 +37,7 @@ from fastmae.student.encoder import (
     Encoder,
     build_encoder,
     check_grid,
+    check_weights,
     cut_patches,
     embed_visible,
     initialise_linear,
@@ -45,6 +46,7 @@ from fastmae.student.encoder import (
     rotary_positions,
     sincos_positions,
     visible_patches,
+    weights_of_blocks,
 )
 from fastmae.student.feature_map import build_network
 from fastmae.student.lookup import linear_plus_rows
@@ -264,8 +266,6 @@ class Student(nn.Module):
 
 
 AnyStudent = Student | MapStudent
-MOST_WEIGHTS = 20_000_000_000
-"""Of a student; as float32 with AdamW's state, 320 GB."""
 
 
 def build_student(
@@ -284,42 +284,14 @@ def build_student(
         InputError: a size that no memory holds; as in `build_encoder` and `layer_numbers`, or in `build_network` and
             `MapStudent`; or a mask for a network that is no plain ViT.
     """
-    check_size(config, patch_size)
     build = _vit_student if names_plain_vit(config.encoder) else _map_student
     with torch.device(on):
         student: AnyStudent = build(config, patch_size, target_dim, channels)
     return with_packed_attention(with_fast_norms(with_fast_linear(student)))
 
 
-def check_size(config: PretrainConfig, patch_size: int) -> None:
-    """Refuse a student of more than `MOST_WEIGHTS`, by arithmetic: building one takes minutes even without its memory.
-
-    Args:
-        config: the options.
-        patch_size: side of a patch, in pixels.
-
-    Raises:
-        InputError: names the options.
-    """
-    parts = {
-        "--encoder-width, --encoder-depth": weights_of_blocks(config.encoder_width or 0, config.encoder_depth or 1),
-        "--decoder-width, --decoder-depth": weights_of_blocks(config.decoder_width, config.decoder_depth),
-        "--image-size, --encoder-width": (config.image_size // patch_size) ** 2 * (config.encoder_width or 64),
-    }
-    for options, weights in parts.items():
-        if weights > MOST_WEIGHTS:
-            raise InputError(
-                f"{options}: a student of {weights / 1e9:.3g} billion weights and more; "
-                f"give smaller ones, for {MOST_WEIGHTS / 1e9:.3g} billion at most"
-            )
-
-
-def weights_of_blocks(width: int, depth: int) -> int:
-    """Weights of transformer blocks: four matrices of attention, and an MLP of four times the width."""
-    return 12 * width**2 * depth
-
-
 def _vit_student(config: PretrainConfig, patch_size: int, target_dim: int, channels: int) -> Student:
+    check_weights("--decoder-width, --decoder-depth", weights_of_blocks(config.decoder_width, config.decoder_depth))
     encoder = build_encoder(
         config.encoder,
         config.image_size,

@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import safetensors
 import torch
 from torch import nn
 
 from fastmae.errors import InputError, first_line
 from fastmae.outside.documents import checked, read_json
-from fastmae.outside.tensors import check_file, check_finite
+from fastmae.outside.networks import LARGEST_NETWORK
+from fastmae.outside.tensors import check_file, check_finite, is_lack_of_memory
 
 FINAL_NORMS = ("layernorm", "norm", "post_layernorm")
 """Names of the norm after the last block, in the families of transformers."""
 UNMASKED_KINDS = {"vit_mae": "vit"}
 """Kinds of models that mask most patches in every forward pass -> the kind with the same encoder and no masking."""
-LOAD_ERRORS = (
-    *(OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, ZeroDivisionError),
-    safetensors.SafetensorError,
-)
+MOST_BLOCKS = 1024
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+"""Names of a folder's files with weights."""
 Colours = Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)]
 """One number for each of red, green and blue."""
 CONFIG_FILE, PROCESSOR_FILE = "config.json", "preprocessor_config.json"
@@ -135,6 +134,8 @@ def load_huggingface(spec: str, name: str) -> HuggingFaceNetwork:
         model_class: Any = transformers.MODEL_MAPPING[type(config)]
         has_pooling = "add_pooling_layer" in inspect.signature(model_class).parameters
         pooling = {"add_pooling_layer": False} if has_pooling else {}
+        with torch.device("meta"):
+            _check_size(spec, model_class(config, **pooling), Path(name))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # In float32, whatever the files hold: --precision decides what a teacher computes in.
@@ -148,11 +149,8 @@ def load_huggingface(spec: str, name: str) -> HuggingFaceNetwork:
             )
     except InputError:
         raise
-    except LOAD_ERRORS as error:
-        if "custom code" in str(error) or "trust_remote_code" in str(error):
-            raise InputError(CODE_OF_ITS_OWN.format(spec)) from error
-        where = "" if Path(name).exists() else " from the hub or the local cache; without a network give hf/FOLDER"
-        raise InputError(f"{spec}: can't be loaded{where} ({first_line(error)})") from error
+    except Exception as error:  # what transformers raises depends on what is wrong in the description
+        raise _named(error, spec, name) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(
@@ -161,7 +159,10 @@ def load_huggingface(spec: str, name: str) -> HuggingFaceNetwork:
         )
     check_finite(model.state_dict(), spec)
     mean, std = _normalisation(spec, name)
-    return HuggingFaceNetwork(spec, model, mean, std)
+    try:
+        return HuggingFaceNetwork(spec, model, mean, std)
+    except (TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{spec}: its config.json has sizes that can't be used ({first_line(error)})") from error
 
 
 def _check_folder(spec: str, folder: Path) -> None:
@@ -183,22 +184,49 @@ def _check_folder(spec: str, folder: Path) -> None:
                 raise InputError(CODE_OF_ITS_OWN.format(spec))
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{spec}: holds an adapter; merge it into the model, and save that with save_pretrained")
-    for pattern in ("*.safetensors", "*.bin"):
+    for pattern in WEIGHT_FILES:
         for file in sorted(folder.glob(pattern)):
             check_file(file)
 
 
 def _check_config(spec: str, config: Any) -> None:
-    """Check that a model's description asks for nothing but a network.
+    """Check that a model's description asks for nothing but a network, and not for an endless one.
 
     Raises:
-        InputError: for quantised weights, or for attention from another place than torch.
+        InputError: for quantised weights, for attention from another place than torch, or for too many blocks.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{spec}: its weights are quantised; take the model as it was trained")
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
         raise InputError(f"{spec}: its config.json asks for the attention '{attention}'; take that out of the file")
+    blocks = (getattr(config, "num_hidden_layers", None), *(getattr(config, "depths", None) or ()))
+    if any(number is not None and not 0 < number <= MOST_BLOCKS for number in blocks):
+        raise InputError(f"{spec}: its config.json asks for {blocks} blocks; take another model")
+
+
+def _check_size(spec: str, skeleton: nn.Module, folder: Path) -> None:
+    """Check that a model, still without memory, has no more weights than its files can hold.
+
+    Raises:
+        InputError: it has.
+    """
+    size = sum(parameter.numel() for parameter in skeleton.parameters())
+    files = [file for pattern in WEIGHT_FILES for file in folder.glob(pattern)] if folder.is_dir() else []
+    held = sum(file.stat().st_size for file in files)
+    if size > LARGEST_NETWORK or (files and size > held):
+        held_by = f", and its files hold {held / 1e6:.4g} MB" if files else ""
+        raise InputError(f"{spec}: its config.json describes a network of {size:.3g} weights{held_by}; take another")
+
+
+def _named(error: Exception, spec: str, name: str) -> InputError:
+    """What transformers says, with the model's name, the cause and the way out."""
+    if "custom code" in str(error) or "trust_remote_code" in str(error):
+        return InputError(CODE_OF_ITS_OWN.format(spec))
+    if is_lack_of_memory(error):
+        return InputError(f"{spec}: not enough memory to load it; free some, or take a machine with more")
+    where = "" if Path(name).exists() else " from the hub or the local cache; without a network give hf/FOLDER"
+    return InputError(f"{spec}: can't be loaded{where} ({first_line(error)})")
 
 
 def _normalisation(spec: str, name: str) -> tuple[Sequence[float], Sequence[float]]:
@@ -207,7 +235,7 @@ def _normalisation(spec: str, name: str) -> tuple[Sequence[float], Sequence[floa
 
     try:
         processor, _ = image_processing_base.ImageProcessingMixin.get_image_processor_dict(name)
-    except LOAD_ERRORS as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
             f"{spec}: no preprocessor_config.json with image_mean and image_std; save its image processor beside it"
         ) from error

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastmae.errors import InputError
 from fastmae.tokens import transfer
@@ -218,6 +218,14 @@ class RemoteFiles:
 
 
 StoreFiles = LocalFiles | RemoteFiles
+
+
+def raise_named(files: StoreFiles, error: InputError) -> NoReturn:
+    """Raise an error about a store's file on, with the name by which the user knows the store."""
+    named = files.named(error)
+    if named is error:
+        raise error
+    raise named from error
 
 
 def is_url(text: str) -> bool:

@@ -219,7 +219,7 @@ class StoreInfo:
     def _contradiction(self, grid: Any) -> str | None:
         """What does not go together among values that are each in their range; `grid` is what store.json says."""
         if self.middle_size % self.patch_size or grid != self.grid:
-            return f"impossible sizes (middle {self.middle_size}, patch {self.patch_size}, grid {grid})"
+            return f"impossible sizes (middle {self.middle_size}, patch {self.patch_size}, grid {grid!r})"
         if self.images > MOST_IMAGES:
             return f"{self.images} images, more than the {MOST_IMAGES} that can be numbered"
         is_jpeg = self.pixels == "jpeg"

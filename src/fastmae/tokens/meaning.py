@@ -46,7 +46,7 @@ def bad_records(info: StoreInfo, shard: MappedShard) -> dict[int, str]:
             else:
                 jpeg.check(shard.jpeg(row), info.middle_size, info.channels)
         except DamagedError as error:
-            problems[row] = first_line(error).removeprefix(f"{shard.file}: ").split(";")[0]
+            problems[row] = str(error).removeprefix(f"{shard.file}: ").split(";")[0]
         except (IndexError, ValueError) as error:
             problems[row] = f"the JPEG of its image {row} can't be decoded ({first_line(error)})"
     return problems
@@ -99,7 +99,7 @@ class Agreement:
                 elif name == CODEBOOKS_FILE:
                     load_codec(self.info.codec, self.info.token_dim, load_tensors(file, shapes))
             except InputError as error:
-                problems[name] = first_line(error)
+                problems[name] = str(error)
         return problems
 
     def skip(self, shard: int) -> None:

@@ -24,7 +24,7 @@ from fastmae.images.mirror import copy_reversed
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.outside.documents import read_json
 from fastmae.tokens.codec import Codec, code_layout, keeps_means, learnt_shapes, load_codec
-from fastmae.tokens.files import LocalFiles, StoreFiles, is_url, open_files
+from fastmae.tokens.files import LocalFiles, StoreFiles, is_url, open_files, raise_named
 from fastmae.tokens.format import (
     CODEBOOKS_FILE,
     INDEX_FILE,
@@ -292,7 +292,7 @@ def _named(files: StoreFiles) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise files.named(error) from error
+        raise_named(files, error)
 
 
 def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0) -> list[TokenStore]:

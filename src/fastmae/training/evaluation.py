@@ -113,7 +113,8 @@ def recall(run: Run, folder: RunFolder) -> bool:
     if run.fabric.is_global_zero:
         entries = [entry for entry in read_evaluations(folder.path) if entry["step"] <= state.step]
         complete = not is_due(run) or any(entry["step"] == state.step for entry in entries)
-        best = max([best, *(entry[task.metric] for entry in entries if entry.get(task.metric) is not None)])
+        logged = [entry.get(task.metric) for entry in entries]
+        best = max([best, *(value for value in logged if isinstance(value, int | float))])
     complete, state.best = run.fabric.broadcast((complete, best))
     return complete
 

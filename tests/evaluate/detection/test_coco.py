@@ -42,12 +42,14 @@ def test_objects_without_an_extent_are_dropped_and_counted(rectangles):
     assert list(train.objects(0)) == []
 
 
+@pytest.mark.promise("labels")
 @pytest.mark.parametrize("width", [5.7e-14, 1e-6])
 def test_a_box_that_float32_takes_for_a_line_is_dropped_and_counted(width, rectangles):
     train, _ = read(rectangles(lambda content: content["annotations"][0]["bbox"].__setitem__(2, width)))
     assert (train.dropped, len(train.labels)) == (1, 7)
 
 
+@pytest.mark.promise("labels")
 def test_whole_numbers_may_be_written_with_a_point(rectangles):
     def write_floats(content):
         for annotation in content["annotations"]:
@@ -60,6 +62,7 @@ def test_whole_numbers_may_be_written_with_a_point(rectangles):
     assert train.labels.tolist() == [1, 2] * 4
 
 
+@pytest.mark.promise("labels")
 @pytest.mark.parametrize("place", ["my_train/annotations.json", "my_train/images/00.png"])
 def test_a_pipe_among_the_files_is_named_instead_of_waited_for(place, rectangles):
     data = rectangles()

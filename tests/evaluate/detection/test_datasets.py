@@ -97,6 +97,7 @@ def test_crowds_are_not_among_the_objects_to_train_on(rectangles):
     assert load_objects(split, 0, COCO_LIMITS)["labels"].tolist() == [2]
 
 
+@pytest.mark.promise("labels")
 def test_objects_that_are_too_thin_once_the_photo_is_shrunk_are_left_out_and_counted(rectangles):
     thin = SizeLimits(3, 5)  # of photos of 60 pixels and more
     split = read_split(
@@ -109,6 +110,7 @@ def test_objects_that_are_too_thin_once_the_photo_is_shrunk_are_left_out_and_cou
     assert len(objects["boxes"]) == len(objects["masks"]) == 1
 
 
+@pytest.mark.promise("labels")
 def test_a_photo_whose_masks_would_fill_the_memory_is_named_before_the_training(rectangles, monkeypatch):
     split = read_split(find_splits(rectangles())[0])
     monkeypatch.setattr(datasets, "MOST_MASK_BYTES", 2 * 90 * 90)
@@ -149,6 +151,7 @@ def test_fabric_does_not_round_boxes_to_bf16(split):
     assert torch.equal(converted.objects[0]["boxes"], targets.objects[0]["boxes"])
 
 
+@pytest.mark.promise("values")
 def test_photos_of_16_bits_are_mapped_as_in_pre_training(split):
     width, height = split.size(0)
     values = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)

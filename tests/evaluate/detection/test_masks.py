@@ -62,6 +62,7 @@ def test_compressed_run_lengths_are_read_as_pycocotools_reads_them():
         assert _read_compressed(compressed(mask)).tolist() == runs_of(mask)
 
 
+@pytest.mark.promise("labels")
 @pytest.mark.parametrize(
     ("size", "counts", "reason"),
     [
@@ -85,6 +86,7 @@ def test_run_lengths_that_dont_fit_the_image_are_refused_with_the_reason(size, c
         encode(RunLengths(size, counts), SIZE)
 
 
+@pytest.mark.promise("labels")
 @pytest.mark.parametrize(
     ("polygon", "reason"), [([1, 2, 3, 4, 5, 6, 7], "x, y, x, y"), ([1, 2, 3, 4, 5, 1e9], "far outside")]
 )

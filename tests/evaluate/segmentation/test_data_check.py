@@ -89,6 +89,7 @@ def smooth(mask):
     return np.array(white.resize((mask.shape[1] // 3, mask.shape[0] // 3), Image.Resampling.LANCZOS).resize(white.size))
 
 
+@pytest.mark.promise("labels")
 def test_masks_with_smoothed_edges_are_refused_and_counted(shapes, change_mask):
     for name in ("03", "05"):
         change_mask(shapes / "masks" / "train" / f"{name}.png", smooth)
@@ -106,6 +107,7 @@ def test_many_values_are_ids_where_all_of_them_have_names(shapes, change_mask):
     assert len(check_data(find_data(shapes), channels=3).class_names) == 255
 
 
+@pytest.mark.promise("labels")
 def test_a_mask_that_is_a_pipe_is_refused_instead_of_waited_for(shapes):
     mask = shapes / "masks" / "val" / "11.png"
     data = find_data(shapes)

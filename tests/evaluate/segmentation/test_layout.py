@@ -90,6 +90,7 @@ def test_an_unusable_names_file_is_refused_with_the_problem(shapes, text, proble
     assert problem in str(caught.value)
 
 
+@pytest.mark.promise("labels")
 @pytest.mark.parametrize("place", ["classes.json", "objectInfo150.txt"])
 def test_a_pipe_with_the_names_is_refused_instead_of_waited_for(place, shapes, shapes_as_ade):
     root = shapes if place == "classes.json" else shapes_as_ade

@@ -58,6 +58,7 @@ def test_it_learns_to_tell_the_shapes_apart_and_reports_data_sizes_and_classes(t
     assert described["options"]["layer_decay"] == 1
 
 
+@pytest.mark.promise("labels")
 def test_masks_of_0_128_and_255_are_described_before_the_start(tiny_run, shapes, change_mask):
     (shapes / "classes.json").unlink()
     for mask in (shapes / "masks").rglob("*.png"):
@@ -85,9 +86,10 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tiny_run, shapes, tmp
     with monkeypatch.context() as patched:
         patched.setattr(TrainingCrops, "__getitem__", interrupt_at_visit_20)
         assert run(["segment", *SMALL, *map(str, options), "--out", str(tmp_path / "interrupted")]) == 130
-    assert load_checkpoint(tmp_path / "interrupted" / "checkpoint.pt")["step"] == 3
+    # The wait for the third batch was broken off.
+    assert load_checkpoint(tmp_path / "interrupted" / "checkpoint.pt")["step"] == 2
     resumed, messages = segment(capsys, *options, "--out", tmp_path / "interrupted")
-    assert "step 3" in messages
+    assert "step 2" in messages
     for name in ("miou", "pixel_accuracy", "classes", "loss", "best_miou", "steps"):
         assert resumed[name] == uninterrupted[name]
     weights, resumed_weights = (
