@@ -173,7 +173,14 @@ def test_an_image_of_too_many_pixels_is_refused_with_any_number_of_channels(tmp_
 @pytest.mark.promise("files")
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("x.webp", {}), ("x.avif", {}), ("x.jp2", {}), ("x.jpg", {"progressive": True}), ("x.tif", {}), ("x.png", {})],
+    [
+        ("x.webp", {}),
+        ("x.avif", {}),
+        ("x.jp2", {}),
+        ("x.jpg", {"progressive": True}),
+        ("x.tif", {"compression": "tiff_lzw", "strip_size": 1 << 20}),
+        ("x.png", {}),
+    ],
 )
 def test_an_image_that_takes_too_much_memory_is_refused_before_decoding(name, options, tmp_path, monkeypatch):
     Image.new("RGBA" if name == "x.png" else "RGB", (400, 300)).save(tmp_path / name, **options)
