@@ -8,7 +8,7 @@ import pytest
 
 from fastmae.errors import InputError
 from fastmae.images import image_list as image_list_module
-from fastmae.images.entries import key_of
+from fastmae.images.entries import LONGEST_ENTRY, key_of
 from fastmae.images.image_list import ImageList, ListInfo, new_entries, write_list
 
 PATHS = [f"class {n % 7}/photo {n:04d}.jpg" for n in range(1000)]
@@ -127,10 +127,12 @@ def test_a_list_can_be_read_after_pickling_and_in_forked_processes(tmp_path):
         assert list(slices) == [entries[start : start + 10] for start in range(0, 990, 3)]
 
 
-@pytest.mark.parametrize("content", [b"", b"a.jpg\0b.jpg", b"\0", b"a\0\0b\0", b"\0a\0"])
+@pytest.mark.parametrize(
+    "content", [b"", b"a.jpg\0b.jpg", b"\0", b"a\0\0b\0", b"\0a\0", b"a\0" + b"b" * (LONGEST_ENTRY + 1) + b"\0c\0"]
+)
 def test_a_damaged_list_is_an_input_error(content, tmp_path, monkeypatch):
     (tmp_path / "list").write_bytes(content)
-    for chunk in (1, 2, 100):
+    for chunk in (1, 2, 100, 1 << 14):
         monkeypatch.setattr(image_list_module, "CHUNK", chunk)
         with pytest.raises(InputError, match="list: a damaged image list"):
             ImageList(tmp_path / "list")

@@ -73,6 +73,46 @@ def test_a_jpeg_that_ends_early_is_not_decoded():
             decoded_part(data[:length], 48, 48, 48, 96, 3)
 
 
+@pytest.mark.promise("stores")
+@pytest.mark.parametrize(("size", "channels"), [(96, 3), (101, 3), (101, 1), (8, 1)])
+def test_what_was_encoded_passes_the_check(size, channels):
+    jpeg.check(jpeg.encode(picture(size, channels), 90).numpy(), size, channels)
+
+
+def saved(size=96, mode="RGB", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((size, size), np.uint8)).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.promise("stores")
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (saved(112, restart_marker_blocks=1), "no image of 96 x 96 pixels and 3 channels"),
+        (saved(mode="L", restart_marker_blocks=1), "no image of 96 x 96 pixels and 3 channels"),
+        (saved(subsampling="4:4:4", restart_marker_blocks=1), "4:2:0"),
+        (saved(subsampling="4:2:0"), "marked one by one"),
+        (saved(subsampling="4:2:0", restart_marker_blocks=1) + b"x", "marked one by one"),
+        (saved(progressive=True), "header is incomplete"),
+        (b"", "out of range"),
+        (b"\x89PNG", "out of range"),
+    ],
+)
+def test_an_image_of_which_no_part_can_be_decoded_alone_fails_the_check(data, cause):
+    with pytest.raises((IndexError, ValueError), match=cause):
+        jpeg.check(np.frombuffer(bytearray(data), np.uint8), 96, 3)
+
+
+@pytest.mark.promise("stores")
+def test_a_header_that_declares_gigabytes_is_refused_before_anything_is_decoded():
+    data = jpeg.encode(picture(96, 3), 90).numpy()
+    sides = data.tobytes().index(b"\x00\x60\x00\x60")
+    data[sides : sides + 4] = 255
+    with pytest.raises(ValueError, match="no image of 96 x 96"):
+        jpeg.decode_middle(data, 96, 3)
+
+
 def test_any_jpeg_reader_can_read_the_whole():
     data = jpeg.encode(picture(96, 3), 90).numpy()
     image = Image.open(io.BytesIO(data.tobytes()))

@@ -8,8 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from fastmae import TokenStore
 from fastmae.cli import run
-from fastmae.tokens.format import shard_path
+from fastmae.tokens.format import checksum, shard_path
+from fastmae.tokens.manifest import Manifest, read_header
 from fastmae.tokens.writer import StoreWriter
+from tokens.edited_store import EditedShard
 
 CODEBOOKS = ("codebooks.safetensors", "codebooks.copy.safetensors")
 
@@ -57,6 +59,25 @@ def test_lost_files_are_named_and_made_again(lost, small_store, small_copy, veri
     code, result, _ = verify(small_copy)
     named = sorted(damage["file"] for damage in result["damaged"])
     assert (code, named) == (1, sorted(str(small_copy / name) for name in lost))
+    assert verify(small_copy, "--repair")[0] == 0
+    assert contents(small_copy) == contents(small_store)
+
+
+@pytest.mark.promise("stores")
+def test_records_that_cant_be_used_are_named_and_made_again_though_their_checksums_are_right(
+    small_store, small_copy, verify, contents
+):
+    shard = EditedShard(shard_path(small_copy, 1))
+    shard.tensors["token_means"][3, 5] = float("nan")
+    shard.sign()
+    manifest = Manifest.read(small_copy / "manifest.json")
+    header = checksum(read_header(shard.file))
+    manifest.shards[1] = (shard.file.stat().st_size, header)
+    manifest.write(small_copy)
+    code, result, err = verify(small_copy)
+    assert code == 1
+    assert [len(damage["images"]) for damage in result["damaged"]] == [1]
+    assert "the token_means of its image 3 hold NaN" in err.splitlines()[-1]
     assert verify(small_copy, "--repair")[0] == 0
     assert contents(small_copy) == contents(small_store)
 

@@ -43,6 +43,12 @@ def test_any_other_document_is_refused_with_the_place_and_the_way_out(text, caus
         read_json(write(tmp_path, text), Size, way_out="bring it back")
 
 
+def test_names_that_are_not_utf_8_are_read_as_python_writes_them(tmp_path):
+    assert read_json(write(tmp_path, '["a\\udcff", "\\ud83d\\ude00"]'), list[str], way_out="x") == ["a\udcff", "😀"]
+    with pytest.raises(InputError, match="file: .*; x$"):
+        read_json(write(tmp_path, '["\\udcff"]'), list[int], way_out="x")
+
+
 def test_deep_nesting_is_refused_where_any_type_goes(tmp_path):
     with pytest.raises(InputError, match="nested too deeply"):
         read_json(write(tmp_path, "[" * 100_000), way_out="x")

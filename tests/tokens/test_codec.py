@@ -302,6 +302,14 @@ def test_fp16_refuses_numbers_beyond_its_range():
         load_codec("fp16", C, {}).encode(torch.full((2, C), 7e4))
 
 
+def test_numbers_beyond_any_networks_are_refused():
+    with pytest.raises(InputError, match=r"reach 1\.1e\+09"):
+        load_codec("fp32", C, {}).encode(torch.full((2, C), 1.1e9))
+    scale = {"offset": np.zeros(C, np.float32), "scale": np.full(C, 1e8, np.float32)}
+    with pytest.raises(InputError, match=r"decodes tokens beyond 1e\+09"):
+        load_codec("int8", C, scale)
+
+
 @pytest.mark.parametrize(
     "name",
     ["pq", "pq0", "pq048", "pqx", "pq-4", "pq 48", "pq48 ", "pq48\n", "PQ48", "pq٤", "pq999999", "int4", "", "bf16"],

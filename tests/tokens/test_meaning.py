@@ -60,6 +60,7 @@ def test_a_store_whose_checksums_are_made_again_without_an_edit_is_sound(kind, s
     assert trains(capsys, tmp_path / "s", tmp_path / "run")
 
 
+@pytest.mark.timeout(1800)  # all rounds together; `SECONDS` bounds each of them
 def test_a_store_with_edits_and_right_checksums_is_refused_or_can_be_trained_on(
     stores, tmp_path_factory, capsys, record_property
 ):
