@@ -4,6 +4,8 @@ import ast
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import fastmae
 from fastmae.config.commands import COMMANDS
 
@@ -121,7 +123,7 @@ def test_the_store_knows_no_models_and_the_student_no_files():
 
 def test_training_knows_no_task():
     known = {folder_of(file) for path in (SOURCE / "training").glob("*.py") for file in imported_modules(path)}
-    assert known <= {"errors", "config", "runtime", "runs", "training"}
+    assert known <= {"errors", "outside", "config", "runtime", "runs", "training"}
 
 
 def test_every_command_has_a_file_of_options_named_like_it():
@@ -145,6 +147,36 @@ def test_no_file_is_over_400_lines():
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
+@pytest.mark.promise("files")
+def test_networks_are_built_and_tensors_read_in_one_place():
+    """But that the hub's weights are asked for by a user, and that an export is read back as timm reads it."""
+    places: dict[str, set[str]] = {}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                places.setdefault(ast.unparse(node.func), set()).add(str(path.relative_to(SOURCE)))
+    assert places["timm.create_model"] == {
+        "outside/networks.py",
+        "teachers/factory.py",
+        "exporting/timm_format.py",
+    }
+    assert places["torch.load"] == places["safetensors.torch.load_file"] == {"outside/tensors.py"}
+
+
+@pytest.mark.promise("files")
+def test_no_code_that_comes_with_a_model_is_run():
+    calls = [
+        node
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained")
+    ]
+    assert calls
+    for call in calls:
+        assert any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in call.keywords)
+
+
+@pytest.mark.promise("files")
 def test_no_data_file_is_unpickled():
     loads = [
         node
@@ -159,6 +191,42 @@ def test_no_data_file_is_unpickled():
         assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
 
 
+READS_ITS_OWN = {
+    "bench/memory.py": "the system's account of this process",
+    "bench/table.py": "the system's description of the CPU",
+    "config/recipes/__init__.py": "the package's recipes",
+    "exporting/model_card.py": "the package's template",
+    "reporting/html_page.py": "the package's template",
+    "runs/folder.py": "what it has just written as JSON, for comparison",
+    "runtime/memory.py": "the system's account of memory",
+    "runtime/ownership.py": "the system's account of its start",
+    "runtime/processes.py": "the system's account of a process",
+    "tokens/cache.py": "its own note of the room that is left; any other content counts as none",
+}
+"""Modules that read what no stranger can have written, and what that is."""
+
+
+@pytest.mark.promise("files")
+def test_documents_from_outside_are_read_by_a_door_alone():
+    by_themselves = {
+        str(path.relative_to(SOURCE))
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and reads_a_document(ast.unparse(node.func))
+    }
+    doors = {name for name in by_themselves if name.startswith("outside/")}
+    assert doors
+    assert by_themselves - doors == READS_ITS_OWN.keys()
+
+
+def reads_a_document(function: str) -> bool:
+    """Whether a function that is called parses JSON or YAML, or reads a whole file."""
+    return function in {"json.load", "json.loads", "yaml.load", "yaml.safe_load"} or function.endswith(
+        (".read_text", ".read_bytes")
+    )
+
+
+@pytest.mark.promise("files")
 def test_every_image_is_opened_by_the_one_function_that_names_the_formats():
     opening = {
         (str(path.relative_to(SOURCE)), ast.unparse(node))
@@ -167,3 +235,20 @@ def test_every_image_is_opened_by_the_one_function_that_names_the_formats():
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")
     }
     assert opening == {("images/decode.py", "Image.open(file, formats=FORMATS)")}
+
+
+READERS = {"decode_bands", "resized_pixels", "make_middle_image", "WholeImages", "LabelledImages", "PairReader"} | {
+    *("check_data", "check_sizes", "TrainingPhotos", "ValidationPhotos", "load_photo", "draw_detections"),
+}
+"""What decodes images, or hands on how they are decoded."""
+
+
+def test_all_that_decodes_images_is_told_their_value_range():
+    without = [
+        f"{path.relative_to(SOURCE)}: {ast.unparse(node)}"
+        for path in modules()
+        if folder_of(path) in {"images", "offline", "probes", "evaluate", "bench", "studies"}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in READERS and "value_range" not in ast.unparse(node)
+    ]
+    assert [call for call in without if not call.startswith("bench/") or "check_sizes" not in call] == []

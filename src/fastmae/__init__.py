@@ -1,10 +1,9 @@
 """fastmae: masked image modelling with a teacher that ran once (FastMAE, Guo et al., 2025)."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
-from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
-
+TYPE_CHECKING = False
+"""As typing has it, whose import takes longer than all of this file."""
 if TYPE_CHECKING:
     from fastmae.api import (
         ablate,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
         tokenize,
         verify,
     )
+    from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
     from fastmae.runs.encoder import load_encoder
     from fastmae.tokens import TokenStore, View
 
@@ -58,12 +58,19 @@ __all__ = [
     "tokenize",
     "verify",
 ]
-_HOMES = {"TokenStore": "fastmae.tokens", "View": "fastmae.tokens", "load_encoder": "fastmae.runs.encoder"}
+_HOMES = {
+    "FailedCheckError": "fastmae.errors",
+    "InputError": "fastmae.errors",
+    "InterruptedRunError": "fastmae.errors",
+    "TokenStore": "fastmae.tokens",
+    "View": "fastmae.tokens",
+    "load_encoder": "fastmae.runs.encoder",
+}
 """Where a name lives, if not in `fastmae.api`."""
 
 
-def __getattr__(name: str) -> Any:
-    # Imported at first use: torch and timm take seconds.
+def __getattr__(name: str) -> object:
+    # Imported at first use: torch and timm take seconds, and Ctrl-C may come at any moment of the command's start.
     if name not in __all__:
         raise AttributeError(f"module 'fastmae' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES.get(name, "fastmae.api")), name)

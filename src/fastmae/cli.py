@@ -14,19 +14,20 @@ import os
 import re
 import sys
 import traceback
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 import yaml
 
 from fastmae.config.commands import COMMANDS
 from fastmae.config.common import Common
 from fastmae.config.options import help_texts, positionals
-from fastmae.config.resolve import CALLER_ONLY, converted, flag, label, placeholder, range_of
+from fastmae.config.resolve import CALLER_ONLY, converted, flag, label, placeholder, range_of, words_or_numbers
 from fastmae.errors import (
     FailedCheckError,
     InputError,
@@ -35,7 +36,7 @@ from fastmae.errors import (
     is_out_of_memory,
     notes_of,
 )
-from fastmae.runtime import console, ending
+from fastmae.runtime import console, ending, startup
 from fastmae.runtime.processes import this_process
 
 OK, CRASHED, CLOSED_PIPE = 0, 1, 141
@@ -51,13 +52,18 @@ LONGEST_CRASH = 300
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the `fastmae` command; exits with the contract's code."""
+    """The `fastmae` command, once the process is prepared; exits with the contract's code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may hold characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    ending.heed_signals()
-    code = run(sys.argv[1:] if args is None else list(args))
+    startup.prepare()  # has happened before, unless this is called from elsewhere
+    try:
+        code = run(sys.argv[1:] if args is None else list(args))
+    except KeyboardInterrupt:  # a second Ctrl-C, while the first one was being reported
+        code = EXIT_CODES[KeyboardInterrupt]
     ending.finish()
+    for stream in (sys.stdout, sys.stderr):
+        _close(stream)
     sys.exit(code)
 
 
@@ -86,14 +92,14 @@ def run(args: list[str]) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # as in `fastmae ... | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps the interpreter's last flush silent
         return CLOSED_PIPE
     except (Exception, KeyboardInterrupt) as error:
         code, message = _outcome(command, error)
         # All processes of a run meet most errors that are foreseen; the first one on a machine reports them.
         met_by_all = isinstance(error, tuple(EXIT_CODES)) and not isinstance(error, OneProcessError)
         if not met_by_all or int(os.environ.get("LOCAL_RANK", this_process().local_rank)) == 0:
-            print(f"fastmae {command}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody can be told
+                print(f"fastmae {command}: {' '.join(message.split())}", file=sys.stderr, flush=True)
         ending.report(code)
         return code
     ending.report(OK)
@@ -159,15 +165,35 @@ def _do(command: str, args: list[str]) -> None:
     try:
         # With --json, the messages for people move to standard error, so that the last line of standard output is JSON.
         with contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext():
-            result = COMMANDS[command].run(config)
+            work = COMMANDS[command].load()
+            startup.begin()
+            result = work(config)
     except (Exception, KeyboardInterrupt) as error:
         if config.traceback:
             traceback.print_exc()
         if config.json and isinstance(error, FailedCheckError) and error.result is not None:
-            print(json.dumps(error.result), flush=True)
+            _print_result(error.result)
         raise
     if config.json and result is not None:
+        _print_result(result)
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    try:
         print(json.dumps(result), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _close(stream: TextIO) -> None:
+    """Write what is left. If that fails, it has failed before: keep the interpreter's last attempt silent."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -200,7 +226,8 @@ def _typed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], list[str]
     shared.add_argument("-h", "--help", action="help", help="Show this text and exit.")
     parser.add_argument("_words", nargs="*", help=argparse.SUPPRESS)
     options, protected = _split_at_dashes(args)
-    typed, unknown = parser.parse_known_intermixed_args([_dashed(arg) for arg in options])
+    options = _joined([_dashed(arg) for arg in options], hints)
+    typed, unknown = parser.parse_known_intermixed_args(options)
     values = {name: value for name, value in vars(typed).items() if not name.startswith("_")}
     if unknown:
         flags = [action for option in parser._actions for action in option.option_strings]
@@ -231,6 +258,9 @@ def _add_flag(parser: argparse._ArgumentGroup, name: str, hint: Any, default: An
     kinds = [kind for kind in get_args(plain) or [plain] if kind is not NoneType]
     if get_origin(plain) is Literal:
         metavar: Any = "{" + ",".join(kinds) + "}"
+    elif word_or_numbers := words_or_numbers(plain):
+        words, numbers = word_or_numbers
+        metavar = "{" + ",".join(words) + "}|" + " ".join(kind.__name__.upper() for kind in get_args(numbers))
     else:
         metavar = getattr(kinds[0], "__name__", "value").upper()
     span = range_of(hint)
@@ -271,6 +301,20 @@ def _dashed(arg: str) -> str:
     """A flag as argparse knows it: `--batch_size=8` -> `--batch-size=8`."""
     name, equals, value = arg.partition("=")
     return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
+
+
+def _joined(args: list[str], hints: dict[str, Any]) -> list[str]:
+    """The arguments with the numbers of an option that takes a word or several numbers in one: argparse can't tell."""
+    joined, rest = [], deque(args)
+    while rest:
+        arg = rest.popleft()
+        either = words_or_numbers(hints.get(arg.removeprefix("--").replace("-", "_"))) if arg.startswith("--") else None
+        if rest and either:
+            words, numbers = either
+            count = 1 if rest[0] in words else len(get_args(numbers))
+            arg += "=" + " ".join(rest.popleft() for _ in range(min(count, len(rest))))
+        joined.append(arg)
+    return joined
 
 
 def _shown(value: Any) -> str:

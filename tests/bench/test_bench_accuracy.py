@@ -117,6 +117,8 @@ def test_an_untrained_encoder_is_measured_once(photos, tmp_path):
         "--fractions 1/5,0.2",
         "--fractions 1/5,2",
         "--fractions fifth",
+        "--fractions 1e-1000000000",
+        f"--fractions {'1' * 5000}",
     ],
 )
 def test_what_can_not_be_compared_names_its_option(options, photos, tmp_path, error_line):

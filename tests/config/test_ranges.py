@@ -7,15 +7,17 @@ from typing import get_args, get_type_hints
 import pytest
 
 from fastmae.config.commands import COMMANDS
-from fastmae.config.ranges import AT_LEAST_1, FRACTION, POSITIVE, Range
+from fastmae.config.ranges import BATCH, EPOCHS, FRACTION, Range
 from fastmae.config.resolve import range_of
+
+pytestmark = pytest.mark.promise("numbers")
 
 
 @pytest.mark.parametrize(
     ("span", "inside", "outside", "text"),
     [
-        (AT_LEAST_1, [1, 10**9], [0, -1], "1 or more"),
-        (POSITIVE, [1e-30, 5], [0, -2], "more than 0"),
+        (BATCH, [1, 1 << 24], [0, -1, 100_000_000, 10**300], "1 to 16777216"),
+        (EPOCHS, [1e-30, 5], [0, -2, 1e300], "more than 0 to 1000000"),
         (FRACTION, [0, 0.999], [1, -0.1], "0 to less than 1"),
         (Range(gt=0, le=1), [1, 0.5], [0, 1.1], "more than 0 to 1"),
     ],
@@ -25,6 +27,12 @@ def test_a_range_holds_its_values_and_says_so(span, inside, outside, text):
     assert not any(span.holds(value) for value in outside)
     assert not any(span.holds(value) for value in (math.nan, math.inf, -math.inf))
     assert str(span) == text
+
+
+@pytest.mark.parametrize("limits", [{}, {"ge": 0}, {"le": 1}, {"ge": 0, "gt": 0, "le": 1}])
+def test_a_range_has_a_lower_and_an_upper_limit(limits):
+    with pytest.raises(AssertionError, match="limit"):
+        Range(**limits)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,14 +1,19 @@
 """Where an option's value comes from, and that flags, YAML and Python answer alike."""
 
+import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
 
-from fastmae.cli import parse
+from fastmae.cli import as_yaml, parse
 from fastmae.config import FinetuneConfig, KnnConfig, PretrainConfig, TokenizeConfig
+from fastmae.config.ranges import Range
 from fastmae.config.recipes import load_recipe
+from fastmae.config.resolve import numbers
 from fastmae.errors import InputError
 
 
@@ -67,6 +72,13 @@ BAD_VALUES = [
     ("batch_size", "many", "whole number"),
     ("base_lr", "nan", "more than 0"),
     ("base_lr", "inf", "more than 0"),
+    ("min_lr", "inf", "0 to 10000"),
+    ("min_lr", "nan", "0 to 10000"),
+    ("min_lr", 1e300, "0 to 10000"),
+    ("epochs", 10**300, "more than 0 to 1000000"),
+    ("decoder_width", 4_000_000_000, "1 to 65536"),
+    ("batch_size", 100_000_000, "1 to 16777216"),
+    ("encoder_depth", 100_000_000, "1 to 256"),
     ("ema", 1.0, "0 to less than 1"),
     ("mask_ratio", 1.0, "0 to less than 1"),
     ("norm", "patc", "did you mean 'patch'"),
@@ -97,6 +109,39 @@ def test_flags_yaml_and_python_refuse_a_bad_value_with_the_same_words(name, valu
     )
     assert flag in messages[0]
     assert way_out in messages[0]
+
+
+@pytest.mark.promise("numbers")
+@pytest.mark.parametrize(
+    "number", ["9" * 5000, 10**5000, 16**5000, "0x" + "f" * 5000], ids=["text", "10^", "16^", "hex"]
+)
+def test_a_number_of_thousands_of_digits_is_refused_in_a_short_line(number):
+    with pytest.raises(InputError, match=r"^--batch-size .{,100}: give") as caught:
+        pretraining(batch_size=number)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.promise("files")
+def test_yaml_that_stands_for_more_than_it_says_is_refused(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("a: &a [x, x]\nb: [*a, *a]\n")
+    with pytest.raises(InputError, match=r"options\.yaml: .*alias"):
+        pretraining(config=file)
+
+
+@pytest.mark.promise("files")
+def test_options_that_come_out_of_a_pipe_are_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "options.yaml")
+    with pytest.raises(InputError, match=r"options\.yaml: is a named pipe"):
+        pretraining(config=tmp_path / "options.yaml")
+
+
+@pytest.mark.promise("numbers")
+@pytest.mark.parametrize("text", ["", "1,,2", "1,x", "inf", "nan", "0", "1e300", "9" * 5000])
+def test_numbers_within_a_text_have_a_range_too(text):
+    with pytest.raises(InputError, match=r"^--store-weights .{,100}: give"):
+        numbers(Annotated[float, Range(gt=0, le=100)], text, "--store-weights")
+    assert numbers(Annotated[float, Range(gt=0, le=100)], "1, 0.5", "--store-weights") == (1, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -138,3 +183,50 @@ def test_an_unknown_option_and_a_missing_one_are_named():
 def test_options_that_contradict_each_other_are_named(given, named):
     with pytest.raises(InputError, match=named):
         pretraining(**given)
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ([], "auto"),
+        (["--value-range", "file"], "file"),
+        (["--value-range", "-1000", "400"], (-1000.0, 400.0)),
+        (["--value-range", "-1e3", "4e2"], (-1000.0, 400.0)),
+        (["--value-range=-1000 400"], (-1000.0, 400.0)),
+        (["--value_range", "0", "4095"], (0.0, 4095.0)),
+    ],
+)
+def test_an_option_takes_a_word_or_two_numbers_before_and_after_the_arguments(typed, value):
+    for words in (["images", "a.tokens", *typed], [*typed, "images", "a.tokens"], ["images", *typed, "a.tokens"]):
+        config = parse("tokenize", words)
+        assert (config.value_range, config.images) == (value, Path("images"))
+
+
+def test_a_word_or_two_numbers_come_from_python_and_yaml_too(tmp_path):
+    tokenizing = partial(TokenizeConfig, images="images", store="a.tokens")
+    assert tokenizing(value_range=(-1000, 400)).value_range == (-1000.0, 400.0)
+    for text in ("value-range: [-1000, 400]", "value_range: -1000 400"):
+        (tmp_path / "options.yaml").write_text(text)
+        assert tokenizing(config=tmp_path / "options.yaml").value_range == (-1000.0, 400.0)
+    config = tokenizing(value_range=[0, 4095])
+    (tmp_path / "options.yaml").write_text(as_yaml(config))
+    assert tokenizing(config=tmp_path / "options.yaml").value_range == (0.0, 4095.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (["fiel"], "--value-range fiel: give auto, file, set, or 2 numbers; did you mean 'file'?"),
+        (["5"], "--value-range 5: give auto, file, set, or 2 numbers"),
+        (["400", "-1000"], "--value-range 400 -1000: give the smaller one first"),
+        (["1", "1"], "--value-range 1 1: give the smaller one first"),
+        (["0", "inf"], "--value-range 0.0 inf: give -1000000000000 to 1000000000000"),
+        (["nan", "1"], "--value-range nan 1.0: give -1000000000000 to 1000000000000"),
+    ],
+)
+def test_what_is_neither_a_word_nor_two_numbers_in_order_is_refused(value, problem):
+    with pytest.raises(InputError) as refused:
+        parse("tokenize", ["images", "a.tokens", "--value-range", *value])
+    assert str(refused.value) == problem
+    with pytest.raises(InputError, match="needs a value"):
+        TokenizeConfig(images="images", store="a.tokens", value_range=None)

@@ -180,6 +180,11 @@ def data(photos: Path, vit_weights: Path, tmp_path_factory: pytest.TempPathFacto
     (root / "teacher.safetensors").symlink_to(vit_weights)
     paths = sorted((photos / "train").rglob("*.jpg"))[:6]
     pictures = [Image.open(path).convert("RGB").resize((80, 72)) for path in paths]
+    for name, scale, kind in (("microscopy", 16, np.uint16), ("ct", 5, np.int32), ("depth", 0.01, np.float32)):
+        (root / name).mkdir()
+        for number, picture in enumerate(pictures[:2]):
+            values = (np.asarray(picture.convert("L")) * scale).astype(kind)
+            Image.fromarray(values).save(root / name / f"{number}.tif")
     _write_coco(root / "coco", pictures)
     _write_ade20k(root / "ADEChallengeData2016", pictures)
     return root

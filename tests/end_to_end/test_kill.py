@@ -56,6 +56,7 @@ def tokenize_args(photos, vit_teacher, tmp_path):
     return ["tokenize", str(photos / "train"), str(tmp_path / "s"), *vit_teacher, *options]
 
 
+@pytest.mark.promise("kills")
 def test_a_store_that_is_killed_while_it_is_written_ends_in_the_same_bytes(
     tokenize_args, vit_store, tmp_path, fastmae_command
 ):
@@ -113,6 +114,7 @@ SUMMATION = 2e-5
 """Difference of the losses after 38 steps if several processes sum in another order."""
 
 
+@pytest.mark.promise("kills")
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_a_run_that_is_stopped_and_continued_reaches_the_same_losses(
     number, exit_code, pretrain_args, run_folder, unbroken, fastmae_command
@@ -175,6 +177,7 @@ def test_two_tasks_of_srun_reach_the_losses_of_one(pretrain_args, run_folder, un
     assert_same(read_metrics(run_folder), unbroken, SUMMATION)
 
 
+@pytest.mark.promise("kills")
 def test_if_one_of_two_processes_is_killed_the_other_ends_and_the_run_can_be_continued(
     pretrain_args, run_folder, unbroken, fastmae_command
 ):

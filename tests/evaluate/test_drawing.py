@@ -1,5 +1,6 @@
 import matplotlib as mpl
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 from fastmae.evaluate.drawing import (
@@ -23,6 +24,7 @@ def test_no_two_of_200_classes_have_the_same_hue():
     assert np.diff(hues, append=hues[0] + 1).min() > 1e-3
 
 
+@pytest.mark.promise("saved")
 def test_a_formula_among_the_names_is_drawn_as_text():
     def drawn(parse_math):
         with mpl.rc_context({"text.parse_math": parse_math}):

@@ -19,6 +19,7 @@ import fastmae
 from fastmae.cli import run
 from fastmae.images.middle import resize_whole, to_tensor
 from fastmae.images.views import normalise
+from fastmae.runtime.ownership import owned_place
 
 CPU = ["--workers", "0", "--device", "cpu"]
 
@@ -214,3 +215,11 @@ def test_a_killed_call_leaves_the_earlier_file(tiny_run, photos, tmp_path, fastm
     assert run(["features", str(tiny_run), str(photos / "val"), str(out), *CPU]) == 0
     assert not list(tmp_path.glob("*.part"))
     assert out.read_bytes() == before
+
+
+@pytest.mark.promise("owner")
+def test_a_second_process_that_would_write_the_same_file_is_refused(tiny_run, photos, tmp_path, error_line):
+    out = tmp_path / "val.safetensors"
+    with owned_place(out, "features"):
+        assert f"{out}: in use by process " in error_line(["features", str(tiny_run), str(photos), str(out), *CPU])
+    assert list(tmp_path.iterdir()) == []

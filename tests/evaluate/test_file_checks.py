@@ -17,6 +17,7 @@ def test_the_size_of_an_image_is_that_after_exif_has_turned_it(orientation, size
     assert upright_size(tmp_path / "photo.jpg", "remove it") == (size, swapped)
 
 
+@pytest.mark.promise("images")
 @pytest.mark.parametrize(("name", "reason"), [("pipe.jpg", "is a named pipe, not a file"), ("x.jpg", "not an image")])
 def test_what_is_no_image_is_refused_with_the_way_out(name, reason, tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")

@@ -126,7 +126,9 @@ def test_a_fine_tuned_run_can_be_opened_as_an_encoder(finetune, photos, tmp_path
     assert run(["knn", str(tmp_path / "ft"), str(photos), "--workers", "0"]) == 0
 
 
-@pytest.mark.parametrize("option", ["--batch-size 7", "--rand-augment strong", "--image-size 50"])
+@pytest.mark.parametrize(
+    "option", ["--batch-size 7", "--rand-augment strong", "--rand-augment rand-n1000000", "--image-size 50"]
+)
 def test_an_option_that_does_not_fit_is_named_before_the_run_is_created(option, finetune, tmp_path):
     code, _, err = finetune(tmp_path / "ft", *option.split())
     assert code == 2

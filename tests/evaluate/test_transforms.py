@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -52,6 +53,7 @@ def test_the_centre_is_that_of_the_resized_picture(width, height, opened):
     assert torch.equal(bands[0], bands[1])
 
 
+@pytest.mark.promise("images")
 @pytest.mark.parametrize("size", [(400_000, 1), (1, 400_000), (1, 1)])
 def test_a_picture_of_any_aspect_ratio_costs_no_more_than_another(size, opened):
     colour = (10, 20, 30)
@@ -65,3 +67,13 @@ def test_a_damaged_image_is_named(photos, opened, tmp_path):
     pictures = LabelledImages([tmp_path / "broken.jpg"], torch.zeros(1), 3, centre_crop(opened))
     with pytest.raises(InputError, match=r"broken\.jpg"):
         pictures[0]
+
+
+@pytest.mark.promise("values")
+def test_values_of_16_bits_are_mapped_as_in_pre_training(opened, tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (80, 90), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "8.png")
+    Image.fromarray(values.astype(np.uint16) * 16).save(tmp_path / "12.png")
+    paths = [tmp_path / "8.png", tmp_path / "12.png"]
+    pictures = LabelledImages(paths, torch.zeros(2), 3, centre_crop(opened), value_range="0 4080")
+    assert torch.equal(pictures[0][0], pictures[1][0])

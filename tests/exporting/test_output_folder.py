@@ -42,6 +42,7 @@ def test_an_empty_folder_is_filled(tiny_run, tmp_path):
     assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
+@pytest.mark.promise("machine")
 @pytest.mark.parametrize("name", ["timm", "transformers", "onnx"])
 def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(name, tiny_run, tmp_path, error_line):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -54,6 +55,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(name, tiny_run, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("owner")
 def test_a_second_export_to_the_same_folder_is_refused_while_the_first_one_runs(tiny_run, tmp_path, error_line):
     with owned_place(tmp_path / "out", "export"):
         line = error_line(["export", str(tiny_run), str(tmp_path / "out")])

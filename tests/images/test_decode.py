@@ -1,12 +1,15 @@
 import io
+import os
 import subprocess
+import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fastmae.images import decode as decode_module
-from fastmae.images.decode import UndecodableError, decode_bands, decode_image, to_rgb
+from fastmae.images.decode import UndecodableError, decode_bands, decode_image, upright_size
+from fastmae.images.rgb import to_rgb
 
 
 def gradient(height=24, width=40):
@@ -87,10 +90,19 @@ def test_cmyk_and_lab_are_converted_close_to_their_rgb(tmp_path):
     photo = Image.fromarray(gradient()).convert("CMYK")
     pixels, _ = decoded(photo, tmp_path / "x.jpg", quality=100, subsampling=0)
     assert abs(pixels - gradient()).mean() < 6
-    white = to_rgb(
-        Image.new("LAB", (4, 4), (255, 128, 128))
-    )  # in Pillow, L is at most 255, and a and b are neutral at 128
+    white = to_rgb(Image.new("LAB", (4, 4), (255, 128, 128)))  # L is at most 255, a and b are neutral at 128
     assert np.asarray(white).min() > 245
+
+
+def test_a_large_image_is_reduced_only_where_a_small_one_is_wanted(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(gradient()).save(path, exif=exif)
+    monkeypatch.setattr(decode_module, "LARGE_PIXELS", 24 * 40 - 1)
+    for at_least, sides in ((None, (24, 40)), (7, (24, 40)), (6, (12, 20)), (3, (6, 10))):
+        image, size = decode(path, at_least)
+        assert (image.size, size) == (sides, (24, 40))
 
 
 def test_a_large_jpeg_is_decoded_reduced_and_its_full_size_is_returned(tmp_path):
@@ -126,6 +138,7 @@ showpage
 """
 
 
+@pytest.mark.promise("files")
 def test_a_format_that_starts_a_program_is_not_opened(tmp_path, monkeypatch):
     (tmp_path / "photo.jpg").write_bytes(EPS)
     assert Image.open(tmp_path / "photo.jpg").format == "EPS"
@@ -155,6 +168,95 @@ def test_an_image_of_too_many_pixels_is_refused_with_any_number_of_channels(tmp_
     for channels in (1, 3, 4):
         with pytest.raises(UndecodableError, match="40 x 24"):
             bands_of(tmp_path / "x.png", channels)
+
+
+@pytest.mark.promise("files")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("x.webp", {}), ("x.avif", {}), ("x.jp2", {}), ("x.jpg", {"progressive": True}), ("x.tif", {}), ("x.png", {})],
+)
+def test_an_image_that_takes_too_much_memory_is_refused_before_decoding(name, options, tmp_path, monkeypatch):
+    Image.new("RGBA" if name == "x.png" else "RGB", (400, 300)).save(tmp_path / name, **options)
+    decode(tmp_path / name)
+    monkeypatch.setattr(decode_module, "MAX_BYTES", 5 * 400 * 300)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it was decoded"))
+    with pytest.raises(UndecodableError, match=r"400 x 300 pixels in \w+ take 0.00 GB to decode, more than"):
+        decode(tmp_path / name)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from fastmae.images import decode
+from fastmae.images.codec_memory import bytes_per_pixel
+
+def peak():
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+for path in sys.argv[1:]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak()
+    with open(path, "rb") as file:
+        image = decode.open_image(file)
+        allowed = 4 * image.width * image.height + max(decode.codec_memory(image), 4 * image.width * image.height)
+        decode.decode_image(file)
+    print(path, peak() - before, allowed)
+"""
+
+
+@pytest.mark.promise("files")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_decoding_takes_no_more_memory_than_the_bound_allows(tmp_path):
+    side = 1600
+    rgb = Image.new("RGB", (side, side), (10, 120, 200))
+    clear = rgb.convert("RGBA")
+    clear.putalpha(200)
+    palette = rgb.quantize(8)
+    grey = np.full((side, side), 40_000, np.uint16)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    rgb.save(tmp_path / "a.jpg", exif=turned)
+    rgb.save(tmp_path / "b.jpg", progressive=True, subsampling=0)
+    rgb.convert("CMYK").save(tmp_path / "c.tif", compression="tiff_lzw")
+    clear.save(tmp_path / "d.png", compress_level=1)
+    palette.save(tmp_path / "e.gif", transparency=0)
+    palette.save(tmp_path / "f.png", compress_level=1, transparency=0)
+    Image.fromarray(grey).save(tmp_path / "g.png", compress_level=1)
+    Image.new("F", (side, side)).save(tmp_path / "h.tif")
+    rgb.save(tmp_path / "i.webp", method=0)
+    files = sorted(tmp_path.iterdir())
+    command = [sys.executable, "-c", MEASURE, *map(str, files)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) == len(files)
+    for line in lines:
+        name, used, allowed = line.rsplit(" ", 2)
+        assert int(used) < int(allowed) + (40 << 20), name  # with a codec's own code and a few strips
+
+
+def test_the_upright_size_of_a_png_needs_no_pixels_unless_metadata_follow_them(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = {}
+    for name, options in {"plain": {}, "turned": {"exif": exif}}.items():
+        buffer = io.BytesIO()
+        Image.fromarray(gradient()).save(buffer, "PNG", **options)
+        data[name] = buffer.getvalue()
+    start = data["turned"].index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data["turned"][start : start + 4], "big")
+    late = data["turned"][:start] + data["turned"][end:-12] + data["turned"][start:end] + data["turned"][-12:]
+    assert upright_size(io.BytesIO(late)) == ((24, 40), True)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it was decoded"))
+    assert upright_size(io.BytesIO(data["plain"])) == ((40, 24), False)
+    assert upright_size(io.BytesIO(data["turned"])) == ((24, 40), True)
+
+
+@pytest.mark.promise("machine")
+def test_a_codec_that_ran_out_of_memory_is_not_told_as_a_damaged_file(tmp_path, monkeypatch):
+    Image.fromarray(gradient()).save(tmp_path / "x.png")
+    monkeypatch.setattr(decode_module, "_is_free", lambda size: False)
+    (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:-60])
+    with pytest.raises(MemoryError):
+        decode(tmp_path / "x.png")
 
 
 def test_a_failing_disk_is_not_blamed_on_the_image(tmp_path, monkeypatch):

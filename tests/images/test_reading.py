@@ -62,6 +62,7 @@ def test_an_image_that_the_system_refuses_to_open_is_skipped_with_the_systems_re
     assert skipped == Skipped("can't be read: the reason")
 
 
+@pytest.mark.promise("images")
 def test_what_is_no_file_among_the_images_is_skipped_and_named(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
@@ -78,6 +79,7 @@ def test_what_is_no_file_among_the_images_is_skipped_and_named(tmp_path):
         }
 
 
+@pytest.mark.promise("machine")
 def test_memory_that_is_exhausted_is_not_blamed_on_the_image(tmp_path):
     (tmp_path / "1.jpg").write_bytes(b"one")
 

@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import sys
 
@@ -71,7 +72,7 @@ def test_the_train_split_is_taken_and_if_there_is_none_the_splits_are_named(tmp_
     with pytest.raises(InputError, match=r"splits test, dev and none called train; give one of them, as .*others/test"):
         list(open_source(tmp_path / "others").entries())
     (tmp_path / "both" / "dataset_dict.json").write_text('{"split": 3}')
-    with pytest.raises(InputError, match="names no splits"):
+    with pytest.raises(InputError, match=r"dataset_dict\.json: not as it should be .*save the dataset again"):
         list(open_source(tmp_path / "both").entries())
 
 
@@ -126,8 +127,12 @@ def test_a_damaged_or_changed_dataset_is_an_input_error(tmp_path):
     arrow.write_bytes(b"no arrow")
     with pytest.raises(InputError, match="can't be read as a saved dataset"):
         list(open_source(tmp_path / "set").entries())
+    arrow.unlink()
+    os.mkfifo(arrow)
+    with pytest.raises(InputError, match=r"\.arrow: is a named pipe, not a file"):
+        list(open_source(tmp_path / "set").entries())
     (tmp_path / "set" / "state.json").write_text("{")
-    with pytest.raises(InputError, match="can't be read as a saved dataset"):
+    with pytest.raises(InputError, match=r"state\.json: not JSON .*save the dataset again"):
         list(open_source(tmp_path / "set").entries())
 
 

@@ -94,6 +94,7 @@ def test_names_that_are_not_utf8_keep_their_bytes(tmp_path):
         assert [entry.partition(b"\x01")[0] for entry in entries] == [b"x.tar/caf\xe9.jpg", "x.tar/名.jpg".encode()]
 
 
+@pytest.mark.promise("images")
 def test_only_regular_members_are_listed_and_links_are_counted(tmp_path, caplog):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("real.jpg"), io.BytesIO())
@@ -108,9 +109,12 @@ def test_only_regular_members_are_listed_and_links_are_counted(tmp_path, caplog)
             tar.addfile(member)
     assert list(contents(open_source(tmp_path))) == ["x.tar/real.jpg"]
     (line,) = caplog.messages
-    assert f"{tmp_path}: hard and symbolic links among the images, which are left out: 2 ('x.tar/link.jpg' first)" in line
+    assert (
+        f"{tmp_path}: hard and symbolic links among the images, which are left out: 2 ('x.tar/link.jpg' first)" in line
+    )
 
 
+@pytest.mark.promise("images")
 @pytest.mark.parametrize("others", [0, 1, 5, 6, 9, 100])
 def test_of_members_with_the_same_name_the_last_one_counts(others, tmp_path):
     members = [("000.png", b"first"), *((f"x{n}.png", b"") for n in range(others)), ("./000.png", b"last")]
@@ -127,6 +131,7 @@ def test_of_members_with_the_same_name_the_last_one_counts(others, tmp_path):
         assert (key_of(entry), file.read()) == ("x.tar/000.png", b"last")
 
 
+@pytest.mark.promise("files")
 def test_a_tar_that_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "x.tar")
     with pytest.raises(InputError, match=r"x\.tar: is a named pipe, not a file"):

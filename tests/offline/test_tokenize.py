@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastmae.runtime.ownership import owned
+
 
 @pytest.mark.parametrize("codec", ["int8", "pq16"])
 def test_two_processes_build_the_same_store_as_one(codec, photos, tokenize, contents, tmp_path):
@@ -102,3 +104,16 @@ def test_options_that_do_not_go_together_are_named(options, named, photos, token
     assert code == 2
     assert named in err
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.promise("owner")
+def test_a_second_process_with_the_same_share_is_refused_and_one_with_another_share_is_not(
+    photos, tokenize, contents, tmp_path
+):
+    store = tmp_path / "s"
+    with owned(store, "tokenize", "0-of-2"):
+        code, _, err = tokenize(photos / "train", store, "--rank", "0", "--world-size", "2")
+        assert code == 2
+        assert f"fastmae tokenize: {store}: in use by process " in err
+        assert list(contents(store)) == [".owner.0-of-2.lock"]
+        assert tokenize(photos / "train", store, "--rank", "1", "--world-size", "2")[0] == 0

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from fastmae.cli import run
+from fastmae.runtime.ownership import owned
 from fastmae.tokens.format import shard_path
 
 
@@ -54,3 +55,14 @@ def test_a_folder_that_is_no_store_is_an_input_error(verify, tmp_path):
 def test_commands_that_read_a_folder_refuse_a_url(command, capsys):
     assert run([command, "https://example.org/x.tokens"]) == 2
     assert "a URL" in capsys.readouterr().err
+
+
+@pytest.mark.promise("owner")
+def test_a_store_that_is_being_written_is_checked_but_not_repaired(small_store, verify, tmp_path):
+    store = tmp_path / "s"
+    shutil.copytree(small_store, store)
+    with owned(store, "tokenize"):
+        assert verify(store)[0] == 0
+        code, _, err = verify(store, "--repair")
+    assert code == 2
+    assert f"fastmae verify: {store}: in use by process " in err

@@ -33,7 +33,7 @@ def test_a_document_has_the_type_that_was_asked_for(tmp_path):
         ('{"width": true}', "Expected `int`, got `bool`"),
         ('{"width": 1e400}', "not "),
         ("{}", "missing required field `width`"),
-        ('{"width": NaN}', "not JSON"),
+        ('{"width": NaN}', r"""not JSON \(.*\), near '{"width": NaN}'"""),
         ("", "not JSON"),
         ("[" * 100_000, "nested too deeply|not as it should be"),
     ],

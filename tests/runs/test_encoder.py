@@ -189,3 +189,39 @@ def test_a_network_of_a_fixed_size_is_opened_at_another_where_its_weights_fit():
     assert (opened.arguments["img_size"], opened.grid) == (448, 14)
     with pytest.raises(InputError, match="64 px"):
         open_encoder("timm/swin_tiny_patch4_window7_224", 64, pretrained=False)
+
+
+def exported(folder, **changes):
+    """A model as timm itself exports it."""
+    folder.mkdir()
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=64, depth=1)
+    timm.models.save_for_hf(network, folder, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return network.eval()
+
+
+def test_an_export_of_timm_with_its_classifier_is_opened(tmp_path):
+    network = exported(tmp_path / "model")
+    assert torch.equal(tokens(load_encoder(tmp_path / "model")), tokens(network))
+
+
+@pytest.mark.promise("networks")
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"model_args": {"pretrained": True, "cache_dir": "x"}}, "the argument 'pretrained'"),
+        ({"model_args": {"checkpoint_path": "evil.bin"}}, "the argument 'checkpoint_path'"),
+        ({"architecture": "hf-hub:user/name"}, "timm has no network"),
+        ({"architecture": 3}, "Expected `str`"),
+        ({"model_args": {"depth": 10**8}}, "depth: "),
+        ({"pretrained_cfg": {}}, "input_size"),
+        ({"pretrained_cfg": {"input_size": [3, 64, 1 << 40], "mean": [0.5] * 3, "std": [0.5] * 3}}, "input_size"),
+        ({"pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5], "std": [0.5]}}, "mean and std of 1 and 1"),
+    ],
+)
+def test_an_export_that_asks_for_more_than_a_network_is_refused(changes, cause, tmp_path):
+    exported(tmp_path / "model", **changes)
+    with pytest.raises(InputError, match=rf"config\.json: .*{cause}"):
+        load_encoder(tmp_path / "model")
+    assert not (tmp_path / "x").exists()

@@ -7,7 +7,7 @@ from fastmae.errors import InputError
 from fastmae.runs.folder import RunFolder, read_evaluations, read_inputs, read_metrics, read_run
 
 LOGGED = {"epoch": 0.5, "lr": 0.1, "seconds": 2.0, "images_per_second": 9.5}
-DESCRIPTION = {"options": {"epochs": 3, "betas": (0.9, 0.95)}, "store": {"images": 10}}
+DESCRIPTION = {"options": {"epochs": 3, "betas": (0.9, 0.95)}, "photos": {"train": 10}}
 
 
 def test_a_run_can_only_be_opened_again_with_the_same_description(tmp_path):
@@ -15,7 +15,7 @@ def test_a_run_can_only_be_opened_again_with_the_same_description(tmp_path):
     RunFolder(tmp_path / "run", DESCRIPTION, resume=True)
     with pytest.raises(InputError, match="--epochs 3, not 4"):
         RunFolder(tmp_path / "run", {**DESCRIPTION, "options": {"epochs": 4, "betas": (0.9, 0.95)}}, resume=True)
-    assert read_run(tmp_path / "run")["store"] == {"images": 10}
+    assert read_run(tmp_path / "run")["photos"] == {"train": 10}
 
 
 def test_no_resume_sets_the_old_run_aside_and_deletes_nothing(tmp_path):
@@ -72,6 +72,7 @@ UNREADABLE = {
 }
 
 
+@pytest.mark.promise("files")
 @pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
 @pytest.mark.parametrize("line", UNREADABLE.values(), ids=UNREADABLE)
 def test_a_line_of_a_log_that_cannot_be_read_stops_no_run_and_costs_no_other_line(name, line, tmp_path, caplog):
@@ -92,6 +93,7 @@ def test_a_line_of_a_log_that_cannot_be_read_stops_no_run_and_costs_no_other_lin
     ]
 
 
+@pytest.mark.promise("files")
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", ["a named pipe", "a folder", "a link to itself"])
 def test_what_is_no_log_is_set_aside_and_the_run_goes_on(kind, tmp_path, caplog):
@@ -107,6 +109,7 @@ def test_what_is_no_log_is_set_aside_and_the_run_goes_on(kind, tmp_path, caplog)
     assert "the run goes on with a new log" in caplog.text
 
 
+@pytest.mark.promise("files")
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("text", ["{", "[1]", '{"stores": 3}', '{"stores": [[]]}', 100_000 * "[", None])
 def test_inputs_that_cannot_be_read_are_unknown(text, tmp_path, caplog):

@@ -21,6 +21,8 @@ from fastmae.runtime import ending
 from fastmae.runtime.ending import STOP_SIGNALS
 from fastmae.runtime.workers import as_is, batches
 
+pytestmark = pytest.mark.promise("signals")
+
 CPU = torch.device("cpu")
 
 

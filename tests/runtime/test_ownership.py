@@ -15,6 +15,7 @@ from fastmae.runtime import ownership
 from fastmae.runtime.durable import holds_anything, write_new, write_whole
 from fastmae.runtime.ownership import Owner, Record, check_owner, owned, owned_place
 
+pytestmark = pytest.mark.promise("owner")
 NO_PROCESS = 4194304  # Linux's process numbers are smaller
 
 

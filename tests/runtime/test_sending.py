@@ -12,6 +12,8 @@ from fastmae.runtime import sending
 from fastmae.runtime.sending import Sent, collated
 from fastmae.runtime.workers import as_is, batches
 
+pytestmark = pytest.mark.promise("machine")
+
 CPU = torch.device("cpu")
 
 

@@ -1,12 +1,20 @@
 """The encoder: masking happens before it, and everything else is timm's ViT."""
 
 import pytest
+import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmae.errors import InputError
 from fastmae.images.views import PixelScale
-from fastmae.student.encoder import build_encoder, cut_patches, embed_visible, sincos_positions, visible_patches
+from fastmae.student.encoder import (
+    build_encoder,
+    cut_patches,
+    embed_visible,
+    number_of_heads,
+    sincos_positions,
+    visible_patches,
+)
 
 B, N, V = 3, 16, 4
 
@@ -144,3 +152,11 @@ def test_an_encoder_that_cannot_be_built_is_an_input_error(options, message):
     }
     with pytest.raises(InputError, match=message):
         build_encoder(**sizes)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_dpwee_patch16_reg1_gap_256", "vit_small_patch16_18x2_224"]
+)
+def test_the_heads_of_any_vit_are_counted(name):
+    encoder = timm.create_model(name, embed_dim=64, depth=1, num_heads=4)
+    assert number_of_heads(encoder) == 4

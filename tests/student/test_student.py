@@ -4,9 +4,10 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
+from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
 from fastmae.student.loss import StudentLoss
-from fastmae.student.student import layer_numbers
+from fastmae.student.student import build_student, layer_numbers
 
 V, C = 4, 10
 
@@ -140,3 +141,19 @@ def test_relation_layers_are_last_all_or_numbers(layers, numbers):
 def test_relation_layers_that_the_encoder_does_not_have_are_refused(layers):
     with pytest.raises(InputError, match="--relation-layers"):
         layer_numbers(layers, depth=3)
+
+
+@pytest.mark.promise("numbers")
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"encoder_depth": 256, "encoder_width": 65536}, "--encoder-width, --encoder-depth"),
+        ({"decoder_depth": 256, "decoder_width": 65536}, "--decoder-width, --decoder-depth"),
+        ({"image_size": 16384, "encoder_width": 20480, "encoder_depth": 1}, "--image-size, --encoder-width"),
+    ],
+)
+def test_a_student_that_no_memory_holds_is_refused_before_it_is_built(sizes, options):
+    config = PretrainConfig(stores=("a.tokens",), run="run", **sizes)
+    with pytest.raises(InputError, match=f"^{options}: a student of .* billion weights and more; .* 20 billion"):
+        build_student(config, 16, 8, 3)

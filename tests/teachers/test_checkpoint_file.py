@@ -7,6 +7,7 @@ import torch
 from fastmae.errors import InputError
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.teachers import load_teacher
+from fastmae.teachers.checkpoint_file import load_checkpoint_file
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +71,14 @@ def test_another_checkpoint_is_refused_with_what_to_give_instead(tmp_path, vit):
     torch.save(state, path)
     with pytest.raises(InputError, match=r"blocks\.3\.norm1\.weight"):
         load_teacher(f"file/{path}", 64, 4)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "student.encoder.backbone."]
+)
+def test_prefixes_of_wrappers_are_no_part_of_the_names(prefix, vit, tmp_path):
+    state = {f"{prefix}{name}": tensor for name, tensor in vit.state_dict().items()}
+    other = {"criterion.weight": torch.ones(3), "best_loss": torch.tensor(torch.inf)}
+    torch.save({"state_dict": state | other, "best_acc1": torch.tensor(71.0), "epoch": 3}, tmp_path / "a.ckpt")
+    model, _ = load_checkpoint_file(tmp_path / "a.ckpt")
+    assert torch.equal(model.blocks[3].mlp.fc1.weight, vit.blocks[3].mlp.fc1.weight)

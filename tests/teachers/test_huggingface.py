@@ -124,3 +124,69 @@ def test_a_missing_model_or_image_processor_is_reported_in_one_line(tmp_path):
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match=r"no preprocessor_config\.json"):
         load_teacher(f"hf/{tmp_path}", 64, 4)
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_a_model_saved_in_16_bits_computes_in_32(kind, pixels, tmp_path):
+    model = saved("vit", tmp_path).to(kind)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model.float()(normalised(pixels)).last_hidden_state[:, 1:]
+    tokens = load_teacher(f"hf/{tmp_path}", 64, 4)(pixels).flatten(1, 2)
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cnn_saved_in_16_bits_is_read(pixels, tmp_path):
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], image_size=64)
+    transformers.ConvNextModel(config).bfloat16().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    assert load_teacher(f"hf/{tmp_path}", 64, 4)(pixels).dtype == torch.float32
+
+
+@pytest.mark.promise("networks")
+@pytest.mark.parametrize("kind", [None, "unknown"])
+def test_a_model_with_code_of_its_own_is_refused_and_nothing_is_asked(kind, tmp_path, monkeypatch):
+    saved("vit", tmp_path)
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    change_config(tmp_path, model_type=kind, auto_map={"AutoConfig": "code.Config", "AutoModel": "code.Model"})
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    with pytest.raises(InputError, match="auto_map"):
+        load_teacher(f"hf/{tmp_path}", 64, 4)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.promise("networks")
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+        ({"attn_implementation": "user/kernel"}, "the attention 'user/kernel'"),
+        ({"num_hidden_layers": 10**8}, "100000000"),
+        ({"hidden_size": 48 * 10**4}, "describes a network of"),
+        ({"num_attention_heads": 0}, "can't be loaded"),
+        ({"patch_size": "x"}, "can't be loaded"),
+    ],
+)
+def test_a_description_that_asks_for_something_else_is_refused_in_one_line(changes, cause, tmp_path):
+    saved("vit", tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(InputError, match=rf"hf/{tmp_path}: .*{cause}") as caught:
+        load_teacher(f"hf/{tmp_path}", 64, 4)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.promise("networks")
+def test_a_download_that_failed_and_weights_that_are_no_numbers_are_named(tmp_path):
+    model = saved("vit", tmp_path)
+    torch.nn.init.constant_(model.layernorm.bias, torch.nan)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"layernorm\.bias holds NaN"):
+        load_teacher(f"hf/{tmp_path}", 64, 4)
+    (tmp_path / "model.safetensors").write_text("<html>")
+    with pytest.raises(InputError, match=r"model\.safetensors: is a web page"):
+        load_teacher(f"hf/{tmp_path}", 64, 4)

@@ -215,3 +215,35 @@ def test_a_weights_file_is_found_again_from_another_working_folder(tmp_path, pix
     teacher = load_teacher("file/vit.pth", 64, 4)
     monkeypatch.chdir("/")
     assert torch.equal(teacher_of_store(teacher.describe(), 64, 4)(pixels), teacher(pixels))
+
+
+def test_weights_of_another_image_size_are_read_and_resampled_once(tmp_path, pixels):
+    torch.manual_seed(0)
+    larger = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=96).eval()
+    state = {f"module._orig_mod.{name}": tensor for name, tensor in larger.state_dict().items()}
+    torch.save({"state_dict": state, "best_acc1": torch.tensor(70.0)}, tmp_path / "a.pth")
+    teacher = load_teacher("timm/vit_tiny_patch16_224", 64, 4, weights=tmp_path / "a.pth")
+    larger.reset_classifier(0)
+    torch.testing.assert_close(teacher(pixels), Teacher("t", larger, 64, 4)(pixels))
+    assert teacher_of_store(teacher.describe(), 64, 4).weights_sha256 == teacher.weights_sha256
+
+
+@pytest.mark.promise("networks")
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"spec": 5}, "Expected `str`"),
+        ({"block": -1}, "block"),
+        ({"input_size": 1 << 40}, "input_size"),
+        ({"channels": [0]}, "channels"),
+        ({"precision": "8-true"}, "precision"),
+        ({"weights_file": "user/name"}, "no absolute path"),
+        ({"weights_file": "/dev/zero"}, "is a device"),
+        ({"spec": "timm/hf-hub:user/name"}, "timm has no network"),
+        ({"spec": "http://127.0.0.1/x", "weights_file": None}, "no teacher"),
+    ],
+)
+def test_a_teacher_that_a_store_describes_wrongly_is_refused_in_one_line(changes, cause, vit_weights):
+    described = load_teacher("timm/vit_tiny_patch16_224", 64, 4, weights=vit_weights).describe()
+    with pytest.raises(InputError, match=cause):
+        teacher_of_store({**described, **changes}, 64, 4, "STORE")

@@ -19,6 +19,8 @@ from fastmae.tokens.loader import StoreViews
 from fastmae.tokens.manifest import read_header
 from fastmae.tokens.shard import DamagedError
 
+pytestmark = pytest.mark.promise("bytes")
+
 
 @pytest.fixture
 def copy(small_store, tmp_path):
@@ -182,12 +184,12 @@ def edit_part(path, **changes):
         ),
         (
             lambda s: edit(s / "store.json", token_dim=96),
-            "store.json: was changed after the store was finished .token_dim: 96, not 192",
+            "store.json: does not go with manifest.json .token_dim: 96, not 192",
         ),
         (lambda s: edit_part(s / "store.json", source="../../etc"), "source '../../etc' is not a whole path"),
         (lambda s: edit_part(s / "store.json", source="/data/../etc"), "is not a whole path"),
         (lambda s: edit_part(s / "store.json", source="/data"), "where the images lay"),
-        (lambda s: edit_part(s / "store.json", images=31), "store.json: was changed"),
+        (lambda s: edit_part(s / "store.json", images=31), "store.json: does not go with manifest.json"),
         (lambda s: edit_part(s / "store.json", images=1 << 40), "Expected `int` <= 2147483647"),
         (lambda s: edit(s / "store.json", parts=[]), r"Expected `array` of length >= 1 - at `\$.parts`"),
         (lambda s: edit(s / "store.json", parts=[3]), r"Expected `object`, got `int` - at `\$.parts\[0\]`"),

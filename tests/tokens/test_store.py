@@ -210,7 +210,7 @@ def test_a_folder_of_several_sizes_that_is_damaged_or_other_is_one_line(two_size
     copy = tmp_path / "copy"
     shutil.copytree(two_sizes, copy)
     (copy / "scales.json").write_text("{}")
-    with pytest.raises(InputError, match="missing required field .sizes."):
+    with pytest.raises(InputError, match="missing required field"):
         open_scales(copy)
 
 

@@ -143,6 +143,7 @@ def test_a_folder_of_broken_files_alone_is_refused(vit_weights, tmp_path, capsys
     assert "not one image could be decoded" in capsys.readouterr().err
 
 
+@pytest.mark.promise("machine")
 @pytest.mark.slow
 def test_after_a_full_disk_the_same_command_completes_the_store(
     photos, vit_store, vit_weights, tmp_path, fastmae_command

@@ -1,6 +1,7 @@
 """One run from its announcement to its figures: new, interrupted, continued, finished."""
 
 import json
+import os
 import signal
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 from fastmae.errors import InputError, InterruptedRunError
 from fastmae.runs.checkpoint import load_checkpoint
 from fastmae.runs.folder import read_metrics
+from fastmae.runtime.ownership import owned
 from fastmae.training.driver import train
 from fastmae.training.task import Evaluated
 
@@ -173,3 +175,48 @@ def test_a_finished_run_without_its_logs_is_refused(sums_task, options, settings
     (task.out / "metrics.jsonl").unlink()
     with pytest.raises(InputError, match=str(task.out)):
         train(options(), sums_task(), settings)
+
+
+@pytest.mark.promise("owner")
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_that_another_process_trains_is_left_as_it_is(resume, sums_task, options, settings):
+    train(options(), sums_task(), settings)
+    before = {path.name: path.stat().st_mtime_ns for path in sums_task().out.iterdir()}
+    refused = pytest.raises(InputError, match=rf"run: in use by process {os.getpid()} on .*\(fastmae finetune\) since")
+    with owned(sums_task().out, "finetune"), refused:
+        train(options(resume=resume), sums_task(), settings)
+    assert {path.name: path.stat().st_mtime_ns for path in sums_task().out.iterdir()} == before
+
+
+@pytest.mark.promise("owner")
+def test_a_run_that_was_taken_over_while_it_was_suspended_stops_and_leaves_the_new_owners_files(
+    sums_task, options, settings
+):
+    task, calls = sums_task(), 0
+    lock = task.out / ".owner.lock"
+
+    def step(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            record = json.loads(lock.read_text())
+            lock.write_text(json.dumps({**record, "token": 32 * "f", "host": "node7"}))
+        return task.step(model, batch)
+
+    with pytest.raises(InputError, match=r"on node7 .* has taken it over"):
+        train(options(), replace(task, step=step), settings)
+    assert calls == 3
+    assert len(losses(task)) == 2
+    assert not (task.out / "checkpoint.pt").exists()
+    assert json.loads(lock.read_text())["host"] == "node7"
+
+
+@pytest.mark.promise("files")
+def test_a_sound_run_goes_on_after_a_line_of_its_log_that_cannot_be_read(sums_task, options, settings, caplog):
+    with pytest.raises(InterruptedRunError):
+        train(options(), stopping_after(7, sums_task()), settings)
+    log = sums_task().out / "metrics.jsonl"
+    log.write_text("nonsense\n" + log.read_text())
+    result = train(options(), sums_task(), settings)
+    assert len(losses(sums_task())) == result["steps"] == 12
+    assert f"{log}: 1 line can't be read" in caplog.text

@@ -5,7 +5,6 @@ several short runs, whose schedules end at growing fractions of MAE's time and w
 one long run, measured along the way, of which the best point counts. Measuring does not count as training time.
 """
 
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch.utils.data import TensorDataset
 from fastmae.bench.accuracy_curves import Point, mean_points
 from fastmae.config import BenchAccuracyConfig, PretrainConfig
 from fastmae.config.recipes import load_recipe
+from fastmae.outside.documents import read_json
 from fastmae.pretraining.plan import make_plan
 from fastmae.pretraining.pretrain import pretrain
 from fastmae.pretraining.speed import fitted_to_time
@@ -93,7 +93,7 @@ class AccuracyMeasure:
         size, info = int(load_recipe(self.config.recipes[0])["image_size"]), self.store.info
         return {
             split: embed_images(
-                WholeImages(paths, size, info.resize, info.channels),
+                WholeImages(paths, size, info.resize, info.channels, info.value_range),
                 lambda pixels: pixels,
                 torch.device("cpu"),
                 DECODE_BATCH_SIZE,
@@ -195,5 +195,4 @@ class AccuracyRuns:
             figures = self.measure(student.eval().to(self.measure.device))
             log.info(f"untrained, seed {seed}: a measurement takes {duration(figures['measuring'])}")
             write_json(file, {"seconds": 0.0, "epoch": 0.0, **figures})
-        values: Measurement = json.loads(file.read_text(encoding="utf-8"))
-        return values
+        return read_json(file, dict[str, float], way_out="delete it; the same call measures it again")

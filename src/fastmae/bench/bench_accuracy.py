@@ -5,7 +5,6 @@ measured on held-out images, by k-NN and by a linear classifier. Tokenising is p
 without it and with it.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from fastmae.bench.table import Table, machine
 from fastmae.config import BenchAccuracyConfig
 from fastmae.errors import InputError
 from fastmae.offline.timed import tokenize_timed
+from fastmae.outside.documents import read_json
 from fastmae.probes.embed import check_decodable
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.reporting.charts import Curves, curves_png
@@ -89,7 +89,7 @@ def _check_record(config: BenchAccuracyConfig) -> None:
     """
     file = config.out / RECORD_FILE
     settings = _settings(config)
-    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings
+    record = read_json(file, dict[str, Any], way_out="give another --out") if file.exists() else settings
     differences = [
         f"{_as_flag(name, record.get(name))}, not {_as_flag(name, value)}"
         for name, value in settings.items()

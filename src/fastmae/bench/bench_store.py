@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -23,6 +23,8 @@ from fastmae.bench.stores import part_of, store_info
 from fastmae.bench.table import Table, machine
 from fastmae.bench.timing import Rate, format_rate, format_spread
 from fastmae.config import BenchStoreConfig, KnnConfig
+from fastmae.config.ranges import JPEG_QUALITY
+from fastmae.config.resolve import numbers
 from fastmae.errors import InputError
 from fastmae.images.image_list import ImageList, write_list
 from fastmae.images.sources import Source, open_source
@@ -150,10 +152,7 @@ def recommended(rows: Sequence[dict[str, Any]]) -> str | None:
 
 def _jpeg_qualities(option: str) -> list[int]:
     """The value of `--jpeg-qualities`: numbers separated by commas."""
-    numbers = option.split(",")
-    if not all(number.strip().isdigit() and 1 <= int(number) <= 100 for number in numbers):
-        raise InputError(f"--jpeg-qualities {option}: give numbers from 1 to 100 separated by commas, as 90,75")
-    return list(dict.fromkeys(int(number) for number in numbers))
+    return list(dict.fromkeys(numbers(Annotated[int, JPEG_QUALITY], option, "--jpeg-qualities")))
 
 
 def _middle_images(

@@ -20,13 +20,14 @@ from fastmae.bench.gemm import BlockProducts
 from fastmae.bench.published_mae import PublishedMae
 from fastmae.config import BenchStepConfig, PretrainConfig
 from fastmae.config.recipes import load_recipe
-from fastmae.errors import InputError, first_line
+from fastmae.errors import InputError
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, PixelScale
+from fastmae.outside.networks import create_network
 from fastmae.pretraining.plan import resolve_loss
 from fastmae.pretraining.step import PretrainStep
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch
-from fastmae.student.encoder import build_encoder, sincos_positions, visible_patches
+from fastmae.student.encoder import build_encoder, number_of_heads, sincos_positions, visible_patches
 from fastmae.student.loss import StudentLoss
 from fastmae.student.normalisation import patch_norm
 from fastmae.student.student import Student, build_student
@@ -247,7 +248,7 @@ class Steps:
         """As the authors train: their code, and torch's AdamW with its defaults."""
         encoder, options = self._encoder(), self._options("pixels")
         visible = visible_patches(self.grid**2, options.mask_ratio)
-        grid, width, heads = 2 * (self.grid,), int(encoder.embed_dim), int(encoder.blocks[0].attn.num_heads)
+        grid, width, heads = 2 * (self.grid,), int(encoder.embed_dim), number_of_heads(encoder)
         positions = sincos_positions(grid, width), sincos_positions(grid, options.decoder_width)
         decoder = options.decoder_width, options.decoder_depth, options.decoder_heads
         mae = PublishedMae(self.config.patch_size, width, len(encoder.blocks), heads, visible, positions, decoder)
@@ -282,10 +283,7 @@ class Steps:
             return NormPix(self.config.patch_size)
         if method.target == "tokens":
             return StoredTokens([load_codec(CODEC, method.channels, {})], [patch_norm])
-        try:
-            network = timm.create_model(method.teacher, pretrained=False, num_classes=0)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"--teachers {method.teacher}: timm can't build it ({first_line(error)})") from error
+        network = create_network(method.teacher, {"num_classes": 0}, f"--teachers {method.teacher}")
         size = self._teacher_input_size
         teacher = Teacher(f"timm/{method.teacher}", network, size, size // self.config.patch_size)
         if self.config.precision == "tf32":  # 16-bit precisions reach the teacher through autocast
@@ -365,5 +363,5 @@ def _loss_terms(student: Student) -> str:
 
 def _width(teacher: str) -> int:
     with torch.device("meta"):
-        network: Any = timm.create_model(teacher, pretrained=False, num_classes=0)
+        network: Any = create_network(teacher, {"num_classes": 0})
     return int(network.num_features)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastmae.config.common import BLOCK, Common
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_1, POSITIVE, WORKERS, Range
+from fastmae.config.ranges import EPOCHS, PATCH, SECONDS, SEEDS, WORKERS, Range
 
 
 @options
@@ -32,11 +32,11 @@ class AblateConfig(Common):
     jobs: Annotated[int, Range(ge=1, le=1024)] = 1
     """Runs that train at once, each in a process with its share of the CPU's threads. On a GPU, several small students
     keep it busy."""
-    seeds: Annotated[int | None, AT_LEAST_1] = None
+    seeds: Annotated[int | None, SEEDS] = None
     """Runs of every arm, from --seed on. Default: the file's, or 1."""
-    epochs: Annotated[float | None, POSITIVE] = None
+    epochs: Annotated[float | None, EPOCHS] = None
     """Passes over the images, instead of the file's."""
-    seconds: Annotated[float | None, POSITIVE] = None
+    seconds: Annotated[float | None, SECONDS] = None
     """Every run trains for this time, instead of the file's epochs. They follow from the measured speed of its arm."""
     recipe: str | None = None
     """Recipe below the arms' options, instead of the file's."""
@@ -50,7 +50,7 @@ class AblateConfig(Common):
     """As in tokenize, for one teacher."""
     middle_size: str | None = None
     """As in tokenize, instead of the file's."""
-    patch_size: Annotated[int | None, Range(ge=1, le=1024)] = None
+    patch_size: Annotated[int | None, PATCH] = None
     """As in tokenize, instead of the file's."""
     workers: Annotated[int, WORKERS] = -1
     """Loading processes of a run; -1: its share of the cores but two, at least one."""

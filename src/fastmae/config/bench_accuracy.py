@@ -1,14 +1,20 @@
 """Options of `fastmae bench accuracy`."""
 
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_1, POSITIVE
+from fastmae.config.ranges import MINUTES, ROUNDS
 from fastmae.config.recipes import check_baseline
+from fastmae.config.resolve import shown
 from fastmae.config.study import StudyConfig
 from fastmae.errors import InputError
+
+FRACTION = r"\d{1,6}(?:/\d{1,6})?|\d?\.\d{1,9}"
+"""Python would take 1e1000000000 for a fraction too, and write it out."""
+MOST_FRACTIONS = 100
 
 
 @options
@@ -24,12 +30,12 @@ class BenchAccuracyConfig(StudyConfig):
     """Recipes of FastMAE, separated by commas. Each is compared with MAE."""
     distillation: bool = True
     """Also train the first recipe with nothing masked: plain distillation out of the store."""
-    minutes: Annotated[float, POSITIVE] = 30.0
+    minutes: Annotated[float, MINUTES] = 30.0
     """Training time of all runs together. Tokenising and measuring are reported separately."""
     fractions: str = "1/80,1/40,1/20,1/10,1/5"
     """Training times of FastMAE's runs as fractions of MAE's, separated by commas. Each is a run of its own: its
     schedule ends with its time, and it is measured at its end."""
-    points: Annotated[int, AT_LEAST_1] = 10
+    points: Annotated[int, ROUNDS] = 10
     """Measurements along MAE's one long run, evenly over its epochs, besides the one before training. Its best one
     counts."""
 
@@ -50,11 +56,13 @@ class BenchAccuracyConfig(StudyConfig):
         if len(set(self.recipes)) < len(self.recipes):
             raise InputError(f"--recipe {self.recipe}: a recipe is given twice")
         try:
-            fractions = self.time_fractions
-        except (ValueError, ZeroDivisionError):
+            words = self.fractions.split(",")
+            are_short = len(words) <= MOST_FRACTIONS and all(re.fullmatch(FRACTION, word.strip()) for word in words)
+            fractions = self.time_fractions if are_short else ()
+        except ZeroDivisionError:
             fractions = ()
         if not fractions or len(set(fractions)) < len(fractions) or not all(0 < number <= 1 for number in fractions):
             raise InputError(
-                f"--fractions {self.fractions}: give different numbers above 0, at most 1, separated by commas, as "
-                "1/20,1/5"
+                f"--fractions {shown(self.fractions)}: give different numbers above 0, at most 1, separated by commas, "
+                "as 1/20,1/5"
             )

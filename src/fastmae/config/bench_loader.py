@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_1, WORKERS, Range
+from fastmae.config.ranges import BATCH, COUNT, PATCH, ROUNDS, WORKERS
 
 
 @options
@@ -14,17 +14,17 @@ class BenchLoaderConfig(Common):
 
     images: Path
     """As in tokenize: photos, as large as those that will be trained on."""
-    sample: Annotated[int, AT_LEAST_1] = 256
+    sample: Annotated[int, COUNT] = 256
     """Number of images, spread over IMAGES, that are loaded in every round."""
-    rounds: Annotated[int, AT_LEAST_1] = 7
+    rounds: Annotated[int, ROUNDS] = 7
     """Timed rounds; in each, every row has its turn. Medians are reported."""
-    batch_size: Annotated[int, AT_LEAST_1] = 64
+    batch_size: Annotated[int, BATCH] = 64
     """Views per batch."""
     image_size: Annotated[int, PIXELS] = 224
     """Side of a view in pixels."""
     middle_size: Annotated[int, PIXELS] = 352
     """Side of the stored middle images in pixels."""
-    patch_size: Annotated[int, Range(ge=1, le=1024)] = 16
+    patch_size: Annotated[int, PATCH] = 16
     """Side of a patch in pixels."""
     codecs: str = "fp16,pq48"
     """Codecs of the tokens, as in tokenize; several separated by commas."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from fastmae.config.common import PIXELS, Common, Precision
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, Range
+from fastmae.config.ranges import BATCH_OR_0, DEPTH, HEADS, PATCH, ROUNDS, THREADS, WIDTH
 from fastmae.config.resolve import near
 from fastmae.errors import InputError
 
@@ -24,11 +24,11 @@ class BenchStepConfig(Common):
     plain distillation, offline and online. The last two take the first teacher. All rows train with AdamW."""
     encoder: str = "vit_base_patch16_224"
     """As in pretrain. (Table 2: ViT-B)"""
-    encoder_width: Annotated[int | None, Range(ge=1, le=65536)] = None
+    encoder_width: Annotated[int | None, WIDTH] = None
     """As in pretrain."""
-    encoder_depth: Annotated[int | None, Range(ge=1, le=1024)] = None
+    encoder_depth: Annotated[int | None, DEPTH] = None
     """As in pretrain."""
-    encoder_heads: Annotated[int | None, Range(ge=1, le=1024)] = None
+    encoder_heads: Annotated[int | None, HEADS] = None
     """As in pretrain."""
     teachers: str = "vit_base_patch16_224,vit_large_patch16_224"
     """ViTs of timm, separated by commas, with random weights: only their size matters. (Table 2: ViT-B and ViT-L)"""
@@ -39,9 +39,9 @@ class BenchStepConfig(Common):
     """Side of a view in pixels. (Sec. 4.1.1)"""
     middle_size: Annotated[int, PIXELS] = 352
     """Side of the stored middle images in pixels, for the disk space of their tokens. (Sec. 3.2.3)"""
-    patch_size: Annotated[int, Range(ge=1, le=1024)] = 16
+    patch_size: Annotated[int, PATCH] = 16
     """Side of a patch in pixels."""
-    batch_size: Annotated[int, AT_LEAST_0] = 0
+    batch_size: Annotated[int, BATCH_OR_0] = 0
     """Views per step; 0: 256 on a GPU, 32 elsewhere."""
     precision: Precision = "auto"
     """As in pretrain."""
@@ -50,11 +50,11 @@ class BenchStepConfig(Common):
     GPU would run it; any machine can. Without --batch-size, the step has 1024 views."""
     compile: bool = False
     """Compile the steps of all rows with torch.compile, as `pretrain --compile` does."""
-    rounds: Annotated[int, AT_LEAST_1] = 5
+    rounds: Annotated[int, ROUNDS] = 5
     """Timed rounds; in each, every row makes one step in turn. Medians are reported."""
-    warmup: Annotated[int, AT_LEAST_1] = 2
+    warmup: Annotated[int, ROUNDS] = 2
     """Steps of each row before the timed rounds."""
-    threads: Annotated[int, AT_LEAST_0] = 0
+    threads: Annotated[int, THREADS] = 0
     """Threads of torch on a CPU; 0: one per core. With 1, seconds are CPU time of this process, so that other work on
     the machine does not count."""
     out: Path | None = None

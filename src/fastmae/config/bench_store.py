@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common, Precision
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, WORKERS, Range
+from fastmae.config.ranges import BATCH, COUNT, COUNT_OR_0, PATCH, ROUNDS, WORKERS
 
 
 @options
@@ -17,11 +17,11 @@ class BenchStoreConfig(Common):
     and k-NN accuracy is given."""
     codecs: str = "fp32,fp16,int8,pq32,pq48,pq64"
     """Codecs, as in tokenize; several separated by commas."""
-    limit: Annotated[int, AT_LEAST_0] = 0
+    limit: Annotated[int, COUNT_OR_0] = 0
     """Number of images, spread over IMAGES, to measure on; 0: all."""
     middle_size: Annotated[int, PIXELS] = 352
     """Side of the middle images in pixels."""
-    patch_size: Annotated[int, Range(ge=1, le=1024)] = 16
+    patch_size: Annotated[int, PATCH] = 16
     """Side of a patch in pixels."""
     teacher: str = OFFLINE_TEACHER
     """As in tokenize."""
@@ -34,13 +34,13 @@ class BenchStoreConfig(Common):
     jpeg_qualities: str = "90"
     """JPEG quality of the stored pixels. Several, separated by commas, give the bytes of each; the teacher sees the
     first."""
-    codec_images: Annotated[int, AT_LEAST_1] = 512
+    codec_images: Annotated[int, COUNT] = 512
     """Number of images from which int8 and pq<M> learn."""
-    batch_size: Annotated[int, AT_LEAST_1] = 32
+    batch_size: Annotated[int, BATCH] = 32
     """Images per forward pass of the teacher."""
     workers: Annotated[int, WORKERS] = -1
     """Decoding processes; -1: all cores but two, at least one."""
-    rounds: Annotated[int, AT_LEAST_1] = 3
+    rounds: Annotated[int, ROUNDS] = 3
     """Timed rounds; in each, every row has its turn. Medians are reported."""
     out: Path | None = None
     """Markdown file for the table."""

@@ -1,6 +1,7 @@
 """The commands: for each, its options, and the function that runs it."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fastmae import config as configs
@@ -18,10 +19,15 @@ class Command(NamedTuple):
     kind: type[Common]
     home: str
 
-    def run(self, config: Common) -> Any:
-        """Run it. The module is imported only now: torch and timm take seconds."""
+    def load(self) -> Callable[[Common], Any]:
+        """The function. Its module is imported only now: torch and timm take seconds."""
         module, function = self.home.split(":")
-        return getattr(importlib.import_module(module), function)(config)
+        loaded: Callable[[Common], Any] = getattr(importlib.import_module(module), function)
+        return loaded
+
+    def run(self, config: Common) -> Any:
+        """Run it."""
+        return self.load()(config)
 
 
 COMMANDS = {

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from fastmae.config.common import PIXELS
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_0, FRACTION, Range
+from fastmae.config.ranges import FRACTION, HEAD_WIDTH, PICTURES, Range
 from fastmae.config.supervised import SupervisedConfig
 
 
@@ -28,7 +28,7 @@ class DetectConfig(SupervisedConfig):
     max_size: Annotated[int | None, PIXELS] = None
     """Upper limit of the longer side in pixels; the shorter side shrinks to keep it. Default: 1333/800 of
     --image-size."""
-    head_channels: Annotated[int, Range(ge=1, le=16384)] = 256
+    head_channels: Annotated[int, HEAD_WIDTH] = 256
     """Width of the feature pyramid and the heads; 64, say, on a small machine."""
-    pictures: Annotated[int, AT_LEAST_0] = 6
+    pictures: Annotated[int, PICTURES] = 6
     """Images of val/ drawn into detections.png after each evaluation; 0: no picture."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from fastmae.config.common import BLOCK, PIXELS, Common, Precision
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_1, WORKERS
+from fastmae.config.ranges import BATCH, WORKERS
 
 
 @options
@@ -32,7 +32,7 @@ class FeaturesConfig(Common):
     precision: Precision = "auto"
     """auto: bf16-mixed on a GPU that supports it, 16-mixed on other GPUs, 32-true elsewhere. tf32: float32, but NVIDIA
     GPUs since Ampere round the factors of matrix products and convolutions to 10 bits."""
-    batch_size: Annotated[int, AT_LEAST_1] = 64
+    batch_size: Annotated[int, BATCH] = 64
     """Images per forward pass."""
     workers: Annotated[int, WORKERS] = -1
     """Decoding processes; -1: all cores but two, at least one."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from fastmae.config.common import PIXELS
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_0, FRACTION, Range
+from fastmae.config.ranges import FRACTION, LEARNING_RATE_OR_0, MIXING, Range
 from fastmae.config.supervised import SupervisedConfig
 
 
@@ -16,7 +16,7 @@ class FinetuneConfig(SupervisedConfig):
     """Side of the images in pixels. Default: the encoder's own."""
     pool: Literal["mean", "class"] = "mean"
     """A ViT's classifier reads the mean of the patch tokens, or the class token."""
-    min_lr: Annotated[float, AT_LEAST_0] = 1e-6
+    min_lr: Annotated[float, LEARNING_RATE_OR_0] = 1e-6
     """Learning rate at the end."""
     layer_decay: Annotated[float, Range(gt=0, le=1)] = 0.65
     """Each block's learning rate, as a fraction of that of the block above it."""
@@ -29,9 +29,9 @@ class FinetuneConfig(SupervisedConfig):
     """RandAugment, in timm's notation; empty: none."""
     erasing: Annotated[float, FRACTION] = 0.25
     """Probability of random erasing."""
-    mixup: Annotated[float, AT_LEAST_0] = 0.8
+    mixup: Annotated[float, MIXING] = 0.8
     """Alpha of mixup; 0: none."""
-    cutmix: Annotated[float, AT_LEAST_0] = 1.0
+    cutmix: Annotated[float, MIXING] = 1.0
     """Alpha of cutmix; 0: none."""
     smoothing: Annotated[float, FRACTION] = 0.1
     """Label smoothing."""

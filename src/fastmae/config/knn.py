@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from fastmae.config.common import BLOCK, PIXELS, Common
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_1, POSITIVE, WORKERS
+from fastmae.config.ranges import BATCH, NEIGHBOURS, TEMPERATURE, WORKERS
 
 
 @options
@@ -22,9 +22,9 @@ class KnnConfig(Common):
     store (the upper bound)."""
     pool: Literal["mean", "class"] = "mean"
     """Mean of the patch tokens, or the class token."""
-    k: Annotated[int, AT_LEAST_1] = 20
+    k: Annotated[int, NEIGHBOURS] = 20
     """Number of neighbours that vote. (DINO: 20)"""
-    temperature: Annotated[float, POSITIVE] = 0.07
+    temperature: Annotated[float, TEMPERATURE] = 0.07
     """The weight of a neighbour's vote is exp(cosine / temperature). (DINO: 0.07)"""
     image_size: Annotated[int | None, PIXELS] = None
     """Side of the images in pixels. Default: the encoder's own."""
@@ -34,7 +34,7 @@ class KnnConfig(Common):
     """Weights file for a timm/NAME, instead of the hub's."""
     block: Annotated[int | None, BLOCK] = None
     """Block whose output is used. Default: the last, or the one that the run's teacher was tapped at."""
-    batch_size: Annotated[int, AT_LEAST_1] = 64
+    batch_size: Annotated[int, BATCH] = 64
     """Images per forward pass."""
     workers: Annotated[int, WORKERS] = -1
     """Decoding processes; -1: all cores but two, at least one."""

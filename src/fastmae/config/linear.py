@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from fastmae.config.common import BLOCK, PIXELS
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_0
+from fastmae.config.ranges import WEIGHT_OR_0
 from fastmae.config.resolve import flag
 from fastmae.config.supervised import SupervisedConfig
 from fastmae.errors import InputError
@@ -21,7 +21,7 @@ class LinearConfig(SupervisedConfig):
     block: Annotated[int | None, BLOCK] = None
     """Block whose output is used, counted from 0, or from -1 backwards. Default: the last. The final norm is always
     applied."""
-    weight_decay: Annotated[float, AT_LEAST_0] = 0.0
+    weight_decay: Annotated[float, WEIGHT_OR_0] = 0.0
     """Weight decay of the linear layer."""
     augment: Literal["crop", "none"] = "none"
     """crop: random crops and flips, with a forward pass of the encoder for each (as MAE); none: features are computed

@@ -7,7 +7,20 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from fastmae.config.common import PIXELS
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_0, FRACTION, POSITIVE, Range
+from fastmae.config.ranges import (
+    BATCH,
+    COUNT_OR_0,
+    DEPTH,
+    EPOCHS,
+    EPOCHS_OR_0,
+    FRACTION,
+    GIGABYTES,
+    HEADS,
+    LEARNING_RATE,
+    WEIGHT_OR_0,
+    WIDTH,
+    Range,
+)
 from fastmae.config.recipes import load_recipe
 from fastmae.config.resolve import Layer
 from fastmae.config.training import TrainingConfig
@@ -35,11 +48,11 @@ class PretrainConfig(TrainingConfig):
     encoder: str = "vit_base_patch16_224"
     """Any vit_* name of timm; the store's patch size and --image-size replace its own (Sec. 4.1.1). With --mask-ratio
     0, any network of timm, as timm/resnet50."""
-    encoder_width: Annotated[int | None, Range(ge=1, le=65536)] = None
+    encoder_width: Annotated[int | None, WIDTH] = None
     """Embedding width, instead of the encoder's own."""
-    encoder_depth: Annotated[int | None, Range(ge=1, le=1024)] = None
+    encoder_depth: Annotated[int | None, DEPTH] = None
     """Number of blocks, instead of the encoder's own."""
-    encoder_heads: Annotated[int | None, Range(ge=1, le=1024)] = None
+    encoder_heads: Annotated[int | None, HEADS] = None
     """Number of attention heads, instead of the encoder's own."""
     init: str = ""
     """Start from these weights instead of random ones: a run (with its decoder and heads, where they fit), timm/NAME, a
@@ -67,33 +80,33 @@ class PretrainConfig(TrainingConfig):
     all_layers: bool = True
     """All layers matter (Sec. 4.2.1): every encoder layer predicts the tokens of the visible patches. With
     --no-all-layers and --decoder-depth 0, the last layer alone does."""
-    all_layers_weight: Annotated[float, AT_LEAST_0] = 1.0
+    all_layers_weight: Annotated[float, WEIGHT_OR_0] = 1.0
     """Weight of the mean of the layers' losses."""
-    relation_weight: Annotated[float, AT_LEAST_0] = 0.0
+    relation_weight: Annotated[float, WEIGHT_OR_0] = 0.0
     """Weight of the relation loss, which is not in the paper: the cosines between a view's visible patches, in the
     encoder and in the teacher, should be equal. 0: none."""
     relation_layers: str = "last"
     """Encoder layers that the relation loss compares: last, all, or numbers from 0, as 2,3."""
     fusion: bool = False
     """The decoder reads the sum of all layers' projected outputs instead of the last layer alone."""
-    decoder_depth: Annotated[int, Range(ge=0, le=1024)] = 1
+    decoder_depth: Annotated[int, Range(ge=0, le=256)] = 1
     """Transformer blocks of the decoder (Sec. 4.3.3). 0: no decoder; the visible patches alone are predicted."""
-    decoder_width: Annotated[int, Range(ge=1, le=65536)] = 512
+    decoder_width: Annotated[int, WIDTH] = 512
     """Width of the decoder."""
-    decoder_heads: Annotated[int, Range(ge=1, le=1024)] = 16
+    decoder_heads: Annotated[int, HEADS] = 16
     """Attention heads of the decoder."""
     decoder_class_token: bool = False
     """The decoder also sees the encoder's class token, as in MAE."""
     flip: bool = True
     """Flip half of the views, pixels and token grid together."""
 
-    epochs: Annotated[float, Range(gt=0, le=1_000_000)] = 60.0
+    epochs: Annotated[float, EPOCHS] = 60.0
     """Passes over the store (Sec. 4.1.1: 60 or 300). Fractions count: 0.5 visits half of the images."""
-    warmup_epochs: Annotated[float, AT_LEAST_0] = 10.0
+    warmup_epochs: Annotated[float, EPOCHS_OR_0] = 10.0
     """Epochs of linear warm-up, at most half of the run; then a cosine down to --min-lr."""
-    batch_size: Annotated[int, Range(ge=1, le=1 << 24)] = 4096
+    batch_size: Annotated[int, BATCH] = 4096
     """Views per step, over all devices. (Sec. 4.1.1)"""
-    base_lr: Annotated[float, POSITIVE] = 1.5e-4
+    base_lr: Annotated[float, LEARNING_RATE] = 1.5e-4
     """Learning rate for 256 views; the learning rate of a step is this times batch size / 256. (Sec. 4.1.1)"""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw: the paper's. muon: orthogonalised momentum for the weight matrices of the transformer blocks, AdamW for
@@ -106,18 +119,18 @@ class PretrainConfig(TrainingConfig):
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: each holds the whole student (ddp), or a part of its weights and optimizer state
     (fsdp)."""
-    shuffle_window: Annotated[int | None, AT_LEAST_0] = None
+    shuffle_window: Annotated[int | None, COUNT_OR_0] = None
     """Number of shards within which an epoch shuffles its images; 0: all. Default: all, if the store fits into memory
     (a remote store: into the cache), else as many shards as take a quarter of that."""
     cache: Path = Path("~/.cache/fastmae")
     """Folder for the files of remote stores."""
-    cache_size: Annotated[float, POSITIVE] = 50.0
-    """Size limit of that folder in gigabytes."""
+    cache_size: Annotated[float, GIGABYTES] = 50.0
+    """Size limit of that folder in gigabytes, downloads under way included."""
     on_damage: Literal["stop", "skip"] = "stop"
     """What to do at an image whose stored bytes are damaged."""
     profile: bool = False
     """Show where the time of a step goes, after 50 steps, and what to change. Nothing is trained or written."""
-    knn_every: Annotated[float, AT_LEAST_0] = 0.0
+    knn_every: Annotated[float, EPOCHS_OR_0] = 0.0
     """Epochs between measurements of the encoder's k-NN accuracy; 0: none. They don't count as training time."""
     knn_data: Path | None = None
     """Labelled images for --knn-every, train/<class>/* and val/<class>/*. Default: the store's own images, labelled by

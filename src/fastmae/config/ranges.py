@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a number may take; every limit is optional. NaN and infinity are never allowed.
+    """The values that a number may take, from a lower limit to an upper one. NaN and infinity are never allowed.
+
+    The upper limit is what no one can mean: a size beyond any memory, a rate beyond float32, a loop without an end.
 
     Attributes:
         ge: the smallest value allowed.
@@ -20,6 +22,10 @@ class Range:
     le: float | None = None
     lt: float | None = None
 
+    def __post_init__(self) -> None:
+        assert (self.ge is None) != (self.gt is None), "one lower limit"
+        assert (self.le is None) != (self.lt is None), "one upper limit"
+
     def holds(self, value: float) -> bool:
         """Whether a value lies in the range."""
         return (
@@ -31,17 +37,45 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """`1 or more`, `more than 0`, `0 to 1`, `0 to less than 1`."""
-        if self.le is None and self.lt is None:
-            return f"{self.ge} or more" if self.ge is not None else f"more than {self.gt}"
+        """`1 to 1000`, `more than 0 to 1`, `0 to less than 1`."""
         start = f"{self.ge}" if self.ge is not None else f"more than {self.gt}"
         return f"{start} to {self.le}" if self.le is not None else f"{start} to less than {self.lt}"
 
 
-AT_LEAST_0 = Range(ge=0)
-AT_LEAST_1 = Range(ge=1)
-POSITIVE = Range(gt=0)
+COUNT = Range(ge=1, le=1_000_000_000)
+"""Of images, or of steps."""
+COUNT_OR_0 = Range(ge=0, le=1_000_000_000)
+BATCH = Range(ge=1, le=1 << 24)
+BATCH_OR_0 = Range(ge=0, le=1 << 24)
+ROUNDS = Range(ge=1, le=10_000)
+SEEDS = Range(ge=1, le=1000)
+PICTURES = Range(ge=0, le=100)
+EPOCHS = Range(gt=0, le=1_000_000)
+EPOCHS_OR_0 = Range(ge=0, le=1_000_000)
+MINUTES = Range(gt=0, le=1_000_000)
+"""Two years."""
+MINUTES_OR_0 = Range(ge=0, le=1_000_000)
+SECONDS = Range(gt=0, le=60_000_000)
+LEARNING_RATE = Range(gt=0, le=10_000)
+LEARNING_RATE_OR_0 = Range(ge=0, le=10_000)
+WEIGHT_OR_0 = Range(ge=0, le=1_000_000)
+"""Of a loss; of a decay; a norm."""
+GIGABYTES = Range(gt=0, le=1_000_000_000)
+PROCESSES = Range(ge=1, le=1 << 20)
+WIDTH = Range(ge=1, le=65536)
+HEAD_WIDTH = Range(ge=1, le=4096)
+DEPTH = Range(ge=1, le=256)
+HEADS = Range(ge=1, le=1024)
+JPEG_QUALITY = Range(ge=1, le=100)
+PATCH = Range(ge=1, le=1024)
+THREADS = Range(ge=0, le=1024)
+NEIGHBOURS = Range(ge=1, le=10_000)
+TEMPERATURE = Range(ge=1e-6, le=1e6)
+MIXING = Range(ge=0, le=1000)
+"""Alpha of a beta distribution."""
 FRACTION = Range(ge=0, lt=1)
 """From 0 to less than 1: a rate of dropping or smoothing, a decay, a momentum."""
 WORKERS = Range(ge=-1, le=1024)
+VALUES = Range(ge=-(10**12), le=10**12)
+"""Of pixels, of any type."""
 SEED = Range(ge=0, lt=2**31)

@@ -12,10 +12,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from fastmae.config.ranges import Range
 from fastmae.errors import InputError
+from fastmae.outside import documents
 
 Layer = tuple[str, Mapping[str, Any]]
 """A source of values: its name for messages ('' for the caller), and option -> value."""
@@ -23,6 +22,9 @@ COMMAND_LINE_ONLY = ("json", "print_config", "traceback")
 """Flags that mean nothing to a caller from Python."""
 CALLER_ONLY = ("config", *COMMAND_LINE_ONLY)
 """Options that a file can't set."""
+OPTION_LINES = "give `option: value` lines, as --print-config prints them"
+SHOWN_CHARACTERS = 80
+"""Of a value, in a message."""
 
 
 def resolved(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def converted(hint: Any, value: Any, name: str) -> Any:
         number = converted(arguments[0], value, name)
         _check_range(range_of(hint), number, name)
         return number
-    if origin in (Union, UnionType):
+    if origin in (Union, UnionType) and NoneType in arguments:
         if value is None or value == "None":
             return None
         return converted(next(kind for kind in arguments if kind is not NoneType), value, name)
@@ -79,11 +81,33 @@ def converted(hint: Any, value: Any, name: str) -> Any:
         raise InputError(f"{name}: needs a value")
     if origin is Literal:
         if value not in arguments:
-            raise InputError(f"{name} {value}: give one of {', '.join(map(repr, arguments))}{near(value, arguments)}")
+            raise InputError(
+                f"{name} {shown(value)}: give one of {', '.join(map(repr, arguments))}{near(value, arguments)}"
+            )
         return value
-    if origin is tuple:
-        return _converted_tuple(arguments, value, name)
+    if origin in (tuple, Union, UnionType):
+        either = words_or_numbers(hint)
+        return _word_or_numbers(*either, value, name) if either else _converted_tuple(arguments, value, name)
     return _converted_number(hint, value, name) if hint in (int, float) else _converted_simple(hint, value, name)
+
+
+def _word_or_numbers(words: tuple[str, ...], numbers: Any, value: Any, name: str) -> Any:
+    if isinstance(value, str) and value in words:
+        return value
+    try:
+        return converted(numbers, value, name)
+    except InputError as error:
+        shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        wanted = f"{', '.join(words)}, or {len(get_args(numbers))} numbers"
+        raise InputError(f"{name} {shown}: give {wanted}{near(value, words)}") from error
+
+
+def words_or_numbers(hint: Any) -> tuple[tuple[str, ...], Any] | None:
+    """The words and the tuple of a type `Literal[...] | tuple[...]`; None for any other type."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    kinds = {get_origin(kind): kind for kind in get_args(hint)}
+    return (get_args(kinds[Literal]), kinds[tuple]) if kinds.keys() == {Literal, tuple} else None
 
 
 def _converted_simple(kind: type, value: Any, name: str) -> Any:
@@ -91,17 +115,19 @@ def _converted_simple(kind: type, value: Any, name: str) -> Any:
     accepted: dict[type, Any] = {bool: bool, Path: str | int | Path, str: str | int | float | Path}
     if not isinstance(value, accepted[kind]) or (isinstance(value, bool) and kind is not bool):
         wanted = {bool: "true or false", Path: "a path", str: "text"}
-        raise InputError(f"{name} {value}: give {wanted[kind]}")
+        raise InputError(f"{name} {shown(value)}: give {wanted[kind]}")
     return kind(str(value)) if kind is Path else kind(value)
 
 
 def _converted_tuple(arguments: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
     """A tuple of any length (`tuple[str, ...]`, where one value stands for itself) or of a fixed one."""
+    if isinstance(value, str) and arguments[-1] is not Ellipsis:
+        value = value.split()
     parts = list(value) if isinstance(value, list | tuple) else [value]
     if arguments[-1] is Ellipsis:
         return tuple(converted(arguments[0], part, name) for part in parts)
     if len(parts) != len(arguments):
-        raise InputError(f"{name} {' '.join(map(str, parts))}: give {len(arguments)} values")
+        raise InputError(f"{name} {' '.join(map(shown, parts))}: give {len(arguments)} values")
     return tuple(converted(hint, part, name) for hint, part in zip(arguments, parts, strict=True))
 
 
@@ -115,13 +141,36 @@ def _converted_number(kind: type, value: Any, name: str) -> int | float:
             raise ValueError
         return int(value)
     except (ValueError, OverflowError):
-        raise InputError(f"{name} {value}: give a {'whole number' if kind is int else 'number'}") from None
+        raise InputError(f"{name} {shown(value)}: give a {'whole number' if kind is int else 'number'}") from None
 
 
 def _check_range(span: Range | None, number: Any, name: str) -> None:
-    numbers = number if isinstance(number, tuple) else () if number is None else (number,)
+    numbers = number if isinstance(number, tuple) else () if number is None or isinstance(number, str) else (number,)
     if span is not None and not all(span.holds(each) for each in numbers):
-        raise InputError(f"{name} {' '.join(map(str, numbers))}: give {span}")
+        raise InputError(f"{name} {' '.join(map(shown, numbers))}: give {span}")
+
+
+def shown(value: Any) -> str:
+    """A value for a message: the start of a long one."""
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return f"{type(value).__name__} of thousands of digits"
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def numbers(kind: Any, text: str, name: str) -> tuple[Any, ...]:
+    """Numbers that an option has as text, with commas between them.
+
+    Args:
+        kind: type of each, with its range.
+        text: `1,0.5`.
+        name: the option's name, for messages.
+
+    Raises:
+        InputError: something else.
+    """
+    return tuple(converted(kind, word, name) for word in text.split(","))
 
 
 def range_of(hint: Any) -> Range | None:
@@ -149,16 +198,15 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     """The options in a file.
 
     Raises:
-        InputError: a file that can't be read, or holds something else.
+        InputError: no such file, or it holds something else.
+        OSError: it can't be read.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = documents.read_yaml(path, way_out=OPTION_LINES) or {}
     except FileNotFoundError:
         raise InputError(f"{path}: does not exist; give a YAML file of options") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: can't be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(f"{path}: not a list of `option: value` lines; see --print-config")
+        raise InputError(f"{path}: holds something else than options; {OPTION_LINES}")
     return values
 
 
@@ -170,11 +218,11 @@ def _by_name(kind: Any, source: str, layer: Mapping[str, Any]) -> dict[str, Any]
     for key in layer:
         if key.replace("-", "_") not in known:
             prefix = f"{source}: " if source else ""
-            raise InputError(f"{prefix}no option '{key}'{near(key.replace('-', '_'), known)}")
+            raise InputError(f"{prefix}no option '{shown(key)}'{near(key.replace('-', '_'), known)}")
     return {key.replace("-", "_"): value for key, value in layer.items()}
 
 
 def near(name: Any, known: Sequence[Any]) -> str:
     """`; did you mean 'batch_size'?` for a misspelt name, or nothing."""
-    close = difflib.get_close_matches(str(name), [str(one) for one in known], 1)
+    close = difflib.get_close_matches(shown(name), [str(one) for one in known], 1)
     return f"; did you mean {close[0]!r}?" if close else ""

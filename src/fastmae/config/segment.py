@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from fastmae.config.common import PIXELS
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_0, FRACTION, Range
+from fastmae.config.ranges import FRACTION, HEAD_WIDTH, PICTURES, Range
 from fastmae.config.supervised import SupervisedConfig
 
 
@@ -28,9 +28,9 @@ class SegmentConfig(SupervisedConfig):
     short_side: Annotated[int | None, Range(ge=0, le=16384)] = None
     """Length in pixels to which a photo's shorter side is resized before it is cropped or evaluated; the masks used for
     the evaluation keep their size. 0: no resizing. Default: --crop-size, as in the recipe for ADE20K."""
-    head_channels: Annotated[int | None, Range(ge=1, le=16384)] = None
+    head_channels: Annotated[int | None, HEAD_WIDTH] = None
     """Width of UperNet's head. Default: the encoder's own, so 768 on a ViT-B."""
     inference: Literal["slide", "whole"] = "slide"
     """Average the scores of windows of --crop-size, each shifted by two thirds of it; or use the whole photo."""
-    pictures: Annotated[int, AT_LEAST_0] = 6
+    pictures: Annotated[int, PICTURES] = 6
     """Rows of predictions.png; 0: no picture."""

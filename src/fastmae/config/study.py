@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastmae.config.common import BLOCK, OFFLINE_TEACHER, Common
 from fastmae.config.options import options
 from fastmae.config.pretrain import PretrainConfig
-from fastmae.config.ranges import AT_LEAST_1, WORKERS, Range
+from fastmae.config.ranges import PATCH, SEEDS, WORKERS
 from fastmae.config.tokenize import TokenizeConfig
 
 
@@ -14,7 +14,7 @@ from fastmae.config.tokenize import TokenizeConfig
 class StudyConfig(Common):
     """What a command needs for tokenising images and comparing small students on them."""
 
-    seeds: Annotated[int, AT_LEAST_1] = 1
+    seeds: Annotated[int, SEEDS] = 1
     """Runs of every method, from --seed on. With more than one, mean and standard deviation are given."""
     recipe: str = "vit_tiny_cpu"
     """Recipe of FastMAE."""
@@ -28,7 +28,7 @@ class StudyConfig(Common):
     """As in tokenize."""
     middle_size: str = "96"
     """As in tokenize."""
-    patch_size: Annotated[int, Range(ge=1, le=1024)] = 8
+    patch_size: Annotated[int, PATCH] = 8
     """As in tokenize."""
     flip: bool = True
     """As in pretrain."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Range
+from fastmae.config.ranges import BATCH, EPOCHS, EPOCHS_OR_0, FRACTION, LEARNING_RATE, Range
 from fastmae.config.training import TrainingConfig
 
 
@@ -27,15 +27,15 @@ class SupervisedConfig(TrainingConfig):
 
     epochs: Annotated[int | None, Range(ge=1, le=1_000_000)] = None
     """Passes over the training images."""
-    warmup_epochs: Annotated[float | None, AT_LEAST_0] = None
+    warmup_epochs: Annotated[float | None, EPOCHS_OR_0] = None
     """Epochs of linear warm-up."""
-    batch_size: Annotated[int | None, AT_LEAST_1] = None
+    batch_size: Annotated[int | None, BATCH] = None
     """Images per step, over all devices."""
-    lr: Annotated[float | None, POSITIVE] = None
+    lr: Annotated[float | None, LEARNING_RATE] = None
     """Peak learning rate of a step (not per 256 images)."""
     layer_decay: Annotated[float, Range(gt=0, le=1)] = 1.0
     """Each block's learning rate, as a fraction of that of the block above it."""
     drop_path: Annotated[float, FRACTION] = 0.0
     """Rate of stochastic depth at the last block, growing linearly from 0 at the first."""
-    eval_every: Annotated[float | None, POSITIVE] = None
+    eval_every: Annotated[float | None, EPOCHS] = None
     """Epochs between evaluations on val/. Default: a tenth of the run, at least one."""

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from fastmae.config.common import BLOCK, DEFAULT_TEACHER, PIXELS, Common, Precision
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, WORKERS, Range
+from fastmae.config.ranges import BATCH, COUNT, DEPTH, JPEG_QUALITY, PATCH, PROCESSES, VALUES, WORKERS, Range
+from fastmae.errors import InputError
 
 
 @options
@@ -25,7 +26,7 @@ class TokenizeConfig(Common):
     """Weights file for a timm/NAME teacher instead of the hub's: safetensors, or a PyTorch file without code in it."""
     teacher_block: Annotated[int | None, BLOCK] = None
     """The block whose output is kept, counted from 0, or from -1 backwards; for a CNN, the stage. Default: the last."""
-    teacher_last: Annotated[int, AT_LEAST_1] = 1
+    teacher_last: Annotated[int, DEPTH] = 1
     """Average the outputs of this many blocks of a ViT, up to the chosen block."""
     teacher_norm: Literal["auto", "final", "layer", "none"] = "auto"
     """Norm over the features: the teacher's own final norm, a LayerNorm without parameters, or none. auto: final for
@@ -38,7 +39,7 @@ class TokenizeConfig(Common):
     middle_size: str = "352"
     """Side of the middle image in pixels (Sec. 3.2.3). Several sizes (256,352,448) keep each picture at each size, and
     a view draws its scale."""
-    patch_size: Annotated[int, Range(ge=1, le=1024)] = 16
+    patch_size: Annotated[int, PATCH] = 16
     """Side of a patch in pixels (Sec. 4.1.1)."""
     channels: Annotated[int, Range(ge=1, le=1024)] = 3
     """Image channels as the student will see them: 3 for RGB, 1 for grey; any other number is read from .npy files
@@ -47,27 +48,31 @@ class TokenizeConfig(Common):
     """The channels that the teacher takes as red, green and blue. Default: 0,1,2 for RGB, 0,0,0 for grey."""
     resize: Literal["whole", "center-crop"] = "whole"
     """Squeeze the whole picture into the square, or crop its centre."""
+    value_range: Annotated[Literal["auto", "file", "set"] | tuple[float, float], VALUES] = "auto"
+    """The values of 16-bit, integer and float images that become black and white. auto: their type's range. file: each
+    image's own percentiles, 0.5 and 99.5. set: those of a sample of the images. Or two numbers: -1000 400 for
+    Hounsfield units, say. The store records it."""
     codec: str = "fp16"
     """Storage of a token: fp32, fp16, int8, or pq<M> for product quantisation to M bytes (pq48, say). auto: the
     smallest one whose tokens keep a cosine of 0.95 on a sample of the images."""
-    codec_images: Annotated[int, AT_LEAST_1] = 512
+    codec_images: Annotated[int, COUNT] = 512
     """Number of images from which int8 and pq<M> learn."""
     flips: Literal["approximate", "stored"] = "approximate"
     """Tokens of a flipped view: the mirrored grid, or the teacher's features of the mirrored image (twice the time and
     the disk)."""
     pixels: Literal["jpeg", "raw"] = "jpeg"
     """Storage of the middle images."""
-    jpeg_quality: Annotated[int, Range(ge=1, le=100)] = 90
+    jpeg_quality: Annotated[int, JPEG_QUALITY] = 90
     """JPEG quality of the middle images."""
     shard_size: Annotated[int, Range(ge=1, le=1 << 20)] = 256
     """Images per shard: what a kill loses at most, and what is held in memory."""
-    batch_size: Annotated[int, AT_LEAST_1] = 32
+    batch_size: Annotated[int, BATCH] = 32
     """Images per forward pass of the teacher."""
     workers: Annotated[int, WORKERS] = -1
     """Decoding processes; -1: all cores but two, at least one."""
-    rank: Annotated[int | None, AT_LEAST_0] = None
+    rank: Annotated[int | None, Range(ge=0, lt=1 << 20)] = None
     """Number of this process, from 0, among several that fill one store. Default: from torchrun or srun, or 0."""
-    world_size: Annotated[int | None, AT_LEAST_1] = None
+    world_size: Annotated[int | None, PROCESSES] = None
     """Number of processes or machines that fill the store together; they share only its folder. Default: from torchrun
     or srun, or 1."""
     strict: bool = False
@@ -76,3 +81,9 @@ class TokenizeConfig(Common):
     """Extend a finished store by the images of IMAGES that it does not hold yet."""
     dry_run: bool = False
     """Measure on a few images how large the store will be and how long it will take. Nothing is written."""
+
+    def check(self) -> None:
+        """See `Options`."""
+        if isinstance(self.value_range, tuple) and self.value_range[0] >= self.value_range[1]:
+            low, high = self.value_range
+            raise InputError(f"--value-range {low:g} {high:g}: give the smaller one first")

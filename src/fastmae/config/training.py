@@ -4,7 +4,16 @@ from typing import Annotated, ClassVar
 
 from fastmae.config.common import Common, Precision
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, WORKERS
+from fastmae.config.ranges import (
+    BATCH_OR_0,
+    COUNT,
+    FRACTION,
+    LEARNING_RATE_OR_0,
+    MINUTES_OR_0,
+    WEIGHT_OR_0,
+    WORKERS,
+    Range,
+)
 from fastmae.config.resolve import CALLER_ONLY
 
 
@@ -19,18 +28,18 @@ class TrainingConfig(Common):
     )
     """Options that may change when a run is continued: they change where and how fast it trains, but not what."""
 
-    min_lr: Annotated[float, AT_LEAST_0] = 0.0
+    min_lr: Annotated[float, LEARNING_RATE_OR_0] = 0.0
     """Learning rate at the end."""
-    weight_decay: Annotated[float, AT_LEAST_0] = 0.05
+    weight_decay: Annotated[float, WEIGHT_OR_0] = 0.05
     """Weight decay of AdamW, on weights with two or more dimensions."""
     betas: Annotated[tuple[float, float], FRACTION] = (0.9, 0.999)
     """Betas of AdamW."""
-    clip_grad: Annotated[float, AT_LEAST_0] = 0.0
+    clip_grad: Annotated[float, WEIGHT_OR_0] = 0.0
     """Largest norm of the gradient; 0: no clipping."""
     ema: Annotated[float, FRACTION] = 0.0
     """Decay of a moving average of the weights, 0.9999 say; the average is then what is evaluated and exported.
     0: none."""
-    micro_batch: Annotated[int, AT_LEAST_0] = 0
+    micro_batch: Annotated[int, BATCH_OR_0] = 0
     """Most images that a device takes at once; a larger share of the batch is accumulated over several passes.
     0: no limit."""
     precision: Precision = "auto"
@@ -41,13 +50,13 @@ class TrainingConfig(Common):
     kill, with exactly the same losses. Slower. Without it they agree to rounding. CPUs need no such kernels."""
     checkpoint_activations: bool = False
     """Recompute the activations of the encoder blocks in the backward pass: less memory, about a third more time."""
-    devices: Annotated[int, AT_LEAST_1] = 1
+    devices: Annotated[int, Range(ge=1, le=1024)] = 1
     """Processes on this machine, one device each; or start them with torchrun or srun."""
     workers: Annotated[int, WORKERS] = -1
     """Loading processes per device; -1: its share of the cores but two, at least one."""
-    save_every: Annotated[float, AT_LEAST_0] = 10.0
+    save_every: Annotated[float, MINUTES_OR_0] = 10.0
     """Minutes between checkpoints."""
-    log_every: Annotated[int, AT_LEAST_1] = 10
+    log_every: Annotated[int, COUNT] = 10
     """Steps between log entries."""
     resume: bool = True
     """Continue from the checkpoint; --no-resume sets it aside and starts over."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastmae.config.common import Common
 from fastmae.config.options import options
-from fastmae.config.ranges import AT_LEAST_1, WORKERS
+from fastmae.config.ranges import BATCH, WORKERS
 
 
 @options
@@ -16,7 +16,7 @@ class VerifyConfig(Common):
     """The token store."""
     repair: bool = False
     """Rebuild only the damaged parts, from the images and the teacher that the store names."""
-    batch_size: Annotated[int, AT_LEAST_1] = 32
+    batch_size: Annotated[int, BATCH] = 32
     """Images per forward pass of the teacher during a repair. The same bytes need the same size as in tokenize."""
     workers: Annotated[int, WORKERS] = -1
     """Decoding processes; -1: all cores but two, at least one."""

@@ -32,6 +32,7 @@ from fastmae.offline.listing import ListedImages, listed_images
 from fastmae.probes.embed import check_pool, pooled, tokens_of
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.arithmetic import computes_as_asked
+from fastmae.runtime.batch_memory import check_batch
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import remove_parts, write_whole
 from fastmae.runtime.fabric import Fabric
@@ -100,6 +101,7 @@ class ListedPictures(Dataset[ImageBatch]):
     def __init__(self, images: ImageList, source: Source, opened: OpenedEncoder):
         self.images, self.source = images, source
         self.size, self.resize, self.channels = opened.image_size, opened.resize, opened.channels
+        self.value_range = opened.value_range
 
     def __getitem__(self, indices: range) -> ImageBatch:
         keys, skipped = [], []
@@ -115,7 +117,7 @@ class ListedPictures(Dataset[ImageBatch]):
         return ImageBatch(keys, torch.cat(pixels), skipped)
 
     def _pixels(self, key: str, file: BinaryIO) -> torch.Tensor:
-        return resized_pixels(file, key, self.size, self.resize, self.channels)[0]
+        return resized_pixels(file, key, self.size, self.resize, self.channels, self.value_range)[0]
 
     def batches(self, batch_size: int, workers: int, device: torch.device) -> Iterator[ImageBatch]:
         """All images, in the order of the list."""
@@ -147,6 +149,7 @@ def _features(config: FeaturesConfig) -> dict[str, Any]:
     embed = batch_embedder(opened, config.pool, config.block, config.dense, fabric)
     dim, grid = _sizes(opened, embed)
     with listed_images(config.images, False, config.out) as listed:
+        check_batch(min(config.batch_size, listed.info.images), opened.channels, opened.image_size)
         _make_room(config, dim, grid, listed.info.images)
         pictures, start = ListedPictures(ImageList(listed.file), listed.source, opened), time.monotonic()
         image_batches = pictures.batches(config.batch_size, config.workers, fabric.device)

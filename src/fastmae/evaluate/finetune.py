@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -24,15 +23,18 @@ from fastmae.evaluate.transforms import (
     crop_augmentation,
     full_augmentation,
 )
+from fastmae.outside.networks import create_network
 from fastmae.probes.embed import check_pool
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.batch_memory import check_batch
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.wording import weight_count
 from fastmae.student.feature_map import accepted_arguments
 from fastmae.training.driver import train
 from fastmae.training.evaluation import val_batches
 from fastmae.training.optimiser import layer_decayed_groups
+from fastmae.training.run import images_at_once
 from fastmae.training.task import Evaluated, Settings, Task
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ def finetune(config: FinetuneConfig, data: LabelledFolder | None = None) -> dict
     check_mixing(config, settings)
     torch.manual_seed(config.seed)
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=config.pretrained)
+    check_batch(images_at_once(config, settings.batch_size), opened.channels, opened.image_size)
     result = train(config, finetuning_task(config, data, settings, opened), settings)
     if result is not None:
         log.info(
@@ -84,7 +87,9 @@ def finetuning_task(config: FinetuneConfig, data: LabelledFolder, settings: Sett
         out=config.out,
         headline=f"finetune: {weight_count(weights)}",
         network=network,
-        dataset=LabelledImages(data.train, data.train_labels, opened.channels, augmentation, config.seed),
+        dataset=LabelledImages(
+            data.train, data.train_labels, opened.channels, augmentation, config.seed, opened.value_range
+        ),
         step=ClassifierStep(_mixing(config, len(data.classes)), config.smoothing),
         parameter_groups=partial(layer_decayed_groups, network, network, config.weight_decay, config.layer_decay),
         description={"encoder": {**opened.describe(""), "arguments": arguments}, "data": data.describe()},
@@ -114,7 +119,7 @@ def build_classifier(opened: OpenedEncoder, classes: int, pool: str, drop_path: 
     regularised = accepted_arguments(opened.architecture, {"drop_path_rate": drop_path})
     if drop_path and not regularised:
         log.info(f"{opened.architecture} has no stochastic depth in timm: --drop-path {drop_path} has no effect")
-    network: Any = timm.create_model(opened.architecture, **arguments, **regularised)
+    network: Any = create_network(opened.architecture, {**arguments, **regularised}, opened.source)
     loaded = network.load_state_dict(encoder.state_dict(), strict=False)
     if opened.is_vit:
         new_names = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
@@ -201,6 +206,8 @@ def _measure(
     batch_size: int,
 ) -> Evaluated:
     assert config.out is not None
-    images = LabelledImages(data.val, data.val_labels, opened.channels, centre_crop(opened))
+    images = LabelledImages(
+        data.val, data.val_labels, opened.channels, centre_crop(opened), value_range=opened.value_range
+    )
     batches = val_batches(images, fabric, batch_size // fabric.world_size, config.workers)
     return measure_classifier(network, batches, data.classes, fabric, config.out / "confusion.png")

@@ -9,11 +9,13 @@ import torch
 
 from fastmae.config import KnnConfig
 from fastmae.errors import InputError
+from fastmae.images.value_range import AUTO
 from fastmae.probes.embed import Embed, WholeImages, embed_images, embed_with_encoder, embed_with_teacher
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.probes.neighbours import knn_accuracy
 from fastmae.runs.encoder import open_encoder
 from fastmae.runs.load import load_run
+from fastmae.runtime.batch_memory import check_batch
 from fastmae.runtime.device import resolve_device
 from fastmae.teachers import Teacher
 from fastmae.teachers.efficientnet_lite import LITES
@@ -33,12 +35,14 @@ class FeatureExtractor:
         image_size: side of its images in pixels.
         resize: how pictures are brought to this size, a key of `images.middle.RESIZE`.
         channels: channels of its images.
+        value_range: how values of more than 8 bits become 8 bits.
     """
 
     embed: Embed
     image_size: int
     resize: str
     channels: int = 3
+    value_range: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,11 @@ def labelled_features(config: KnnConfig, data: LabelledFolder | None = None) -> 
     device = resolve_device(config.device)
     data = data or open_labelled(config.data)
     extractor = feature_extractor(config, device)
+    images_at_once = min(config.batch_size, max(len(data.train), len(data.val)))
+    check_batch(images_at_once, extractor.channels, extractor.image_size)
     train, val = (
         embed_images(
-            WholeImages(paths, extractor.image_size, extractor.resize, extractor.channels),
+            WholeImages(paths, extractor.image_size, extractor.resize, extractor.channels, extractor.value_range),
             extractor.embed,
             device,
             config.batch_size,
@@ -142,7 +148,7 @@ def feature_extractor(config: KnnConfig, device: torch.device) -> FeatureExtract
     pretrained = config.pretrained and config.features == "encoder"
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=pretrained)
     embed = embed_with_encoder(opened.network.to(device), config.pool, config.block, opened.mean, opened.std)
-    return FeatureExtractor(embed, opened.image_size, opened.resize, opened.channels)
+    return FeatureExtractor(embed, opened.image_size, opened.resize, opened.channels, opened.value_range)
 
 
 def _of_the_runs_teacher(config: KnnConfig, device: torch.device) -> FeatureExtractor:
@@ -156,8 +162,9 @@ def _of_the_runs_teacher(config: KnnConfig, device: torch.device) -> FeatureExtr
             f"--features teacher: {config.run} was not pre-trained on a store; give the run it was made from"
         )
     size = store["middle_sizes"][-1]
-    teacher = teacher_of_store(store["teachers"][0], size, size // store["patch_size"]).to(device)
-    return FeatureExtractor(embed_with_teacher(teacher), size, store["resize"], store["channels"])
+    teacher = teacher_of_store(store["teachers"][0], size, size // store["patch_size"], config.run).to(device)
+    value_range = store.get("value_range", AUTO)
+    return FeatureExtractor(embed_with_teacher(teacher), size, store["resize"], store["channels"], value_range)
 
 
 def _of_a_teacher(config: KnnConfig, network: Any, device: torch.device) -> FeatureExtractor:

@@ -23,12 +23,14 @@ from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.probes.logistic import linear_accuracy
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.arithmetic import computes_as_asked, float32_products
+from fastmae.runtime.batch_memory import check_batch
 from fastmae.runtime.device import own_device
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.processes import this_process
 from fastmae.runtime.wording import counted, weight_count
 from fastmae.runtime.workers import as_is
 from fastmae.training.driver import train
+from fastmae.training.run import images_at_once
 from fastmae.training.task import Evaluated, ParameterGroups, Step, Task
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ def linear(config: LinearConfig) -> dict[str, Any] | None:
     settings = settle(config, IMAGENET, len(data.train))
     torch.manual_seed(config.seed)
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=config.pretrained)
+    check_batch(images_at_once(config, settings.batch_size), opened.channels, opened.image_size)
     embed = pooled_features(opened.network, config.pool, config.block)
     splits = ("val",) if config.augment == "crop" else ("train", "val")
     features = {split: _features(config, data, opened, embed, split) for split in splits}
@@ -106,7 +109,9 @@ def probing_task(
     dataset: Dataset[Any]
     if augmented:
         augmentation = crop_augmentation(opened)
-        dataset = LabelledImages(data.train, data.train_labels, opened.channels, augmentation, config.seed)
+        dataset = LabelledImages(
+            data.train, data.train_labels, opened.channels, augmentation, config.seed, opened.value_range
+        )
     else:
         dataset = FeatureRows(len(data.train))
     weights = sum(parameter.numel() for parameter in probe.parameters())
@@ -207,7 +212,7 @@ def _features(
     paths, labels = (data.train, data.train_labels) if split == "train" else (data.val, data.val_labels)
     device = own_device(config.device)
     opened.network.to(device)
-    images = LabelledImages(paths, labels, opened.channels, centre_crop(opened))
+    images = LabelledImages(paths, labels, opened.channels, centre_crop(opened), value_range=opened.value_range)
     return embed_images(images, embed, device, BATCH_SIZE, config.workers, f"features {split}")
 
 

@@ -1,5 +1,6 @@
 """Labelled images as a training or evaluation set, and how they are augmented or cropped."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,18 @@ from timm.data import create_transform
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from fastmae.config.resolve import shown
 from fastmae.errors import InputError
 from fastmae.images.decode import decode_bands
 from fastmae.images.reading import read_or_refuse
+from fastmae.images.value_range import AUTO
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runtime.seeding import drawn_from
 
 CROP_RATIO = 224 / 256
 """Side of the centre crop, as a fraction of the resized picture's shorter side, as in MAE's evaluation."""
+NOTATION = r"[a-z0-9]+(?:-[a-z]+(?:\d{1,3}(?:\.\d{1,6})?)?)*"
+"""Of timm's RandAugment. It would repeat its operations any number of times: n1000000."""
 BICUBIC = v2.InterpolationMode.BICUBIC
 Transform = Callable[[Any], torch.Tensor]
 """A PIL image, or a list of one per channel -> float32 [K, S, S], normalised."""
@@ -36,10 +41,20 @@ class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
         channels: K; if neither 1 nor 3, the transform gets a list of K images.
         transform: augmentation or crop.
         seed: seed of the augmentation.
+        value_range: how values of more than 8 bits become 8 bits.
     """
 
-    def __init__(self, paths: list[Path], labels: torch.Tensor, channels: int, transform: Transform, seed: int = 0):
+    def __init__(
+        self,
+        paths: list[Path],
+        labels: torch.Tensor,
+        channels: int,
+        transform: Transform,
+        seed: int = 0,
+        value_range: str = AUTO,
+    ):
         self.paths, self.labels, self.channels, self.transform, self.seed = paths, labels, channels, transform, seed
+        self.value_range = value_range
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -52,7 +67,9 @@ class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
 
     def _decode(self, path: Path) -> list[Image.Image]:
         return read_or_refuse(
-            path, lambda file: decode_bands(file, path.name, self.channels)[0], "remove it from the data"
+            path,
+            lambda file: decode_bands(file, path.name, self.channels, value_range=self.value_range)[0],
+            "remove it from the data",
         )
 
 
@@ -67,6 +84,8 @@ def full_augmentation(opened: OpenedEncoder, rand_augment: str, erasing: float) 
             f"--augment full: RandAugment needs RGB images, not {opened.channels} channels; use --augment crop"
         )
     try:
+        if rand_augment and not re.fullmatch(NOTATION, rand_augment):
+            raise ValueError
         transform: Any = create_transform(
             opened.image_size,
             is_training=True,
@@ -79,8 +98,10 @@ def full_augmentation(opened: OpenedEncoder, rand_augment: str, erasing: float) 
             mean=opened.mean,
             std=opened.std,
         )
-    except (AssertionError, ValueError, KeyError) as error:
-        raise InputError(f"--rand-augment {rand_augment}: not in timm's notation, as rand-m9-mstd0.5-inc1") from error
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(
+            f"--rand-augment {shown(rand_augment)}: not in timm's notation, as rand-m9-mstd0.5-inc1"
+        ) from error
     for part in transform.transforms:
         for operation in getattr(part, "ops", []):
             if operation.name.startswith("Posterize"):

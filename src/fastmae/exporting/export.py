@@ -21,6 +21,7 @@ from fastmae.exporting.output_folder import EXPORT_FILE, check_output_folder, co
 from fastmae.exporting.provenance import RANDOM_WEIGHTS, Provenance, provenance_of
 from fastmae.exporting.timm_format import TIMM
 from fastmae.exporting.transformers_format import TRANSFORMERS
+from fastmae.images.value_range import range_entry
 from fastmae.runs.encoder import open_encoder
 from fastmae.runtime.ownership import owned_place
 
@@ -113,6 +114,7 @@ def _describe(config: ExportConfig, model: ExportedModel, provenance: Provenance
         "mean": list(model.mean),
         "std": list(model.std),
         "resize": model.resize,
+        **range_entry(model.value_range),
         "crop": model.crop,
         "crop_share": model.crop_share,
         "classes": list(model.classes),

@@ -4,11 +4,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
+import msgspec
 import torch
 
 from fastmae.errors import InputError
 from fastmae.evaluate.transforms import CROP_RATIO
+from fastmae.outside.documents import checked
+from fastmae.outside.networks import network_of
+from fastmae.runs.description import WAY_OUT
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runs.folder import RUN_FILE
 from fastmae.runs.load import load_run
@@ -45,6 +48,12 @@ class ExportedModel(OpenedEncoder):
         return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
 
 
+class LabelledData(msgspec.Struct):
+    """The part `data` of a fine-tuned run's description."""
+
+    classes: list[str]
+
+
 def encoder_to_export(opened: OpenedEncoder) -> ExportedModel:
     """The encoder without a classifier. Its pictures are resized as in pre-training."""
     opened.network.reset_classifier(0)
@@ -67,8 +76,7 @@ def classifier_to_export(opened: OpenedEncoder) -> ExportedModel:
         raise InputError(
             f"--classifier: {opened.source} is not a run of `fastmae finetune`; leave it out to export the encoder"
         )
-    network: Encoder = timm.create_model(opened.architecture, **arguments)
-    network.load_state_dict(weights)
+    network: Encoder = network_of(opened.architecture, arguments, path, weights)
     size = opened.image_size
     if size != description["encoder"]["image_size"]:
         if opened.is_vit:
@@ -77,8 +85,10 @@ def classifier_to_export(opened: OpenedEncoder) -> ExportedModel:
             network = resized_network(opened.source, network, opened.architecture, arguments, size)
     sized = replace(opened, network=network.eval(), arguments=arguments).at_size(size)
     fields = vars(sized)
-    classes = tuple(description["data"]["classes"])
-    return ExportedModel(**fields, classes=classes, crop="center", crop_share=CROP_RATIO)
+    classes = checked(description.get("data"), LabelledData, name=path, way_out=WAY_OUT).classes
+    if len(classes) != arguments["num_classes"]:
+        raise InputError(f"{path}: names {len(classes)} classes for {arguments['num_classes']} outputs; {WAY_OUT}")
+    return ExportedModel(**fields, classes=tuple(classes), crop="center", crop_share=CROP_RATIO)
 
 
 def model_outputs(network: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:

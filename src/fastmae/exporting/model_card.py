@@ -8,6 +8,8 @@ from fastmae import __version__
 from fastmae.exporting.export_format import ExportFormat
 from fastmae.exporting.exported_model import ExportedModel
 from fastmae.exporting.provenance import Facts, Provenance
+from fastmae.images.value_range import AUTO, PERCENTILES, bounds_of
+from fastmae.student.encoder import number_of_heads
 
 CARD_FILE = "README.md"
 TITLES = {
@@ -44,7 +46,7 @@ def write_model_card(
         version=__version__,
         network=_network(model),
         channels=model.channels,
-        preparation=_preparation(model),
+        preparation=_preparation(model) + _mapping(model.value_range),
         mean=_rounded(model.mean),
         std=_rounded(model.std),
         usage=export_format.usage(model, "."),
@@ -70,7 +72,7 @@ def _network(model: ExportedModel) -> str:
     if model.is_vit:
         return (
             f"A vision transformer ({model.architecture}: {len(network.blocks)} blocks of width {model.dim}, "
-            f"{network.blocks[0].attn.num_heads} heads, {millions}).\n"
+            f"{number_of_heads(network)} heads, {millions}).\n"
             f"It takes images of {size} in patches of {model.patch_size} px."
         )
     return (
@@ -98,6 +100,16 @@ def _preparation(model: ExportedModel) -> str:
         return f"The middle square of the picture {resized}."
     share = f"{100 * model.crop_share:.3g} % of the picture's shorter side"
     return f"A middle square with a side of {share} {resized}."
+
+
+def _mapping(value_range: str) -> str:
+    """How values of more than 8 bits are brought to 8, in a sentence; nothing for `auto`."""
+    if value_range == AUTO:
+        return ""
+    bounds = bounds_of(value_range)
+    low, high = value_range.split() if bounds else (f"its {percent:g}th percentile" for percent in PERCENTILES)
+    image = "Values" if bounds else "Each image's values"
+    return f" {image} of more than 8 bits are first mapped linearly, from {low} (0) to {high} (255), and clipped."
 
 
 def _rounded(values: tuple[float, ...]) -> str:

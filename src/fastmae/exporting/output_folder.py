@@ -1,7 +1,6 @@
 """The folder of an export: built aside, put in place when complete, in place of an earlier export of the same model."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ import safetensors.torch
 import torch
 
 from fastmae.errors import InputError
+from fastmae.outside.documents import checked, read_json
 from fastmae.runtime.durable import remove_parts, write_json
 from fastmae.runtime.ownership import check_owner
 
@@ -45,11 +45,13 @@ def check_output_folder(out: Path, identity: dict[str, Any]) -> None:
 
 def read_export(folder: Path) -> dict[str, Any]:
     """The description in an exported folder; {} if the folder is not an export or can't be read."""
+    file, way_out = folder / EXPORT_FILE, "export again"
     try:
-        description = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        description: dict[str, Any] = read_json(file, dict[str, Any], way_out=way_out)
+        checked(description.get("files"), list[str], name=file, way_out=way_out)
+    except (OSError, InputError):
         return {}
-    return description if isinstance(description, dict) else {}
+    return description
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmae.exporting.output_folder import read_export
+from fastmae.outside.documents import checked
 from fastmae.runs.checkpoint import is_checkpoint, load_checkpoint
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runs.folder import CHECKPOINT_FILE, RUN_FILE, read_evaluations, read_metrics, read_run
@@ -53,13 +54,13 @@ def provenance_of(opened: OpenedEncoder) -> Provenance:
     path = Path(opened.source)
     earlier = read_export(path).get("made")
     if earlier:
-        return Provenance(**earlier)
+        return checked(earlier, Provenance, name=path, way_out="export the model again")
     if not path.exists() or not ((path / CHECKPOINT_FILE).is_file() or is_checkpoint(path)):
         weights = {"source": _without_path(opened.source), "SHA-256": opened.describe()["weights_sha256"]}
         story = "The weights were not trained with fastmae and are unchanged."
         return Provenance("other", story, {"Weights": weights})
     checkpoint = load_checkpoint(path / CHECKPOINT_FILE if path.is_dir() else path)
-    description, step = checkpoint["run"], checkpoint["step"]
+    description, step = checkpoint["run"], checkpoint.get("step", 0)
     trained = _pretraining(description) if "store" in description else _supervised_training(description)
     metrics = {"steps": str(step), **_last_metrics(path if path.is_dir() else path.parent, step)}
     if "epoch" in metrics:

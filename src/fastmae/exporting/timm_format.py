@@ -12,6 +12,7 @@ from fastmae.config import ExportConfig
 from fastmae.exporting.export_format import ExportFormat
 from fastmae.exporting.exported_model import ExportedModel, model_outputs
 from fastmae.exporting.output_folder import write_weights
+from fastmae.images.value_range import range_entry
 from fastmae.runs.encoder import EXPORT_CONFIG, EXPORT_WEIGHTS
 from fastmae.runtime.durable import write_json
 
@@ -54,7 +55,7 @@ def config(model: ExportedModel) -> dict[str, Any]:
             "first_conv": own["first_conv"],
             "classifier": own["classifier"],
         },
-        "fastmae": {"version": __version__, "resize": model.resize},
+        "fastmae": {"version": __version__, "resize": model.resize, **range_entry(model.value_range)},
     }
 
 

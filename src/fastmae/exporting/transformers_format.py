@@ -119,8 +119,10 @@ def read(folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     transformers = import_extra("transformers")
     with _quiet(transformers):
-        model, loading = transformers.ViTModel.from_pretrained(folder, output_loading_info=True)
-        transformers.AutoImageProcessor.from_pretrained(folder)
+        model, loading = transformers.ViTModel.from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=False
+        )
+        transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     mismatches = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
     if mismatches:
         raise FailedCheckError(

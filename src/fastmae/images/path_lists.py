@@ -71,7 +71,7 @@ class ListSource:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a text file, without blank ones and comments (which start with #). Comments are counted in a line."""
+    """The lines of a text file, without blank ones and comments, which start with # and are counted in a line."""
     comments = 0
     with open_regular(path) as file:
         if file.read(len(BOM_UTF8)) != BOM_UTF8:  # some editors put this mark first

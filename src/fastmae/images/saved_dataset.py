@@ -5,11 +5,11 @@ That library opens the folder; images are taken from it as undecoded bytes.
 
 import importlib
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,12 +17,32 @@ import xxhash
 
 from fastmae.errors import InputError, first_line
 from fastmae.images.entries import entry_of, key_of, numbers_of
+from fastmae.outside.documents import read_json
 from fastmae.outside.regular_file import open_regular
 
 STATE_FILE, INFO_FILE, SPLITS_FILE = "state.json", "dataset_info.json", "dataset_dict.json"
 SPLIT = "train"
 """The split that is taken if the dataset has several."""
 BATCH_ROWS = 256
+SAVE_AGAIN = "save the dataset again"
+
+
+class _Splits(msgspec.Struct):
+    """What dataset_dict.json tells."""
+
+    splits: list[str]
+
+
+class _DataFile(msgspec.Struct):
+    """A file of a dataset, by its name in the dataset's folder."""
+
+    filename: str
+
+
+class _State(msgspec.Struct):
+    """What state.json tells of the dataset's files."""
+
+    data_files: list[_DataFile] = msgspec.field(name="_data_files")
 
 
 class DatasetSource:
@@ -140,6 +160,7 @@ def _open_images(path: Path) -> Any:
         ) from error
     datasets.disable_progress_bars()
     folder = _split_folder(path)
+    _check_files(folder)
     try:
         dataset = datasets.load_from_disk(str(folder), keep_in_memory=False)
         column = _image_column(path, dataset.features, datasets.Image)
@@ -156,16 +177,28 @@ def _split_folder(path: Path) -> Path:
     """The dataset's own folder, or that of its train split."""
     if not (path / SPLITS_FILE).is_file():
         return path
-    try:
-        splits = [str(split) for split in json.loads((path / SPLITS_FILE).read_text(encoding="utf-8"))["splits"]]
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path / SPLITS_FILE}: names no splits; save the dataset again") from error
+    splits = read_json(path / SPLITS_FILE, _Splits, way_out=SAVE_AGAIN).splits
+    if not splits:
+        raise InputError(f"{path / SPLITS_FILE}: names no splits; {SAVE_AGAIN}")
     if SPLIT not in splits:
         raise InputError(
             f"{path}: has the splits {', '.join(splits)} and none called {SPLIT}; "
             f"give one of them, as {path / splits[0]}"
         )
     return path / SPLIT
+
+
+def _check_files(folder: Path) -> None:
+    """Check that the files that the library will open are regular ones, of sensible JSON.
+
+    Raises:
+        InputError: one is not.
+        OSError: one can't be opened.
+    """
+    state = read_json(folder / STATE_FILE, _State, way_out=SAVE_AGAIN)
+    read_json(folder / INFO_FILE, dict[str, Any], way_out=SAVE_AGAIN)
+    for file in state.data_files:
+        open_regular(folder / file.filename).close()
 
 
 def _image_column(path: Path, features: Any, image_type: type) -> str:

@@ -7,6 +7,10 @@ from typing import Any
 
 from fastmae.config import InspectConfig
 from fastmae.errors import InputError
+from fastmae.offline.contact_sheet import contact_sheet_png, entries
+from fastmae.offline.quality import as_json, as_lines, look_at
+from fastmae.runtime.durable import write_whole
+from fastmae.runtime.wording import counted
 from fastmae.tokens import TokenStore
 from fastmae.tokens.reader import open_scales
 
@@ -31,11 +35,32 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "pixels": info.pixels,
         "patch_size": info.patch_size,
         "channels": info.channels,
+        "value_range": info.value_range,
         "middle_size": info.middle_size if len(stores) == 1 else [store.info.middle_size for store in stores],
         "shards": sum(store.info.shards for store in stores),
     }
     log.info("\n".join(f"{name}: {_as_text(value)}" for name, value in summary.items() if value is not None))
+    if config.quality:
+        summary["quality"] = _inspect_quality(config, stores[0])
     return summary
+
+
+def _inspect_quality(config: InspectConfig, store: TokenStore) -> dict[str, Any]:
+    """Say what looks wrong in a store, and draw it; returns the counts and the sheet's path."""
+    sheet = config.out or Path(f"{config.store.absolute()}-quality.png")
+    if sheet.resolve().is_relative_to(config.store.resolve()):
+        raise InputError(f"--out {sheet}: lies inside the store; take a place outside {config.store}")
+    quality = look_at(store)
+    lines, drawn = as_lines(quality, store), entries(quality, store)
+    for line in lines:
+        log.warning(line)
+    if drawn:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(sheet, lambda aside: aside.write_bytes(contact_sheet_png(drawn)))
+        log.info(f"{sheet}: {counted(len(drawn), 'suspicious image')}")
+    if not lines:
+        log.info(f"nothing looks wrong; {counted(quality.looked_at, 'image')} looked at")
+    return {**as_json(quality, store), "sheet": str(sheet) if drawn else None}
 
 
 def refuse_url(store: Path, command: str) -> None:

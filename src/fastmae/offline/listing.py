@@ -65,8 +65,8 @@ def listed_images(images: Path, add: bool, folder: Path) -> Iterator[ListedImage
         info = _write_part_list(entries, _lists_to_compare(folder, source) if add else [], list_file)
         if info.repeated:
             log.info(
-                f"{images}: names that are given more than once: the last image of each counts, "
-                f"{info.repeated} others are left out"
+                f"{images}: some names are given more than once; of each, the last image counts, "
+                f"and the others are left out: {info.repeated}"
             )
         if add:
             known = next(counter) - info.images - info.repeated

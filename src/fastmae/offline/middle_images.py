@@ -156,7 +156,9 @@ class MiddleImages(Dataset[DecodedBatch]):
         return read_or_skip(
             source,
             entry,
-            lambda file: make_middle_image(file, key, info.middle_size, info.resize, jpeg_quality, info.channels),
+            lambda file: make_middle_image(
+                file, key, info.middle_size, info.resize, jpeg_quality, info.channels, info.value_range
+            ),
         )
 
     def batches_of(self, shard: int, batch_size: int) -> Iterator[ImageRange]:

@@ -1,12 +1,16 @@
 """What the options of `tokenize` mean together: sizes and channels out of their strings, combinations that are refused,
 this process's share of the shards, and the teacher and store description that follow from the options."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from fastmae.config import TokenizeConfig
+from fastmae.config.common import PIXELS
+from fastmae.config.ranges import Range
+from fastmae.config.resolve import numbers, shown
 from fastmae.errors import InputError
+from fastmae.images.value_range import text_of
 from fastmae.runtime.device import own_device, resolve_device
 from fastmae.runtime.processes import this_process
 from fastmae.teachers import Teacher
@@ -14,6 +18,8 @@ from fastmae.teachers.precision import AUTOCAST_DTYPES
 from fastmae.tokens.codec import parse_codec
 from fastmae.tokens.format import LARGEST_SIDE, Part, StoreInfo
 
+SET = "set"
+"""The value of `--value-range` that is settled by measuring, too."""
 AUTO = "auto"
 """The value of an option that is settled by measuring (`settle`)."""
 
@@ -73,13 +79,7 @@ def middle_sizes(config: TokenizeConfig) -> list[int]:
     Raises:
         InputError: no whole numbers, or a size that is no multiple of the patch size.
     """
-    text = str(config.middle_size)
-    try:
-        sizes = sorted({int(size) for size in text.split(",")})
-    except ValueError as error:
-        raise InputError(
-            f"--middle-size {text}: give a number of pixels, or several with commas between them, as 256,352,448"
-        ) from error
+    sizes = sorted({*numbers(Annotated[int, PIXELS], config.middle_size, "--middle-size")})
     patch_size = config.patch_size
     for size in sizes:
         if size > LARGEST_SIDE:
@@ -103,15 +103,10 @@ def teacher_channels(config: TokenizeConfig) -> tuple[int, ...]:
                 "--teacher-channels 0,1,2"
             )
         return (0, 1, 2) if config.channels == 3 else (0, 0, 0)
-    try:
-        channels = tuple(int(channel) for channel in config.teacher_channels.split(","))
-    except ValueError:
-        channels = ()
-    if len(channels) != 3 or not all(0 <= channel < config.channels for channel in channels):
-        raise InputError(
-            f"--teacher-channels {config.teacher_channels}: give three numbers from 0 to {config.channels - 1}, "
-            "as 0,1,2"
-        )
+    kind = Annotated[int, Range(ge=0, lt=config.channels)]
+    channels = numbers(kind, config.teacher_channels, "--teacher-channels")
+    if len(channels) != 3:
+        raise InputError(f"--teacher-channels {shown(config.teacher_channels)}: give three numbers, as 0,1,2")
     return channels
 
 
@@ -156,7 +151,8 @@ def build_teacher(config: TokenizeConfig, middle_size: int, network: Any, weight
 
 
 def describe_store(config: TokenizeConfig, middle_size: int, teacher: Teacher, part: Part) -> StoreInfo:
-    """The description of a new store of one middle size, with the codec still 'auto' if that is what was asked for."""
+    """The description of a new store of one middle size. What is to be measured is still 'auto' or 'set'."""
+    value_range = config.value_range if isinstance(config.value_range, str) else text_of(*config.value_range)
     return StoreInfo(
         teacher=teacher.describe(),
         token_dim=teacher.token_dim,
@@ -170,4 +166,5 @@ def describe_store(config: TokenizeConfig, middle_size: int, teacher: Teacher, p
         jpeg_quality=config.jpeg_quality if config.pixels == "jpeg" else 0,
         shard_size=config.shard_size,
         parts=(part,),
+        value_range=value_range,
     )

@@ -1,13 +1,18 @@
 """Tokenising for a comparison, which also tells how long it took."""
 
-import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fastmae.config import TokenizeConfig
 from fastmae.offline.tokenize import tokenize
+from fastmae.outside.documents import read_json
 from fastmae.runtime.durable import write_json
+
+
+class _Record(TypedDict):
+    seconds: float
+    done: bool
 
 
 def tokenize_timed(config: TokenizeConfig, record: Path) -> tuple[dict[str, Any], float]:
@@ -18,7 +23,9 @@ def tokenize_timed(config: TokenizeConfig, record: Path) -> tuple[dict[str, Any]
         record: a JSON file beside the store. It adds up the calls that were needed, of which each but the last one was
             interrupted; the time of a killed one is lost.
     """
-    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {"seconds": 0.0, "done": False}
+    known: _Record = {"seconds": 0.0, "done": False}
+    if record.exists():
+        known = read_json(record, _Record, way_out="delete it; only the time that tokenising took is lost")
     start, done = time.monotonic(), False
     try:
         result = tokenize(config)

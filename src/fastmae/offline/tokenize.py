@@ -32,6 +32,7 @@ from fastmae.offline.inspect import store_summary, summary_over_scales
 from fastmae.offline.listing import ListedImages, check_lists, keep_list, listed_images, sources_of
 from fastmae.offline.middle_images import LoaderOptions, MiddleImages
 from fastmae.offline.options import Share, build_teacher, check_options, describe_store, middle_sizes, process_share
+from fastmae.offline.quality import as_json, as_lines, look_at
 from fastmae.offline.sample import sample_tokens
 from fastmae.offline.settle import begun_store, settle
 from fastmae.runtime.device import memory_hint
@@ -160,7 +161,7 @@ def _build_store(
         return _summary_of_share(writer, shards, images_per_second)
     if missing or not writer.finished:
         writer.finish()
-    return _report_finished(TokenStore(folder), images_per_second)
+    return _report_finished(TokenStore(folder), images_per_second, is_first_size=folder == codebooks_from)
 
 
 def _open_store(config: TokenizeConfig, info: StoreInfo, folder: Path, listed: ListedImages) -> StoreWriter:
@@ -281,7 +282,8 @@ def _prepare_codec(
     return stored_codec(writer.folder, info)  # another process may have kept its codebooks first
 
 
-def _report_finished(store: TokenStore, images_per_second: float | None) -> dict[str, Any]:
+def _report_finished(store: TokenStore, images_per_second: float | None, is_first_size: bool) -> dict[str, Any]:
+    """Say what the store holds, and once for all middle sizes, what looks wrong in it."""
     if store.skipped:
         log.info(_skipped_images(store))
     summary = store_summary(store, images_per_second)
@@ -290,6 +292,11 @@ def _report_finished(store: TokenStore, images_per_second: float | None) -> dict
         f"{store.folder}: {len(store)} images, {store.skipped} skipped, {megabytes:.1f} MB "
         f"({kilobytes:.1f} kB an image)"
     )
+    if is_first_size:
+        quality = look_at(store)
+        for line in as_lines(quality, store):
+            log.warning(line)
+        summary["quality"] = as_json(quality, store)
     return summary
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmae.config import VerifyConfig
-from fastmae.errors import FailedCheckError, InputError, first_line
+from fastmae.errors import FailedCheckError, InputError
 from fastmae.offline.inspect import refuse_url
 from fastmae.offline.repair import repair
 from fastmae.outside.regular_file import read_bounded
@@ -17,8 +17,8 @@ from fastmae.runtime.durable import write_json
 from fastmae.runtime.ownership import owned
 from fastmae.runtime.progress import Progress
 from fastmae.tokens.audit import Damage, audit, description_of
-from fastmae.tokens.format import MANIFEST_FILE, SCALES_FILE, STORE_FILE
-from fastmae.tokens.reader import LARGEST_SCALES, open_scales
+from fastmae.tokens.format import LARGEST_SCALES, MANIFEST_FILE, SCALES_FILE, STORE_FILE
+from fastmae.tokens.reader import open_scales
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def _verify(config: VerifyConfig) -> dict[str, Any]:
     try:
         open_scales(config.store)  # as training does: the stores of several sizes must also belong together
     except InputError as error:
-        damaged = [_as_json(config.store, Damage("", first_line(error)))]
+        damaged = [_as_json(config.store, Damage("", str(error)))]
         raise FailedCheckError(str(error), {"ok": False, "damaged": damaged}) from error
     log.info(f"{config.store}: every byte is as it was written, and every image and its tokens can be used")
     return result
@@ -81,7 +81,7 @@ def _check_scales(config: VerifyConfig, sizes: list[int]) -> list[dict[str, Any]
         if read_bounded(file, LARGEST_SCALES) == expected.encode():
             return []
     except (FileNotFoundError, InputError) as error:
-        damage = Damage(SCALES_FILE, first_line(error))
+        damage = Damage(SCALES_FILE, str(error))
     log.info(f"{file}: {damage.what}")
     if config.repair:
         write_json(file, {"sizes": sizes})

@@ -21,6 +21,8 @@ LARGEST_JSON = 64 << 20
 """Most bytes of a JSON document, unless the caller allows more."""
 LARGEST_YAML = 1 << 20
 """Most bytes of a YAML document: people write them."""
+SHOWN_BYTES = 16
+"""Before and after the place that a message names."""
 
 
 @overload
@@ -48,7 +50,7 @@ def parse_json(data: bytes | str, kind: Any = Any, *, name: object, way_out: str
     try:
         return _decoded(data, kind)
     except (msgspec.DecodeError, UnicodeError, ValueError, RecursionError, OverflowError) as error:
-        raise InputError(f"{name}: {_cause(error, 'JSON')}; {way_out}") from None
+        raise InputError(f"{name}: {_cause(error, 'JSON')}{_place(error, data)}; {way_out}") from None
 
 
 def checked(value: Any, kind: Any, *, name: object, way_out: str) -> Any:
@@ -132,6 +134,15 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _place(error: Exception, data: bytes | str) -> str:
+    """`, near '"area": NaN'`: what is not JSON, in a document that may have millions of characters."""
+    position = re.search(r"\(byte (\d+)\)", str(error))
+    if position is None:
+        return ""
+    encoded, byte = data.encode("utf-8", "replace") if isinstance(data, str) else data, int(position[1])
+    return f", near {encoded[max(0, byte - SHOWN_BYTES) : byte + SHOWN_BYTES].decode('utf-8', 'replace')!r}"
+
+
 def _decoded(data: bytes | str, kind: Any) -> Any:
     try:
         return msgspec.json.decode(data, type=kind)
@@ -142,7 +153,12 @@ def _decoded(data: bytes | str, kind: Any) -> Any:
         text = data if isinstance(data, str) else data.decode()
         if not re.search(r"\\ud[c-f]", text, re.IGNORECASE):
             raise
-        return msgspec.convert(json.loads(text), kind)
+        return msgspec.convert(json.loads(text, parse_constant=_no_constant), kind)
+
+
+def _no_constant(name: str) -> float:
+    """NaN and Infinity, which Python would read."""
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _cause(error: Exception, language: str) -> str:

@@ -86,7 +86,8 @@ def labelled_images(data: Path | None, store: TokenStore, size: int) -> Labelled
     if data is not None:
         labelled = open_labelled(data)
         train, val = (
-            WholeImages(paths, size, store.info.resize, store.info.channels) for paths in (labelled.train, labelled.val)
+            WholeImages(paths, size, store.info.resize, store.info.channels, store.info.value_range)
+            for paths in (labelled.train, labelled.val)
         )
         return LabelledImages(train, labelled.train_labels, val, labelled.val_labels, len(labelled.classes))
     spread = np.linspace(0, len(store) - 1, min(len(store), MAX_IMAGES))
@@ -95,7 +96,7 @@ def labelled_images(data: Path | None, store: TokenStore, size: int) -> Labelled
     classes = sorted(set(folders))
     if len(classes) < 2:
         raise InputError(
-            f"--knn-every: the images of {store.folder} lie in one folder and have no labels; give --knn-data"
+            f"--knn-every: the images of {store.location} lie in one folder and have no labels; give --knn-data"
         )
     labels = class_indices(folders, classes)
     held_out = np.arange(len(indices)) % HELD_OUT == 0

@@ -4,10 +4,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from fastmae.config import PretrainConfig
+from fastmae.config.ranges import Range
+from fastmae.config.resolve import numbers
 from fastmae.errors import InputError
 from fastmae.runs.folder import RUN_FILE, read_run
+from fastmae.runtime.batch_memory import check_batch
 from fastmae.student.normalisation import Normalisation, StoreNorm, channel_norm, patch_norm, unchanged
 from fastmae.student.student import build_student
 from fastmae.student.targets import Hog, NormPix, OnlineTokens, StoredTokens, Target
@@ -15,7 +19,10 @@ from fastmae.teachers.factory import teacher_of_store
 from fastmae.tokens import TokenStore
 from fastmae.tokens.files import is_url
 from fastmae.tokens.reader import open_scales, pooled_statistics
+from fastmae.training.run import images_at_once
 from fastmae.training.task import Settings
+
+STORE_WEIGHT = Range(gt=0, le=1_000_000)
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,10 @@ def make_plan(config: PretrainConfig) -> Plan:
     info = stores[0][0].info  # of the smallest middle size
     if config.image_size > info.middle_size:
         raise InputError(
-            f"--image-size {config.image_size}: larger than the middle images of {stores[0][0].folder}, which have "
+            f"--image-size {config.image_size}: larger than the middle images of {stores[0][0].location}, which have "
             f"{info.middle_size} px; give {info.middle_size} or less, or a recipe for small images"
         )
+    check_batch(images_at_once(config, config.batch_size), info.channels, config.image_size)
     norms = [resolve_norm(config, scales) for scales in stores]
     target = make_target(config, stores, norms)
     build_student(config, info.patch_size, sum(target.dims), info.channels, on="meta")  # raises if sizes don't fit
@@ -105,16 +113,17 @@ def open_stores(config: PretrainConfig) -> list[list[TokenStore]]:
 
 
 def _check_alike(first: TokenStore, other: TokenStore) -> None:
-    for name in ("images_sha256", "middle_size", "patch_size", "channels", "resize", "flips"):
+    for name in ("images_sha256", "middle_size", "patch_size", "channels", "resize", "value_range", "flips"):
         expected, actual = getattr(first.info, name), getattr(other.info, name)
         if actual != expected:
             difference = "other images" if name == "images_sha256" else f"{name} {actual}, not {expected},"
             raise InputError(
-                f"{other.folder}: has {difference} than {first.folder}; tokenize the same folder with the same settings"
+                f"{other.location}: has {difference} than {first.location}; "
+                "tokenize the same folder with the same settings"
             )
     if not first.holds_the_images_of(other):
         raise InputError(
-            f"{other.folder}: skipped other images than {first.folder}; tokenize both again from the same folder"
+            f"{other.location}: skipped other images than {first.location}; tokenize both again from the same folder"
         )
 
 
@@ -148,7 +157,10 @@ def make_target(config: PretrainConfig, stores: list[list[TokenStore]], norms: l
     normalisations = [_normalisation(norm, scales) for norm, scales in zip(norms, stores, strict=True)]
     if config.target == "tokens":
         return StoredTokens([scales[0].codec for scales in stores], normalisations)
-    teachers = [teacher_of_store(scales[0].info.teacher, info.middle_size, scales[0].grid) for scales in stores]
+    teachers = [
+        teacher_of_store(scales[0].info.teacher, info.middle_size, scales[0].grid, scales[0].folder)
+        for scales in stores
+    ]
     return OnlineTokens(teachers, normalisations, view_grid, exact_flips=info.flips == "stored")
 
 
@@ -184,12 +196,7 @@ def loss_weights(config: PretrainConfig, teachers: int) -> tuple[float, ...]:
     """
     if not config.store_weights:
         return (1.0,) * teachers
-    try:
-        weights = tuple(float(number) for number in config.store_weights.split(","))
-    except ValueError:
-        weights = ()
-    if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise InputError(f"--store-weights {config.store_weights}: give positive numbers separated by commas, as 1,0.5")
+    weights = numbers(Annotated[float, STORE_WEIGHT], config.store_weights, "--store-weights")
     if len(weights) != teachers:
         raise InputError(f"--store-weights {config.store_weights}: give one number for each of the {teachers} stores")
     return weights

@@ -13,6 +13,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from fastmae.config import PretrainConfig
+from fastmae.images.value_range import range_entry
 from fastmae.pretraining.knn_every import StudentKnn
 from fastmae.pretraining.plan import Plan, make_plan
 from fastmae.pretraining.profile import profile
@@ -125,6 +126,7 @@ def describe(config: PretrainConfig, plan: Plan) -> dict[str, Any]:
             "jpeg_quality": info.jpeg_quality,
             "normalisation": [list(values) for values in scales[-1].normalisation],
             "resize": info.resize,
+            **range_entry(info.value_range),
             "teachers": [stores[-1].info.teacher for stores in plan.stores],
         },
     }

@@ -13,6 +13,7 @@ from fastmae.config import TokenizeConfig
 from fastmae.errors import InputError
 from fastmae.images.middle import resized_pixels
 from fastmae.images.reading import read_or_refuse
+from fastmae.images.value_range import AUTO, FILE
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD, PixelScale
 from fastmae.probes.labelled import LabelledFolder
 from fastmae.runtime.arithmetic import float32_products
@@ -41,10 +42,12 @@ class WholeImages(Dataset[torch.Tensor]):
         size: S, in pixels.
         resize: a key of `images.middle.RESIZE`.
         channels: K.
+        value_range: how values of more than 8 bits become 8 bits.
     """
 
-    def __init__(self, paths: list[Path], size: int, resize: str, channels: int):
+    def __init__(self, paths: list[Path], size: int, resize: str, channels: int, value_range: str = AUTO):
         self.paths, self.size, self.resize, self.channels = paths, size, resize, channels
+        self.value_range = value_range
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -53,7 +56,7 @@ class WholeImages(Dataset[torch.Tensor]):
         path = self.paths[index]
         return read_or_refuse(
             path,
-            lambda file: resized_pixels(file, path.name, self.size, self.resize, self.channels)[0],
+            lambda file: resized_pixels(file, path.name, self.size, self.resize, self.channels, self.value_range)[0],
             "remove it from the data",
         )
 
@@ -69,7 +72,8 @@ def check_decodable(data: LabelledFolder, options: TokenizeConfig, name: str) ->
     Raises:
         InputError: names the first one that can't be decoded.
     """
-    images = WholeImages([*data.train, *data.val], CHECKED_SIZE, options.resize, options.channels)
+    value_range = AUTO if options.value_range == AUTO else FILE  # any range but auto takes the same files
+    images = WholeImages([*data.train, *data.val], CHECKED_SIZE, options.resize, options.channels, value_range)
     cpu, label = torch.device("cpu"), f"checking {name}"
     embed_images(images, lambda pixels: pixels[:, :1, 0, 0], cpu, CHECKED_BATCH_SIZE, options.workers, label)
 

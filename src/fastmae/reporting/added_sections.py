@@ -1,8 +1,11 @@
 """Sections for `report --also`: the results of a supervised run, or the table of a benchmark."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastmae.errors import InputError
+from fastmae.outside.documents import checked
+from fastmae.outside.regular_file import read_bounded
 from fastmae.reporting.html_page import Section
 from fastmae.runs.folder import RUN_FILE, read_evaluations, read_run
 from fastmae.runtime.wording import counted
@@ -10,6 +13,24 @@ from fastmae.runtime.wording import counted
 PICTURES = ("confusion.png", "predictions.png", "detections.png")
 """The pictures of finetune and linear, of segment, and of detect."""
 BENCH_ACCURACY_TABLE = "accuracy.md"
+LARGEST_TABLE, LARGEST_PICTURE = 1 << 20, 32 << 20
+"""In bytes. A page holds its pictures."""
+
+
+@dataclass(frozen=True)
+class _Options:
+    epochs: float
+    batch_size: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a section shows of a supervised run's run.json."""
+
+    task: str
+    images: int
+    options: _Options
 
 
 def added_section(path: Path) -> Section:
@@ -37,16 +58,17 @@ def _section_of_run(path: Path) -> Section:
         raise InputError(f"--also {path}: not a finished run of finetune, linear, segment or detect")
     metrics = {name: value for name, value in evaluations[-1].items() if name not in ("step", "seconds")}
     picture = next((path / name for name in PICTURES if (path / name).exists()), None)
-    options = description["options"]
-    epochs = counted(options["epochs"], "epoch")
+    way_out = "give a folder of finetune, linear, segment or detect"
+    trained: _Trained = checked(description, _Trained, name=f"--also {path / RUN_FILE}", way_out=way_out)
+    options = trained.options
     return Section(
-        heading=f"{description['task']}: {path.name}",
+        heading=f"{trained.task}: {path.name}",
         text=(
-            f"{description['images']:,} images, {epochs}, batch size {options['batch_size']}, "
-            f"learning rate {options['lr']:.2e}."
+            f"{trained.images:,} images, {counted(options.epochs, 'epoch')}, batch size {options.batch_size}, "
+            f"learning rate {options.lr:.2e}."
         ),
         rows=[{"metric": name, "value": value} for name, value in metrics.items()],
-        picture=picture.read_bytes() if picture else None,
+        picture=read_bounded(picture, LARGEST_PICTURE) if picture else None,
     )
 
 
@@ -55,9 +77,9 @@ def _section_of_table(path: Path) -> Section:
 
     The file holds a title (#), the settings (-), one table (|) and notes.
     """
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"--also {path}: no such file; give a file that `fastmae bench ... --out` wrote")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_bounded(path, LARGEST_TABLE).decode("utf-8", "replace").splitlines()
     table_lines = [number for number, line in enumerate(lines) if line.startswith("|")]
     cells = [_cells(lines[number]) for number in table_lines]
     if len(cells) < 3 or any(len(row) != len(cells[0]) for row in cells):
@@ -68,7 +90,7 @@ def _section_of_table(path: Path) -> Section:
         heading=next((line.lstrip("# ") for line in lines if line.startswith("#")), path.stem),
         text="; ".join(line[2:] for line in lines if line.startswith("- ")),
         rows=[dict(zip(names, row, strict=True)) for row in rows],
-        picture=figure.read_bytes() if figure.is_file() else None,
+        picture=read_bounded(figure, LARGEST_PICTURE) if figure.exists() else None,
         notes=[line for line in lines[table_lines[-1] + 1 :] if line],
     )
 

@@ -31,10 +31,10 @@ def attention_maps_png(encoder: Any, store: TokenStore, images: int) -> bytes:
     """
     if not is_plain_vit(encoder):
         raise InputError("this encoder is no plain ViT")
-    attention = encoder.blocks[-1].attn
+    attention = getattr(encoder.blocks[-1], "attn", None)
     if getattr(encoder, "cls_token", None) is None:
         raise InputError("this encoder has no class token")
-    if not hasattr(attention, "qkv") or getattr(encoder, "rope", None) is not None:
+    if attention is None or not hasattr(attention, "qkv") or getattr(encoder, "rope", None) is not None:
         raise InputError("this encoder's attention has rotary positions or a layout of its own")
     indices = np.linspace(0, len(store) - 1, images).round().astype(np.int64)
     centre_views = CentreViews(store, indices, encoder.patch_embed.img_size[0])

@@ -17,6 +17,7 @@ from fastmae.reporting.predictions import predictions_png
 from fastmae.reporting.study_page import PAGE_FILE, STUDY_FILE, read_study, write_study_page
 from fastmae.runs.encoder import open_encoder
 from fastmae.runs.folder import CHECKPOINT_FILE, read_evaluations, read_inputs, read_metrics, read_run
+from fastmae.runtime.durable import remove_parts
 from fastmae.runtime.wording import counted
 from fastmae.tokens import TokenStore
 from fastmae.tokens.reader import open_scales
@@ -62,6 +63,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         Section("Images and store", rows=_data(description["store"])),
     ]
     page = config.out or config.run / "report.html"
+    remove_parts(page.parent)
     write_page(page, config.run.resolve().name, _lead(description, entries[-1], evaluations), sections)
     log.info(f"{page}: open it in a browser")
     return {"html": str(page), "sections": [section.heading for section in sections]}

@@ -1,12 +1,12 @@
 """A study, drawn from its study.json: tables for the terminal, and one HTML page with bars, tables and settings."""
 
-import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from fastmae.errors import InputError
+from fastmae.outside.documents import read_json
 from fastmae.reporting.charts import Svg, bars_with_whiskers
 from fastmae.reporting.html_page import Section, write_page
 from fastmae.runtime.table import text_table, with_std
@@ -28,19 +28,102 @@ LONG_LABELS = {
 MISSING = "-"
 
 
+_Word = str | int | float | bool | None
+_Options = dict[str, _Word | list[_Word]]
+_Figure = float | None
+_Interval = tuple[float, float] | None
+
+
+class _RowFile(TypedDict):
+    data: str
+    teacher: str
+    arm: str
+    seeds: int
+    gflops_per_image: _Figure
+    seconds: _Figure
+    note: str
+
+
+class _RowWithFigures(_RowFile, total=False):
+    knn: _Figure
+    knn_std: _Figure
+    knn_difference: _Figure
+    knn_interval: _Interval
+    linear: _Figure
+    linear_std: _Figure
+    linear_difference: _Figure
+    linear_interval: _Interval
+    finetune: _Figure
+    finetune_std: _Figure
+    finetune_difference: _Figure
+    finetune_interval: _Interval
+
+
+class _ArmFile(TypedDict):
+    options: _Options
+    share: float
+    note: str
+
+
+class _CandidateFile(TypedDict):
+    options: _Options
+
+
+class _CandidateWithFigures(_CandidateFile, total=False):
+    knn: _Figure
+    linear: _Figure
+    finetune: _Figure
+
+
+class _TuningFile(TypedDict):
+    data: str
+    teacher: str
+    arm: str
+    chosen: _Options
+    candidates: list[_CandidateWithFigures]
+
+
+_StudyFile = TypedDict(
+    "_StudyFile",
+    {
+        "fastmae study": int,
+        "title": str,
+        "study": str,
+        "machine": _Options,
+        "split": str,
+        "protocol": str,
+        "metrics": list[Literal["knn", "linear", "finetune"]],
+        "baseline": str,
+        "seeds": list[int],
+        "epochs": _Figure,
+        "seconds": _Figure,
+        "base": _Options,
+        "tokenize": _Options,
+        "teachers": dict[str, _Options | list[str]],
+        "finetune": _Options | None,
+        "data": dict[str, dict[str, _Word | list[_Word] | _Options]],
+        "arms": dict[str, _ArmFile],
+        "rows": list[_RowWithFigures],
+        "tuning": list[_TuningFile],
+        "failures": list[_Options],
+    },
+)
+"""What the page reads of the file that `studies.study_results` writes."""
+
+
 def read_study(folder: Path) -> dict[str, Any]:
     """A folder's study.json.
 
     Raises:
-        InputError: it can't be read, or is something else.
+        InputError: something else than a study.
+        OSError: it can't be read.
     """
-    file = folder / STUDY_FILE
-    try:
-        study = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: can't be read ({error}); `fastmae ablate` writes it") from error
-    if not isinstance(study, dict) or "fastmae study" not in study:
-        raise InputError(f"{file}: not a study; `fastmae ablate` writes one")
+    file, way_out = folder / STUDY_FILE, "`fastmae ablate` writes it"
+    study: dict[str, Any] = read_json(file, _StudyFile, way_out=way_out)
+    figures = {f"{metric}{end}" for metric in study["metrics"] for end in ("", "_std", "_difference", "_interval")}
+    for row in study["rows"]:
+        if not figures <= row.keys():
+            raise InputError(f"{file}: arm {row['arm']} lacks {', '.join(sorted(figures - row.keys()))}; {way_out}")
     return study
 
 

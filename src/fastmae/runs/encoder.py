@@ -6,27 +6,92 @@ other network of timm that gives a feature map.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import timm
+import msgspec
 import torch
 
-from fastmae.errors import InputError, first_line
+from fastmae.errors import InputError
+from fastmae.images.value_range import AUTO, bounds_of, range_entry
+from fastmae.outside.documents import read_json
+from fastmae.outside.networks import check_architecture, checked_arguments, network_of
 from fastmae.runs.checkpoint import is_checkpoint
+from fastmae.runs.description import Resize, Side, check_normalisation
 from fastmae.runs.folder import RUN_FILE
 from fastmae.runs.load import encoder_arguments, encoder_of, load_run
 from fastmae.student.encoder import Encoder, architecture_of, is_plain_vit
 from fastmae.student.feature_map import accepted_arguments, check_maps, network_arguments, resized_network
 from fastmae.student.student import AnyStudent
 from fastmae.teachers.factory import load_network
-from fastmae.teachers.weights import load_strictly, read_weights
+from fastmae.teachers.weights import read_weights
 
 EXPORT_CONFIG, EXPORT_WEIGHTS = "config.json", "model.safetensors"
 """Files of a folder in timm's hub layout."""
+
+
+class Preprocessing(msgspec.Struct):
+    """The part `pretrained_cfg` of timm's config.json: what the network's images are."""
+
+    input_size: Annotated[list[Side], msgspec.Meta(min_length=3, max_length=3)]
+    mean: list[float]
+    std: list[float]
+    num_classes: int | None = None
+    global_pool: str | None = None
+    fixed_input_size: bool = False
+
+    def __post_init__(self) -> None:
+        check_normalisation(self.mean, self.std, self.channels)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.input_size[0]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.input_size[-1]
+
+
+class Prepared(msgspec.Struct):
+    """The part `fastmae` of an export's config.json: how pictures become the network's images."""
+
+    resize: Resize = "whole"
+    value_range: str = AUTO
+
+    def __post_init__(self) -> None:
+        bounds_of(self.value_range)
+
+
+class TimmConfig(msgspec.Struct):
+    """config.json in timm's hub layout. `architecture` and `model_args` are checked when the network is built."""
+
+    architecture: str
+    pretrained_cfg: Preprocessing
+    model_args: dict[str, Any] = {}
+    num_classes: int | None = None
+    global_pool: str | None = None
+    fastmae: Prepared | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that build the network. What `model_args` leaves out, timm takes from elsewhere in the file."""
+        if self.fastmae is not None:  # complete
+            return {"num_classes": 0, **self.model_args}
+        own = self.pretrained_cfg
+        elsewhere = {
+            "num_classes": own.num_classes if self.num_classes is None else self.num_classes,
+            "global_pool": self.global_pool or own.global_pool,
+            "in_chans": own.channels,
+            "img_size": own.image_size if own.fixed_input_size else None,
+        }
+        return {
+            "num_classes": 0,
+            **{key: value for key, value in elsewhere.items() if value is not None},
+            **self.model_args,
+        }
 
 
 @dataclass(frozen=True)
@@ -43,6 +108,7 @@ class OpenedEncoder:
         std: standard deviation of its input.
         resize: how pictures were brought to its size in pre-training, a key of `images.middle.RESIZE`.
         source: RUN, as it was given.
+        value_range: how values of more than 8 bits became 8 bits in pre-training (`images.value_range`).
     """
 
     network: Encoder
@@ -54,6 +120,13 @@ class OpenedEncoder:
     std: tuple[float, ...]
     resize: str
     source: str
+    value_range: str = AUTO
+
+    def __post_init__(self) -> None:
+        try:
+            bounds_of(self.value_range)
+        except InputError as error:
+            raise InputError(f"{self.source}: {error}") from error
 
     @property
     def is_vit(self) -> bool:
@@ -99,6 +172,7 @@ class OpenedEncoder:
             "mean": list(self.mean),
             "std": list(self.std),
             "resize": self.resize,
+            **range_entry(self.value_range),
             "source": self.source,
             "weights_sha256": _digest(self.network),
         }
@@ -220,7 +294,7 @@ def _of_run(spec: str, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder
             f"{spec}: {problem}; give a run's folder, a checkpoint, an exported model, timm/NAME or file/PATH"
         )
     description, weights = load_run(path)
-    network = encoder_of(description, weights, pretrained, extra)
+    network = encoder_of(description, weights, pretrained, extra, spec)
     if "encoder" in description:
         recorded = description["encoder"]
         return OpenedEncoder(
@@ -233,6 +307,7 @@ def _of_run(spec: str, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder
             std=tuple(recorded["std"]),
             resize=recorded["resize"],
             source=spec,
+            value_range=recorded.get("value_range", AUTO),
         )
     options, store = description["options"], description["store"]
     mean, std = (tuple(values) for values in store["normalisation"])
@@ -246,6 +321,7 @@ def _of_run(spec: str, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder
         std=std,
         resize=store["resize"],
         source=spec,
+        value_range=store.get("value_range", AUTO),
     )
 
 
@@ -253,7 +329,8 @@ def _of_name(spec: str, weights: Path | None, pretrained: bool, extra: dict[str,
     if spec.startswith("file/") and not pretrained:
         raise InputError(f"{spec}: with --no-pretrained nothing would be read from the file; give timm/NAME")
     if spec.startswith("timm/"):
-        extra = _fitting(architecture_of(spec), extra)
+        check_architecture(architecture_of(spec), spec)
+        extra = accepted_arguments(architecture_of(spec), extra)
     loaded, _ = load_network(spec, weights, pretrained, **extra)
     network: Any = loaded
     own = network.pretrained_cfg
@@ -276,31 +353,25 @@ def _of_name(spec: str, weights: Path | None, pretrained: bool, extra: dict[str,
 
 
 def _of_export(folder: Path, pretrained: bool, extra: dict[str, Any]) -> OpenedEncoder:
-    file = folder / EXPORT_CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        own, arguments = config["pretrained_cfg"], config.get("model_args", {})
-        more = _fitting(config["architecture"], extra)
-        network: Any = timm.create_model(config["architecture"], **{"num_classes": 0, **arguments}, **more)
-        image_size, channels = int(own["input_size"][-1]), int(own["input_size"][0])
-        mean, std, resize = tuple(own["mean"]), tuple(own["std"]), config.get("fastmae", {}).get("resize", "whole")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(
-            f"{file}: not the description of a timm model ({first_line(error)}); export one with --format timm"
-        ) from error
-    if pretrained:
-        load_strictly(network, read_weights(folder / EXPORT_WEIGHTS), folder / EXPORT_WEIGHTS)
+    file, way_out = folder / EXPORT_CONFIG, "export one with --format timm"
+    config: TimmConfig = read_json(file, TimmConfig, way_out=f"not the description of a timm model; {way_out}")
+    own, architecture = config.pretrained_cfg, config.architecture
+    arguments = checked_arguments(architecture, config.arguments(), file)
+    weights = read_weights(folder / EXPORT_WEIGHTS) if pretrained else None
+    network = network_of(architecture, arguments, file, weights, **accepted_arguments(architecture, extra))
     network.reset_classifier(0)
+    prepared = config.fastmae or Prepared()
     return OpenedEncoder(
         network=network.eval(),
-        architecture=config["architecture"],
-        arguments={**_sized(network, arguments, image_size), "num_classes": 0},
-        image_size=image_size,
-        channels=channels,
-        mean=mean,
-        std=std,
-        resize=resize,
+        architecture=architecture,
+        arguments={**_sized(network, arguments, own.image_size), "num_classes": 0},
+        image_size=own.image_size,
+        channels=own.channels,
+        mean=tuple(own.mean),
+        std=tuple(own.std),
+        resize=prepared.resize,
         source=str(folder),
+        value_range=prepared.value_range,
     )
 
 
@@ -333,13 +404,6 @@ def _sized(network: Encoder, arguments: dict[str, Any], image_size: int) -> dict
     if is_plain_vit(network) or "img_size" in arguments:
         return {**arguments, "img_size": image_size}
     return arguments
-
-
-def _fitting(architecture: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """Of some more arguments of timm's, those that the network takes; all, if timm has no network of this name."""
-    if architecture.partition(".")[0] not in timm.list_models():
-        return extra
-    return accepted_arguments(architecture, extra)
 
 
 def _digest(network: torch.nn.Module) -> str:

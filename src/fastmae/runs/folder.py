@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastmae.errors import InputError, first_line
 from fastmae.outside.documents import read_json, read_json_lines
+from fastmae.runs.description import WAY_OUT, check_description
 from fastmae.runtime.durable import holds_anything, remove_parts, write_json, write_whole
 from fastmae.runtime.ownership import check_owner
 from fastmae.runtime.wording import counted
@@ -162,18 +163,12 @@ def read_run(path: Path) -> dict[str, Any]:
     """A run's description.
 
     Raises:
-        InputError: not a run's folder.
+        InputError: not a run's folder, or a damaged description.
     """
     file = path / RUN_FILE
     if not file.is_file():
         raise InputError(f"{path}: not a run's folder (no {RUN_FILE} in it); make one with `fastmae pretrain`")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: can't be read ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: not a run's description")
-    return value
+    return check_description(read_json(file, way_out=WAY_OUT), file)
 
 
 def read_inputs(path: Path) -> Inputs:

@@ -14,9 +14,14 @@ class ConsoleHandler(logging.Handler):
     """Writes each message as it is. The streams are looked up at every message, so they can be redirected."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one message and flush."""
+        """Write one message and flush. One that can't be written (the disk of a log file is full) stops no work."""
         to_stderr = record.levelno >= logging.WARNING or record.name == PROGRESS
-        print(record.getMessage(), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+        try:
+            print(record.getMessage(), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+        except BrokenPipeError:  # as in `fastmae ... | head`: the reader has what it wanted
+            raise
+        except OSError:
+            pass
 
 
 def show() -> None:

@@ -17,9 +17,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fastmae.errors import InputError
+from fastmae.outside.networks import create_network
 from fastmae.runtime.fast_linear import linear
 from fastmae.student.lookup import linear_plus_rows
 
+MOST_WEIGHTS = 20_000_000_000
+"""Of a student; as float32 with AdamW's state, 320 GB."""
+NARROWEST = 64
+"""Width of timm's narrowest ViT."""
 Encoder = Any
 """A network of timm. Its attributes depend on its class, and nn.Module types them all as Tensor or Module."""
 
@@ -122,7 +127,7 @@ def build_encoder(
         extra: more arguments of timm's, for use after pre-training (`dynamic_img_size`, `drop_path_rate`).
 
     Raises:
-        InputError: no such ViT, or sizes that don't divide.
+        InputError: no such ViT, sizes that don't divide, or sizes that no memory holds.
     """
     architecture = architecture_of(name)
     if architecture not in timm.list_models("vit_*"):
@@ -130,9 +135,13 @@ def build_encoder(
             f"--encoder {name}: not one of timm's vit_* names (vit_tiny_patch16_224, vit_base_patch16_224, ...)"
         )
     check_grid(image_size, patch_size)
+    check_weights("--encoder-width, --encoder-depth", weights_of_blocks(width or 0, depth or 1))
+    check_weights("--image-size, --encoder-width", (image_size // patch_size) ** 2 * (width or NARROWEST))
     arguments = timm_arguments(name, image_size, patch_size, width, depth, heads, channels)
     try:
-        encoder: Encoder = timm.create_model(architecture, pretrained=False, **arguments, **extra)
+        encoder: Encoder = create_network(architecture, {**arguments, **extra})
+    except InputError:
+        raise
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         cause = " ".join(str(error).split())
         raise InputError(f"--encoder {name}: timm can't build it with these sizes ({cause})") from error
@@ -151,6 +160,28 @@ def build_encoder(
         positions = sincos_positions(encoder.patch_embed.grid_size, encoder.embed_dim)
         encoder.pos_embed = nn.Parameter(F.pad(positions, (0, 0, prefix, 0))[None], requires_grad=False)
     return encoder
+
+
+def weights_of_blocks(width: int, depth: int) -> int:
+    """Weights of transformer blocks: four matrices of attention, and an MLP of four times the width."""
+    return 12 * width**2 * depth
+
+
+def check_weights(options: str, weights: int) -> None:
+    """Refuse a network of more than `MOST_WEIGHTS` by arithmetic: even without its memory, building it takes minutes.
+
+    Args:
+        options: that set the size.
+        weights: that it has at least.
+
+    Raises:
+        InputError: names the options.
+    """
+    if weights > MOST_WEIGHTS:
+        raise InputError(
+            f"{options}: a student of {weights / 1e9:.3g} billion weights and more; "
+            f"give smaller ones, for {MOST_WEIGHTS / 1e9:.3g} billion at most"
+        )
 
 
 def check_grid(image_size: int, patch_size: int) -> None:
@@ -235,6 +266,11 @@ def is_plain_vit(network: Encoder) -> bool:
     return type(network) in (VisionTransformer, Eva) and isinstance(network.patch_embed, PatchEmbed)
 
 
+def number_of_heads(encoder: Encoder) -> int:
+    """Attention heads of a ViT's blocks. Blocks that do several things side by side hold them in another place."""
+    return next(int(module.num_heads) for module in encoder.blocks[0].modules() if hasattr(module, "num_heads"))
+
+
 def layer_numbers(layers: str, depth: int) -> list[int]:
     """`--relation-layers` as numbers from 0, in order and each once.
 
@@ -249,7 +285,7 @@ def layer_numbers(layers: str, depth: int) -> list[int]:
     if layers in named:
         return list(named[layers])
     words = [word.strip() for word in layers.split(",")]
-    if not all(word.isdecimal() and int(word) < depth for word in words):
+    if not all(word.isdecimal() and len(word) < 6 and int(word) < depth for word in words):
         raise InputError(
             f"--relation-layers {layers}: give last, all, or numbers from 0 to {depth - 1}, as 0,{depth - 1}"
         )

@@ -6,17 +6,16 @@ what timm's `forward_features` gives; its stages are those of timm's `forward_in
 Shapes: B images, K channels, S pixels along a side, D channels of a map of h x w positions.
 """
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from fastmae.errors import InputError, first_line
+from fastmae.outside.networks import check_architecture, create_network, on_meta
 from fastmae.runtime.average_pool import average_pool
 from fastmae.student.encoder import Encoder, architecture_of
 
@@ -40,7 +39,7 @@ def build_network(name: str, image_size: int, channels: int, **extra: Any) -> En
     """
     architecture = architecture_of(name)
     arguments = network_arguments(name, image_size, channels)
-    return timm.create_model(architecture, **arguments, **accepted_arguments(architecture, extra))
+    return create_network(architecture, {**arguments, **accepted_arguments(architecture, extra)})
 
 
 def network_arguments(name: str, image_size: int, channels: int) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def network_arguments(name: str, image_size: int, channels: int) -> dict[str, An
     architecture = architecture_of(name)
     _check_name(name, architecture)
     arguments: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
-    skeleton = _on_meta(architecture, arguments)
+    skeleton = on_meta(architecture, arguments)
     own_size = skeleton.pretrained_cfg["input_size"][-1]
     if skeleton.pretrained_cfg.get("fixed_input_size"):
         sized = accepted_arguments(architecture, {"img_size": image_size})
@@ -82,7 +81,9 @@ def accepted_arguments(architecture: str, extra: Mapping[str, Any]) -> dict[str,
     accepted: dict[str, Any] = {}
     for argument, value in extra.items():
         try:
-            _on_meta(architecture, {"num_classes": 0, argument: value})
+            on_meta(architecture, {"num_classes": 0, argument: value})
+        except InputError:
+            raise
         except TIMM_ERRORS as error:
             if argument not in OPTIONAL:
                 raise InputError(f"{architecture}: {argument}={value}: {first_line(error)}") from error
@@ -187,8 +188,10 @@ def resized_network(
         return network
     try:
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced
-            rebuilt: Encoder = timm.create_model(architecture, **{**arguments, "img_size": image_size})
+            rebuilt: Encoder = create_network(architecture, {**arguments, "img_size": image_size})
         rebuilt.load_state_dict(network.state_dict())
+    except InputError:
+        raise
     except TIMM_ERRORS as error:
         raise InputError(
             f"{name}: its weights fit images of {arguments['img_size']} px alone, not {image_size} px; leave "
@@ -217,22 +220,12 @@ def _as_map(network: Encoder, final: Any, stage: torch.Tensor) -> torch.Tensor:
 
 
 def _check_name(name: str, architecture: str) -> None:
-    if architecture in timm.list_models():
-        return
-    base, _, tag = architecture.partition(".")
-    if tag and base in timm.list_models():
+    check_architecture(architecture, f"--encoder {name}")
+    tag = architecture.partition(".")[2]
+    if tag:
         raise InputError(
             f"--encoder {name}: '.{tag}' names weights; leave it out, and give --init timm/{architecture} for them"
         )
-    similar = difflib.get_close_matches(base, timm.list_models(), 1)
-    hint = f"; did you mean timm/{similar[0]}" if similar else ""
-    raise InputError(f"--encoder {name}: timm has no such network{hint}")
-
-
-def _on_meta(architecture: str, arguments: Mapping[str, Any]) -> Any:
-    """The network without memory for its weights, to try arguments."""
-    with torch.device("meta"):
-        return timm.create_model(architecture, **arguments)
 
 
 def _empty_image(network: Encoder, image_size: int, channels: int) -> torch.Tensor:

@@ -37,6 +37,7 @@ from fastmae.student.encoder import (
     Encoder,
     build_encoder,
     check_grid,
+    check_weights,
     cut_patches,
     embed_visible,
     initialise_linear,
@@ -45,6 +46,7 @@ from fastmae.student.encoder import (
     rotary_positions,
     sincos_positions,
     visible_patches,
+    weights_of_blocks,
 )
 from fastmae.student.feature_map import build_network
 from fastmae.student.lookup import linear_plus_rows
@@ -279,8 +281,8 @@ def build_student(
         on: device; 'meta' checks the sizes without allocating.
 
     Raises:
-        InputError: as in `build_encoder` and `layer_numbers`, or in `build_network` and `MapStudent`; or a mask for a
-            network that is no plain ViT.
+        InputError: a size that no memory holds; as in `build_encoder` and `layer_numbers`, or in `build_network` and
+            `MapStudent`; or a mask for a network that is no plain ViT.
     """
     build = _vit_student if names_plain_vit(config.encoder) else _map_student
     with torch.device(on):
@@ -289,6 +291,7 @@ def build_student(
 
 
 def _vit_student(config: PretrainConfig, patch_size: int, target_dim: int, channels: int) -> Student:
+    check_weights("--decoder-width, --decoder-depth", weights_of_blocks(config.decoder_width, config.decoder_depth))
     encoder = build_encoder(
         config.encoder,
         config.image_size,

@@ -25,8 +25,8 @@ from fastmae.runtime.ownership import owned
 from fastmae.runtime.wording import counted
 from fastmae.studies.held_out import held_out_fifth
 from fastmae.studies.jobs import Job, Outcome, run_jobs
-from fastmae.studies.measure import finetune_options, read_figures
-from fastmae.studies.speeds import FORECAST_ROUNDS, ROUNDS, as_json, merged, signature
+from fastmae.studies.measure import finetune_options
+from fastmae.studies.speeds import FORECAST_ROUNDS, ROUNDS, as_json, merged, read_speeds, signature
 from fastmae.studies.study_call import StudyCall
 from fastmae.studies.study_file import check_data_names, load_study
 from fastmae.studies.study_results import speed_key
@@ -103,7 +103,7 @@ def _check_images(runs: Runs, data: Mapping[str, LabelledFolder]) -> None:
     Raises:
         InputError: names the image. It is not too late to remove it: a store keeps its list of images.
     """
-    timed = read_figures(runs.out / SPEEDS_FILE)
+    timed = read_speeds(runs.out / SPEEDS_FILE)
     for name, labelled in data.items():
         if not any(key.startswith(f"{name}/") for key in timed):
             check_decodable(labelled, runs.tokenize_options(name, next(iter(runs.study.teachers)), Path()), name)
@@ -139,7 +139,7 @@ def _compare_images(source: str, name: str, location: str, images: int) -> None:
 def _speeds(runs: Runs) -> dict[str, dict[str, Any]]:
     """The speed of every variant, as recorded by an earlier call or measured now."""
     file = runs.out / SPEEDS_FILE
-    recorded: dict[str, dict[str, Any]] = read_figures(file)
+    recorded: dict[str, dict[str, Any]] = read_speeds(file)
     wanted = {
         variant: signature(runs.options(variant, runs.seeds[0]), runs.read[variant]) for variant in runs.variants()
     }
@@ -190,7 +190,7 @@ def _time_arms(runs: Runs, variants: list[Variant]) -> dict[str, dict[str, float
         return []
 
     run_jobs(jobs, runs.config.jobs, finished)
-    return merged([read_figures(job.file.with_name(SPEEDS_FILE)) for job in jobs])
+    return merged([read_speeds(job.file.with_name(SPEEDS_FILE)) for job in jobs])
 
 
 def _fix_epochs(runs: Runs, speeds: dict[str, dict[str, Any]]) -> None:

@@ -4,7 +4,6 @@ A failing job does not touch the others. Ctrl-C and a scheduler's signals stop a
 """
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmae.errors import InterruptedRunError
+from fastmae.outside.documents import parse_json
 from fastmae.runtime.device import cores
 from fastmae.runtime.ending import leave_children_to, unlimited
 from fastmae.runtime.progress import duration
@@ -91,7 +91,7 @@ class Worker:
             has_ended = self.process.poll() is not None
         answer = "" if has_ended else self.process.stdout.readline()
         if answer:
-            return Outcome(**json.loads(answer))
+            return parse_json(answer, Outcome, name="a worker", way_out="give the command of the study again")
         code = self.process.wait()
         self._end_loading_processes()
         cause = f"killed by signal {-code}, out of memory?" if code < 0 else f"exit code {code}"

@@ -6,7 +6,6 @@ FOLDER/held-out.json      the same on the held-out fifth of train/
 FOLDER/finetune-val/      the fine-tuned classifier, if the study asks for it
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from fastmae.config import FinetuneConfig, KnnConfig, PretrainConfig
 from fastmae.evaluate.finetune import finetune
 from fastmae.evaluate.knn import labelled_features
+from fastmae.outside.documents import read_json
 from fastmae.pretraining.pretrain import pretrain
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.probes.logistic import linear_accuracy
@@ -48,9 +48,14 @@ def train_and_measure(job: dict[str, Any], folder: Path) -> None:
         write_json(file, figures | {"finetune": _fine_tuned(job, data, folder / f"finetune-{job['split']}")})
 
 
-def read_figures(file: Path) -> dict[str, Any]:
-    """A run's figures; none if it was not measured yet."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+def read_figures(file: Path) -> dict[str, float]:
+    """A run's figures; none if it was not measured yet.
+
+    Raises:
+        InputError: a file that holds something else.
+    """
+    kind = dict[str, int | float]
+    return read_json(file, kind, way_out="delete it; the same call measures the run again") if file.exists() else {}
 
 
 def _probed(job: dict[str, Any], data: LabelledFolder) -> dict[str, float]:

@@ -7,9 +7,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 from fastmae.config import PretrainConfig
+from fastmae.outside.documents import read_json
 from fastmae.pretraining.plan import make_plan
 from fastmae.pretraining.pretrain import pretraining_task
 from fastmae.pretraining.speed import images_per_second
@@ -34,6 +35,32 @@ WITHOUT_EFFECT = (
     *("save_every", "log_every", "resume", "knn_every", "cache", "cache_size", "stores"),
 )
 """Options that don't change the speed: arms that differ only in these are timed once. Of stores, their contents do."""
+
+
+class Speed(TypedDict, total=False):
+    """The speeds of an arm: as one process measures them, or the medians of all.
+
+    Attributes:
+        images_per_second: of training; one for each round, or their median.
+        embed_images_per_second: of decoding and embedding.
+        flops_per_image: of a training step; None where they can't be counted.
+        options: what they depend on, see `signature`.
+    """
+
+    images_per_second: list[float] | float
+    embed_images_per_second: float
+    flops_per_image: float | None
+    options: dict[str, Any]
+
+
+def read_speeds(file: Path) -> dict[str, Any]:
+    """The record of speeds: key of an arm -> `Speed`; empty if there is none yet.
+
+    Raises:
+        InputError: a file that holds something else.
+    """
+    way_out = "delete it; the same call times the arms again"
+    return read_json(file, dict[str, Speed], way_out=way_out) if file.exists() else {}
 
 
 def signature(options: PretrainConfig, read: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +122,8 @@ def _embedding_speed(options: PretrainConfig, data: Path) -> float:
     device = own_device(options.device)
     embed = embed_with_encoder(student.encoder.to(device).eval(), "mean", None, *store.normalisation)
     paths = open_labelled(data).train[:EMBEDDED_IMAGES]
-    images = WholeImages(paths, options.image_size, store.info.resize, store.info.channels)
+    info = store.info
+    images = WholeImages(paths, options.image_size, info.resize, info.channels, info.value_range)
     start = time.monotonic()
     embed_images(images, embed, device, BATCH_SIZE, options.workers, "features", quiet=True)
     synchronise(device)

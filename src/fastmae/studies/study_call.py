@@ -124,11 +124,11 @@ class StudyCall:
             name += f", tuning {candidate_label(self.runs.study.arms[variant.arm].candidates[variant.candidate])}"
         return [Job(name, file, self._seconds(variant, seed), (variant, seed, split))]
 
-    def _figures(self, variant: Variant, seed: int, split: str) -> dict[str, Any]:
+    def _figures(self, variant: Variant, seed: int, split: str) -> dict[str, float]:
         return read_figures(self.runs.folder(variant, seed) / f"{split}.json")
 
     def _has_diverged(self, variant: Variant) -> bool:
-        return bool(self._figures(variant, self.runs.seeds[0], DIVERGED))
+        return (self.runs.folder(variant, self.runs.seeds[0]) / f"{DIVERGED}.json").exists()
 
     def _seconds(self, variant: Variant, seed: int) -> float:
         """How long a run will take."""

@@ -5,24 +5,24 @@ line that names the file, the arm and the key. `docs/studies.md` describes every
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastmae.config import OFFLINE_TEACHER, AblateConfig, FinetuneConfig, PretrainConfig
-from fastmae.config.resolve import near
+from fastmae.config.ranges import EPOCHS, SECONDS, SEEDS, Range
+from fastmae.config.resolve import converted, near
 from fastmae.errors import InputError
 from fastmae.studies.study_syntax import (
     beside,
     check_folder_names,
     check_keys,
     choices_of,
-    count,
     mapping_of,
     options_of,
     pairs,
-    positive,
     pretrain_options,
     read_study,
     tokenize_options,
@@ -41,6 +41,9 @@ STUDY_KEYS = (
 )
 ARM_KEYS = ("options", "tune", "share", "teachers", "note")
 DATA_KEYS = ("base", "tokenize")
+SHARE = Range(gt=0, le=1000)
+"""Of an arm, in the training of the study."""
+MOST_CANDIDATES = 1000
 METRICS = ("knn", "linear", "finetune")
 """What a run is measured by; `finetune` only if the study asks for it."""
 
@@ -154,14 +157,14 @@ def load_study(config: AblateConfig) -> Study:
         source=source,
         title=str(values.get("title") or path.stem),
         base=base,
-        epochs=positive(epochs, f"{source}: base: epochs"),
-        seconds=positive(seconds, f"{source}: seconds"),
+        epochs=converted(Annotated[float | None, EPOCHS], epochs, f"{source}: base: epochs"),
+        seconds=converted(Annotated[float | None, SECONDS], seconds, f"{source}: seconds"),
         tokenize={**DEFAULT_TOKENIZE, **tokenize_options(values.get("tokenize") or {}, f"{source}: tokenize", path)},
         teachers=teachers,
         together=together,
         data=data,
         stores={str(name): beside(path, str(store)) for name, store in mapping_of(values, "stores", source).items()},
-        seeds=count(values.get("seeds", 1), f"{source}: seeds"),
+        seeds=converted(Annotated[int, SEEDS], values.get("seeds", 1), f"{source}: seeds"),
         finetune=None if finetune is None else options_of(finetune, FinetuneConfig, f"{source}: finetune"),
         tune_by=str(values.get("tune_by", "knn")),
         baseline=str(values.get("baseline", next(iter(arms)))),
@@ -271,6 +274,8 @@ def _arm(name: str, entry: Any, source: str, path: Path) -> Arm:
     for option in tune:
         if option in {*options, "epochs"}:
             raise InputError(f"{where}: tune: {option}: is set by the arm or the study; leave it out of one of the two")
+    if math.prod(map(len, tune.values())) > MOST_CANDIDATES:
+        raise InputError(f"{where}: tune: more than {MOST_CANDIDATES} candidates; leave some out")
     grid = tuple(dict(zip(tune, choice, strict=True)) for choice in itertools.product(*tune.values()))
     teachers = entry.get("teachers")
     if teachers is not None and (not isinstance(teachers, list) or not teachers):
@@ -278,7 +283,7 @@ def _arm(name: str, entry: Any, source: str, path: Path) -> Arm:
     return Arm(
         options=options,
         candidates=grid,
-        share=positive(entry.get("share", 1.0), f"{where}: share") or 1.0,
+        share=converted(Annotated[float, SHARE], entry.get("share", 1.0), f"{where}: share"),
         teachers=None if teachers is None else tuple(map(str, teachers)),
         note=str(entry.get("note", "")),
     )

@@ -3,7 +3,6 @@
 OUT/runs/DATA/TEACHER/ARM/[CANDIDATE/]seed0/    see `measure`; with job.json, what the run is, and log.txt, what it said
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +11,8 @@ from typing import Any
 
 from fastmae.config import AblateConfig, PretrainConfig, TokenizeConfig
 from fastmae.errors import InputError
+from fastmae.offline.options import middle_sizes
+from fastmae.outside.documents import read_json
 from fastmae.pretraining.plan import check_middle_sizes, hog_target, loss_weights, make_plan
 from fastmae.pretraining.pretrain import describe
 from fastmae.runtime.durable import write_json
@@ -31,6 +32,7 @@ SHARED_PIXELS = (
     "patch_size",
     "channels",
     "resize",
+    "value_range",
     "pixels",
     "jpeg_quality",
 )
@@ -55,6 +57,18 @@ class Variant:
     teacher: str
     arm: str
     candidate: int
+
+
+@dataclass(frozen=True)
+class _BegunJob:
+    """What is compared of the job of a run that an earlier call began; see `Runs.job`."""
+
+    data: str
+    pretrain: dict[str, Any]
+    finetune: dict[str, Any] | None
+    seconds: float | None = None
+    jobs: int | None = None
+    store: Any = None
 
 
 class Runs:
@@ -257,9 +271,10 @@ class Runs:
             for seed in self.seeds:
                 file = self.folder(variant, seed) / JOB_FILE
                 if file.exists():
-                    begun = json.loads(file.read_text(encoding="utf-8"))
-                    if self.study.seconds is not None:
-                        self.epochs[variant] = begun["pretrain"]["epochs"]
+                    begun = read_json(file, _BegunJob, way_out=f"delete {file.parent}, or give another --out")
+                    epochs = begun.pretrain.get("epochs")
+                    if self.study.seconds is not None and isinstance(epochs, int | float):
+                        self.epochs[variant] = epochs
                     self._check_begun(variant, seed, begun, f"{self.study.source}: arm {variant.arm}: {file.parent}")
 
     @contextmanager
@@ -269,20 +284,20 @@ class Runs:
         except InputError as error:
             raise InputError(f"{self.study.source}: arm {arm}: {error}") from error
 
-    def _check_begun(self, variant: Variant, seed: int, begun: Mapping[str, Any], run: str) -> None:
+    def _check_begun(self, variant: Variant, seed: int, begun: _BegunJob, run: str) -> None:
         now, advice = self.job(variant, seed, self.split), "give another --out"
-        if begun["data"] != now["data"]:
-            raise InputError(f"{run} was measured on {begun['data']}, not {now['data']}; {advice}, or rename a folder")
-        if begun.get("seconds") != now["seconds"]:
+        if begun.data != now["data"]:
+            raise InputError(f"{run} was measured on {begun.data}, not {now['data']}; {advice}, or rename a folder")
+        if begun.seconds != now["seconds"]:
             before, after = (
-                f"{seconds:g} s" if seconds else "no set time" for seconds in (begun.get("seconds"), now["seconds"])
+                f"{seconds:g} s" if seconds else "no set time" for seconds in (begun.seconds, now["seconds"])
             )
             raise InputError(f"{run} was begun with {before}, not {after}; {advice}, or the same")
-        if now["seconds"] and begun.get("jobs") != now["jobs"]:
-            jobs = f"--jobs {begun.get('jobs')}, not {now['jobs']}"
+        if now["seconds"] and begun.jobs != now["jobs"]:
+            jobs = f"--jobs {begun.jobs}, not {now['jobs']}"
             raise InputError(f"{run} was begun with {jobs}, at another speed; {advice}, or the same")
         for key, may_change in (("pretrain", PretrainConfig.may_change), ("finetune", ())):
-            before, after = begun[key], now[key]
+            before, after = getattr(begun, key), now[key]
             if key == "finetune" and (before is None or after is None):
                 continue  # it may be asked for later
             for name in sorted({*before, *after} - set(may_change)):
@@ -290,7 +305,7 @@ class Runs:
                     flag = f"--{name.replace('_', '-')}"
                     differs = f"with {flag} {before.get(name)}, not {after.get(name)}"
                     raise InputError(f"{run} was begun {differs}; {advice}, or the same settings")
-        if begun.get("store") != now["store"]:
+        if begun.store != now["store"]:
             raise InputError(
                 f"{run} was trained on another store than {', '.join(now['pretrain']['stores'])}; {advice}"
             )
@@ -310,7 +325,7 @@ def candidate_label(candidate: Mapping[str, Any]) -> str:
 
 
 def _check_sizes(options: PretrainConfig, tokenized: TokenizeConfig, teachers: int) -> None:
-    sizes = [int(size) for size in tokenized.middle_size.split(",") if size.strip().isdigit()]
+    sizes = middle_sizes(tokenized)
     if options.image_size > min(sizes):
         raise InputError(
             f"--image-size {options.image_size}: larger than the middle images, which have {min(sizes)} px"

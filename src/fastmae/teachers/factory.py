@@ -1,25 +1,27 @@
 """A teacher's name -> its network with weights. What is done with the network is in `teacher`."""
 
-import difflib
+import math
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import huggingface_hub
+import msgspec
 import timm
-import torch
 from torch import nn
 
 from fastmae.config import OFFLINE_TEACHER
-from fastmae.errors import InputError, first_line
+from fastmae.errors import InputError
+from fastmae.outside.documents import checked
+from fastmae.outside.networks import check_architecture, create_network
+from fastmae.outside.tensors import Weights, load_into
 from fastmae.teachers.checkpoint_file import load_checkpoint_file
 from fastmae.teachers.efficientnet_lite import LITES, load_efficientnet_lite
 from fastmae.teachers.huggingface import load_huggingface
-from fastmae.teachers.precision import FULL_PRECISION
 from fastmae.teachers.teacher import RGB, Teacher
-from fastmae.teachers.weights import load_strictly, read_weights
+from fastmae.teachers.weights import read_weights, weights_of
 
 HUB_ERRORS = (OSError, RuntimeError, ValueError)
 HUB_TIMEOUT = 5  # seconds
@@ -52,18 +54,40 @@ def load_teacher(
     return Teacher(spec, network, middle_size, grid, block, norm, input_size, last, weights_file, channels)
 
 
-def teacher_of_store(description: dict[str, Any], middle_size: int, grid: int) -> Teacher:
-    """Load the teacher that made a store.
+class StoredTeacher(msgspec.Struct):
+    """What `Teacher.describe` writes into a store, as far as it says how to load the teacher again."""
+
+    spec: Annotated[str, msgspec.Meta(max_length=4096)]
+    block: Annotated[int, msgspec.Meta(ge=0, le=1023)]
+    last: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    norm: Literal["final", "layer", "none"]
+    input_size: Annotated[int, msgspec.Meta(ge=1, le=16384)]
+    channels: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=1023)]], msgspec.Meta(min_length=3, max_length=3)]
+    weights_sha256: str
+    weights_file: str | None
+    precision: Literal["32-true", "tf32", "bf16-mixed", "16-mixed"] = "32-true"
+
+
+def teacher_of_store(
+    description: dict[str, Any], middle_size: int, grid: int, name: object = "the store's teacher"
+) -> Teacher:
+    """Load the teacher that made a store. Of what the store names, only weights are read, never code.
 
     Args:
         description: what `Teacher.describe` wrote into the store.
         middle_size: side of the store's middle images, in pixels.
         grid: patches along that side.
+        name: where the description stands, for messages.
 
     Raises:
-        InputError: the weights are not available, or are no longer the same.
+        InputError: a description that is none, or the weights are not available, or are no longer the same.
     """
-    spec, weights_file = description["spec"], description["weights_file"]
+    recorded = checked(description, StoredTeacher, name=f"{name}: its teacher", way_out="tokenize the images again")
+    spec, weights_file = recorded.spec, recorded.weights_file
+    if weights_file and spec not in LITES and not Path(weights_file).is_absolute():
+        raise InputError(
+            f"{name}: its teacher's weights file '{weights_file}' is no absolute path; it was changed by hand"
+        )
     if weights_file and spec.startswith(("file/", "hf/")):
         # The name may hold a path relative to another working folder; the recorded path is absolute.
         spec, weights_file = f"{spec.split('/')[0]}/{weights_file}", None
@@ -74,15 +98,15 @@ def teacher_of_store(description: dict[str, Any], middle_size: int, grid: int) -
         middle_size,
         grid,
         weights=Path(weights_file) if weights_file else None,
-        block=description["block"],
-        norm=description["norm"],
-        input_size=description["input_size"],
-        last=description["last"],
-        channels=description["channels"],
+        block=recorded.block,
+        norm=recorded.norm,
+        input_size=recorded.input_size,
+        last=recorded.last,
+        channels=recorded.channels,
     )
-    if teacher.weights_sha256 != description["weights_sha256"]:
-        raise InputError(f"{description['spec']}: its weights are not those that made the store (SHA-256 differs)")
-    teacher.precision = description.get("precision", FULL_PRECISION)
+    if teacher.weights_sha256 != recorded.weights_sha256:
+        raise InputError(f"{recorded.spec}: its weights are not those that made the store (SHA-256 differs)")
+    teacher.precision = recorded.precision
     return teacher
 
 
@@ -127,21 +151,34 @@ def _load_timm(
     spec: str, name: str, weights: Path | None, pretrained: bool, **extra: Any
 ) -> tuple[nn.Module, str | None]:
     """A timm model with weights from a file, from the hub, or at random."""
-    architecture = name.partition(".")[0]
-    if architecture not in timm.list_models():
-        similar = difflib.get_close_matches(architecture, timm.list_models(), 1)
-        hint = f"; did you mean timm/{similar[0]}" if similar else ""
-        raise InputError(f"{spec}: timm has no such model{hint}")
+    check_architecture(name, spec)
     if weights is None and pretrained:
         return _load_from_hub(spec, name, **extra), None
-    try:
-        model = timm.create_model(name, pretrained=False, num_classes=0, **extra)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"{spec}: timm can't build it ({first_line(error)})") from error
+    model = create_network(name, {"num_classes": 0, **extra}, spec)
     if weights is None:
         return model, None
-    load_strictly(model, _without_classifier(read_weights(weights), model), weights)
+    state = weights_of(model.state_dict().keys(), read_weights(weights), weights)
+    state = _without_classifier(state, model)
+    _take_image_size(model, state)
+    load_into(model, state, weights)
     return model, str(weights.absolute())
+
+
+def _take_image_size(model: Any, state: Weights) -> None:
+    """Set a ViT's image size to the one that its weights were trained at, which their position embeddings tell.
+
+    So these are loaded as they are, and resampled once for the size that is asked for.
+    """
+    own, given = getattr(model, "pos_embed", None), state.get("pos_embed")
+    if own is None or given is None or own.dim() != 3 or given.dim() != 3 or not hasattr(model, "set_input_size"):
+        return
+    prefix = own.shape[1] - model.patch_embed.num_patches
+    grid = math.isqrt(max(0, given.shape[1] - prefix))
+    if given.shape[1] != own.shape[1] and given.shape[1] == prefix + grid**2 and given.shape[2] == own.shape[2]:
+        size = grid * int(model.patch_embed.feat_ratio())
+        model.set_input_size(img_size=(size, size))
+        channels = model.pretrained_cfg["input_size"][0]
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, size, size)}
 
 
 def _load_from_hub(spec: str, name: str, **extra: Any) -> nn.Module:
@@ -174,7 +211,7 @@ def _hub_answers() -> bool:
         return False
 
 
-def _without_classifier(state: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+def _without_classifier(state: Weights, model: Any) -> Weights:
     """Leave out the classifier's tensors, which a teacher does not use. All others must match the model."""
     classifiers = model.pretrained_cfg.get("classifier") or "head"
     names = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)

@@ -1,71 +1,92 @@
-"""Weight files -> state dicts. Code in a file is never run: safetensors, or torch.load with weights_only."""
+"""Weight files as training scripts leave them -> a network's state dict, under the network's own names."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
-from fastmae.errors import InputError, first_line
+from fastmae.errors import InputError
+from fastmae.outside.tensors import Weights, read_tensors
 
-NESTED_UNDER = ("state_dict", "model", "teacher", "module")
+NESTED_UNDER = ("state_dict", "model", "teacher", "module", "model_state_dict", "model_state", "network")
 """Keys under which training scripts put the weights."""
+DEEPEST_PREFIX = 16
+"""Most parts of a prefix that is looked for."""
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path) -> Weights:
     """Read a state dict from a .safetensors file or a PyTorch checkpoint.
 
     Raises:
-        InputError: no such file, a damaged one, or one that would have to run code to be read.
+        InputError: as `read_tensors`, or no weights in it.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such weights file")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: damaged, or not a weights file ({first_line(error)})") from error
-    except Exception as error:  # pickle.UnpicklingError, and whatever else a hostile pickle can raise
-        if "weights only" not in str(error).lower():
-            raise InputError(f"{path}: not a weights file, or a damaged one") from error
+    content = read_tensors(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict; save the network's state dict")
+    weights = _find_state_dict(content)
+    if not weights:
         raise InputError(
-            f"{path}: holds more than tensors, and reading it would run its code ({first_line(error)}); "
-            "save its state dict alone, as safetensors"
-        ) from error
-    return _find_state_dict(checkpoint, path)
+            f"{path}: no weights in it (looked under {', '.join(NESTED_UNDER)}); save the network's state dict"
+        )
+    return weights
 
 
-def load_strictly(model: torch.nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Load a state dict that must match the model in all names and shapes.
+def weights_of(names: Collection[str], state: Weights, path: Path) -> Weights:
+    """A network's weights out of a training checkpoint: without the prefix that wrappers gave their names, and without
+    the bookkeeping beside them.
+
+    Wrappers are DataParallel (`module.`), torch.compile (`_orig_mod.`), Lightning (`model.`), and whatever holds the
+    network as a part of it. What does not lie below the prefix belongs to something else.
+
+    Args:
+        names: names that the network gives its tensors. Not all need to be there.
+        state: from `read_weights`.
+        path: of the file, for messages.
 
     Raises:
-        InputError: names a tensor that is missing, unexpected or of another shape.
+        InputError: several whole networks in it.
     """
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        example = f"lacks {missing[0]}" if missing else f"has {unexpected[0]} besides"
+    prefix = prefix_of(names, state, path)
+    below = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {name: tensor for name, tensor in below.items() if name in names or not is_bookkeeping(tensor)}
+
+
+def prefix_of(names: Collection[str], state: Mapping[str, Any], path: Path) -> str:
+    """The prefix below which most of a network's names stand; none if they stand there without one.
+
+    Arguments and errors: as `weights_of`.
+    """
+    wanted = set(names)
+    counts: dict[str, int] = {}
+    for name in state:
+        parts = name.split(".")
+        for start in range(min(len(parts), DEEPEST_PREFIX)):
+            if ".".join(parts[start:]) in wanted:
+                prefix = "".join(f"{part}." for part in parts[:start])
+                counts[prefix] = counts.get(prefix, 0) + 1
+    most = max(counts.values(), default=0)
+    best = [prefix for prefix, count in counts.items() if count == most]
+    if not best or "" in best:
+        return ""
+    if len(best) > 1:
         raise InputError(
-            f"{path}: not the weights of this model ({example}; {len(missing)} missing, {len(unexpected)} unexpected "
-            "in all)"
+            f"{path}: holds this network {len(best)} times, under {' and '.join(map(repr, sorted(best)[:2]))}; save "
+            "one of them alone"
         )
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise InputError(
-                f"{path}: {name} has shape {list(state[name].shape)}, the model's has {list(tensor.shape)}"
-            )
-    model.load_state_dict(state)
+    return best[0]
 
 
-def _find_state_dict(checkpoint: Any, path: Path) -> dict[str, torch.Tensor]:
-    """Descend into nested dictionaries until one holds tensors."""
-    while isinstance(checkpoint, dict) and not any(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        nested = next((checkpoint[key] for key in NESTED_UNDER if isinstance(checkpoint.get(key), dict)), None)
-        if nested is None:
-            raise InputError(f"{path}: no weights in it (looked under {', '.join(NESTED_UNDER)})")
-        checkpoint = nested
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path}: holds a {type(checkpoint).__name__}, not a state dict")
-    return {name: tensor for name, tensor in checkpoint.items() if isinstance(tensor, torch.Tensor)}
+def is_bookkeeping(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a counter, a best accuracy or the state of a random generator, rather than a weight."""
+    return tensor.dim() == 0 or not tensor.is_floating_point()
+
+
+def _find_state_dict(content: dict[Any, Any]) -> Weights:
+    """The tensors of the innermost of the dictionaries that hold weights."""
+    for key in NESTED_UNDER:
+        nested = content.get(key)
+        if isinstance(nested, dict) and (weights := _find_state_dict(nested)):
+            return weights
+    tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    return tensors if any(not is_bookkeeping(tensor) for tensor in tensors.values()) else {}

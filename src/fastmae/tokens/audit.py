@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmae.errors import InputError, first_line
+from fastmae.errors import InputError
 from fastmae.images.image_list import ImageList
 from fastmae.outside.regular_file import read_bounded
 from fastmae.runtime.device import own_cores
@@ -80,7 +80,7 @@ def audit(folder: Path, on_shard: Callable[[], object] = lambda: None) -> Iterat
             check(folder / name)
             sound.add(name)
         except InputError as error:
-            yield Damage(name, first_line(error))
+            yield Damage(name, str(error))
     agreement = Agreement(folder, info, sound if manifest is not None else set())
     # Without a manifest, the store may be unfinished, and shards that were not written yet are no damage.
     shards: Iterable[int] = range(info.shards)
@@ -207,15 +207,14 @@ def _audit_shard(folder: Path, info: StoreInfo, shard: int, manifest: Manifest |
         mapped = MappedShard(path, info, shard, None if manifest is None else manifest.shards[shard])
         header = ShardHeader.from_file(path)
     except InputError as error:
-        return damaged(first_line(error))
+        return damaged(str(error))
     keys = {image.row: image.path for image in header.images}
     records = bad_records(info, mapped)
     changed = [tensor for tensor in sorted(mapped.tensors) if not _intact(mapped, tensor)]
-    if changed:
-        what = f"{', '.join(changed)} differ from their checksums"
-        return damaged(what, [] if records is None else [keys[row] for row in records.rows])
-    if records is not None:
-        return damaged(records.what, [keys[row] for row in records.rows])
+    if changed or records:
+        first = records[min(records)] if records else ""
+        what = f"{', '.join(changed)} differ from their checksums" if changed else first
+        return damaged(what, [keys[row] for row in sorted(records)])
     return _Audited(None, header.images, {name: mapped.tensors[name].copy() for name in SUMS})
 
 

@@ -36,6 +36,7 @@ import xxhash
 from msgspec import Meta
 
 from fastmae.errors import InputError, first_line
+from fastmae.images.value_range import AUTO, bounds_of, range_entry
 from fastmae.outside.documents import checked, read_json
 from fastmae.tokens.codec import code_layout
 
@@ -58,6 +59,8 @@ LARGEST_SIDE = 1 << 14
 """Most pixels along the side of a middle image."""
 LARGEST_DESCRIPTION = 4 << 20
 """Most bytes of a store.json: a part takes about 300."""
+LARGEST_SCALES = 1 << 16
+"""Most bytes of a scales.json."""
 MOST_IMAGES = (1 << 31) - 1
 """Images are numbered in int32."""
 
@@ -132,6 +135,7 @@ class StoreInfo:
         jpeg_quality: 1 to 100; 0 when the pixels are raw.
         shard_size: images in a shard, skipped ones included; the last shard of a part may hold fewer.
         parts: the image lists, one after the other.
+        value_range: how values of more than 8 bits became 8 bits (`images.value_range`). Not written if it is 'auto'.
     """
 
     teacher: dict[str, Any]
@@ -146,6 +150,7 @@ class StoreInfo:
     jpeg_quality: Annotated[int, Meta(ge=0, le=100)]
     shard_size: Annotated[int, Meta(ge=1, le=1 << 20)]
     parts: Annotated[tuple[Part, ...], Meta(min_length=1)]
+    value_range: Annotated[str, Meta(max_length=64)] = AUTO
 
     @property
     def grid(self) -> int:
@@ -182,7 +187,10 @@ class StoreInfo:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of store.json."""
-        return {"format": FORMAT_NAME, "version": FORMAT_VERSION, "grid": self.grid, **asdict(self)}
+        settings = asdict(self)
+        del settings["value_range"]
+        named = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "grid": self.grid}
+        return {**named, **settings, **range_entry(self.value_range)}
 
     @classmethod
     def from_json(cls, value: Any, path: Path) -> "StoreInfo":
@@ -211,7 +219,7 @@ class StoreInfo:
     def _contradiction(self, grid: Any) -> str | None:
         """What does not go together among values that are each in their range; `grid` is what store.json says."""
         if self.middle_size % self.patch_size or grid != self.grid:
-            return f"impossible sizes (middle {self.middle_size}, patch {self.patch_size}, grid {grid})"
+            return f"impossible sizes (middle {self.middle_size}, patch {self.patch_size}, grid {grid!r})"
         if self.images > MOST_IMAGES:
             return f"{self.images} images, more than the {MOST_IMAGES} that can be numbered"
         is_jpeg = self.pixels == "jpeg"
@@ -221,6 +229,7 @@ class StoreInfo:
             return f"the teacher's channels {self.teacher['channels']} of {self.channels}"
         try:
             code_layout(self.codec, self.token_dim)
+            bounds_of(self.value_range)
         except InputError as error:
             return first_line(error).split(";")[0]
         sources = (part.source for part in self.parts)

@@ -27,7 +27,7 @@ BATCH_ROWS = 1 << 12
 """Rows that are unfolded at a time where the index is compared with the shards."""
 WAY_OUT = "`fastmae verify STORE --repair` makes it again"
 _TEXTS = [field.name for field in INDEX_SCHEMA if field.type == pa.string()]
-_ERRORS = (OSError, pa.ArrowException, ValueError, OverflowError)
+_ERRORS = (OSError, pa.ArrowException, ValueError, OverflowError, KeyError)  # KeyError: a column is not there
 
 
 def read_index(path: Path, info: StoreInfo, columns: Sequence[str]) -> pa.Table:
@@ -122,7 +122,7 @@ class IndexComparison:
                 self.problem = "ends before the last image"
                 return
             except InputError as error:
-                self.problem = first_line(error).removeprefix(f"{self._path}: ")
+                self.problem = str(error).removeprefix(f"{self._path}: ")
                 return
             taken = min(len(table), count - position)
             rows, self._left = table.slice(0, taken), table.slice(taken)

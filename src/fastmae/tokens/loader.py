@@ -182,8 +182,8 @@ class StoreViews(Dataset[ViewBatch]):
                 return candidate
             except DamagedError as error:
                 self._skip(candidate, error)
-        folder = self.stores[0][0].folder
-        raise DamagedError(f"{folder}: all of its images are damaged; `fastmae verify STORE --repair` rebuilds them")
+        store = self.stores[0][0]
+        raise DamagedError(f"{store.location}: all of its images are damaged; {store.files.way_out}")
 
     def _from(self, index: int) -> Iterator[int]:
         """An image and all that follow it, the store's first one after its last."""

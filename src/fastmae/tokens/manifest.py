@@ -187,7 +187,8 @@ def check_description(manifest: Manifest, info: StoreInfo, folder: Path) -> None
     if info != manifest.info:
         differences = "; ".join(info.differences(manifest.info) or ["where the images lay"])
         file = folder / STORE_FILE
-        raise InputError(f"{file}: was changed after the store was finished ({differences}); {_REPAIR}")
+        cause = f"does not go with {MANIFEST_FILE} ({differences}): changed by hand, or another store's"
+        raise InputError(f"{file}: {cause}; {_REPAIR}")
 
 
 def read_header(file: Path, longest: int = LONGEST_HEADER) -> bytes:

@@ -4,9 +4,7 @@ Checksums only say that a store's bytes are those that were written. A store who
 an edit passes them, so `audit` asks here too.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,60 +21,50 @@ from fastmae.tokens.shard_header import ImageRecord
 from fastmae.tokens.statistics import added, are_close, no_sums, read_statistics, statistics_of
 from fastmae.tokens.tensor_file import load_tensors
 
+NO_NUMBERS = np.zeros(0, np.uint8)
+BLOCK_BYTES = 1 << 20
+"""Bytes of numbers that are looked at together."""
 
-@dataclass(frozen=True)
-class BadRecords:
-    """Records of a shard that can't be used.
 
-    Attributes:
-        rows: of the images.
-        what: is wrong with the first of them, in one line.
+def bad_records(info: StoreInfo, shard: MappedShard) -> dict[int, str]:
+    """The records of a shard that are not what was written, or can't be used. Reads every byte, decodes every JPEG.
+
+    Returns:
+        What is wrong with each of them, in one line, by their rows.
     """
-
-    rows: list[int]
-    what: str
-
-
-def bad_records(info: StoreInfo, shard: MappedShard) -> BadRecords | None:
-    """The records of a shard that are not what was written, or can't be used. Reads every byte, decodes every JPEG."""
-    rows: list[int] = []
-    what = ""
+    problems: dict[int, str] = {}
+    for name in ("tokens", "token_means", "flipped_tokens", "flipped_token_means"):
+        for row in _rows_beyond(shard.tensors.get(name, NO_NUMBERS)):
+            problems[row] = f"the {name} of its image {row} hold NaN, infinity or numbers beyond {LARGEST_TOKEN:.0e}"
     for row in range(len(shard.record_checksums)):
-        problem = _record_problem(info, shard, row)
-        if problem is not None:
-            rows.append(row)
-            what = what or problem
-    return BadRecords(rows, what) if rows else None
+        try:
+            shard.codes(row)
+            if shard.flipped_tokens is not None:
+                shard.codes(row, flipped=True)
+            if shard.pixels is not None:
+                shard.raw_pixels(row)
+            else:
+                jpeg.check(shard.jpeg(row), info.middle_size, info.channels)
+        except DamagedError as error:
+            problems[row] = str(error).removeprefix(f"{shard.file}: ").split(";")[0]
+        except (IndexError, ValueError) as error:
+            problems[row] = f"the JPEG of its image {row} can't be decoded ({first_line(error)})"
+    return problems
 
 
-def _record_problem(info: StoreInfo, shard: MappedShard, row: int) -> str | None:
-    try:
-        for flipped in (False, True) if info.flips == "stored" else (False,):
-            for numbers in shard.codes(row, flipped):
-                if _peak(numbers) > LARGEST_TOKEN:
-                    return f"the tokens of its image {row} hold NaN, infinity or numbers beyond {LARGEST_TOKEN:.0e}"
-        if info.pixels == "raw":
-            shard.raw_pixels(row)
-        else:
-            jpeg.check(shard.jpeg(row), info.middle_size, info.channels)
-    except DamagedError as error:
-        return first_line(error).removeprefix(f"{shard.file}: ").split(";")[0]
-    except (IndexError, ValueError) as error:
-        return f"the JPEG of its image {row} can't be decoded ({first_line(error)})"
-    return None
-
-
-def _peak(numbers: np.ndarray) -> float:
-    """Largest magnitude of stored numbers, infinity where one of them is NaN. The codes of int8 and pq have none.
+def _rows_beyond(numbers: np.ndarray) -> list[int]:
+    """The rows of [n, ...] that hold NaN, infinity or magnitudes beyond `LARGEST_TOKEN`. Codes of int8 and pq can't.
 
     Without its sign bit, a float is larger than another just if its bits are, as a whole number; NaN comes last.
     """
     if numbers.dtype.kind != "f" or not numbers.size:
-        return 0.0
-    bits = numbers.view(f"u{numbers.itemsize}")
-    largest = (bits & np.array((1 << 8 * numbers.itemsize - 1) - 1, bits.dtype)).max()
-    peak = float(np.array(largest, bits.dtype).view(numbers.dtype))
-    return float("inf") if math.isnan(peak) else peak
+        return []
+    bits = numbers.reshape(len(numbers), -1).view(f"u{numbers.itemsize}")
+    limit = numbers.dtype.type(min(LARGEST_TOKEN, float(np.finfo(numbers.dtype).max))).view(bits.dtype)
+    magnitude = bits.dtype.type((1 << (8 * numbers.itemsize - 1)) - 1)
+    step = max(1, BLOCK_BYTES // (numbers.nbytes // len(numbers)))
+    peaks = [(bits[start : start + step] & magnitude).max(1) for start in range(0, len(bits), step)]
+    return np.flatnonzero(np.concatenate(peaks) > limit).tolist()
 
 
 class Agreement:
@@ -111,7 +99,7 @@ class Agreement:
                 elif name == CODEBOOKS_FILE:
                     load_codec(self.info.codec, self.info.token_dim, load_tensors(file, shapes))
             except InputError as error:
-                problems[name] = first_line(error)
+                problems[name] = str(error)
         return problems
 
     def skip(self, shard: int) -> None:

@@ -24,17 +24,19 @@ from fastmae.images.mirror import copy_reversed
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.outside.documents import read_json
 from fastmae.tokens.codec import Codec, code_layout, keeps_means, learnt_shapes, load_codec
-from fastmae.tokens.files import LocalFiles, StoreFiles, is_url, open_files
+from fastmae.tokens.files import LocalFiles, StoreFiles, is_url, open_files, raise_named
 from fastmae.tokens.format import (
     CODEBOOKS_FILE,
     INDEX_FILE,
     INDEX_SCHEMA,
+    LARGEST_SCALES,
     LARGEST_SIDE,
     MANIFEST_FILE,
     SCALES_FILE,
     STATISTICS_FILE,
     STORE_FILE,
     read_store_info,
+    shard_name,
 )
 from fastmae.tokens.index import decoded_rows, read_index
 from fastmae.tokens.manifest import Manifest, check_description
@@ -44,8 +46,6 @@ from fastmae.tokens.tensor_file import load_tensors
 
 Value = TypeVar("Value")
 
-LARGEST_SCALES = 1 << 16
-"""Most bytes of a scales.json."""
 SAME_IN_ALL_SIZES = ("token_dim", "patch_size", "channels", "resize", "codec", "flips", "pixels")
 """What the stores of several middle sizes must have in common, as their views fill the same batches."""
 
@@ -96,6 +96,10 @@ class TokenStore:
 
     def __init__(self, folder: str | Path | StoreFiles):
         self.files: StoreFiles = LocalFiles(Path(folder)) if isinstance(folder, str | Path) else folder
+        with _named(self.files):
+            self._open()
+
+    def _open(self) -> None:
         self.folder = self.files.path(STORE_FILE).parent
         self.info = read_store_info(self.folder)
         self.manifest = Manifest.read(self.files.path(MANIFEST_FILE))
@@ -113,6 +117,11 @@ class TokenStore:
 
     def __len__(self) -> int:
         return len(self._row_of)
+
+    @property
+    def location(self) -> str:
+        """The store's folder or URL, for messages."""
+        return self.files.location
 
     @property
     def shard_sizes(self) -> np.ndarray:
@@ -167,7 +176,7 @@ class TokenStore:
         top, left = info.patch_size * row, info.patch_size * col
         if info.pixels == "jpeg":
             data = self._record(index, MappedShard.jpeg)
-            with _failed_decoding_is_damage():
+            with self._failed_decoding_is_damage(index):
                 jpeg.decode_part(data, top, left, info.middle_size, out.transpose(1, 2, 0), flipped)
             return
         view = self._record(index, MappedShard.raw_pixels)[:, top : top + side, left : left + side]
@@ -196,7 +205,7 @@ class TokenStore:
         if self.info.pixels == "raw":
             return torch.from_numpy(self._record(index, MappedShard.raw_pixels).copy())
         data = self._record(index, MappedShard.jpeg)
-        with _failed_decoding_is_damage():
+        with self._failed_decoding_is_damage(index):
             return torch.from_numpy(jpeg.decode_middle(data, self.info.middle_size, self.info.channels))
 
     def key(self, index: int) -> str:
@@ -215,11 +224,13 @@ class TokenStore:
 
     def _decoded(self) -> np.ndarray:
         """Which images of the lists could be decoded: bool [images]."""
-        return decoded_rows(self._checked(INDEX_FILE), self.info)[1] >= 0
+        with _named(self.files):
+            return decoded_rows(self._checked(INDEX_FILE), self.info)[1] >= 0
 
     def table(self, columns: Sequence[str] = INDEX_SCHEMA.names) -> pa.Table:
         """The index: a row for each image, skipped ones included. Texts are dictionary-encoded."""
-        return read_index(self._checked(INDEX_FILE), self.info, columns)
+        with _named(self.files):
+            return read_index(self._checked(INDEX_FILE), self.info, columns)
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -265,14 +276,23 @@ class TokenStore:
         row = int(self._row_of[index])
         return self.shards.read(int(self._shard_of[index]), lambda shard: read(shard, row))
 
+    @contextlib.contextmanager
+    def _failed_decoding_is_damage(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except (IndexError, ValueError) as error:
+            name = shard_name(int(self._shard_of[index]))
+            cause = f"the JPEG of its image {self._row_of[index]} can't be decoded ({first_line(error)})"
+            raise DamagedError(f"{self.location}/{name}: {cause}; {self.files.way_out}") from error
+
 
 @contextlib.contextmanager
-def _failed_decoding_is_damage() -> Iterator[None]:
+def _named(files: StoreFiles) -> Iterator[None]:
+    """Errors about a copy in the cache name the URL that it came from."""
     try:
         yield
-    except (IndexError, ValueError) as error:
-        way_out = "`fastmae verify STORE --repair` makes it again"
-        raise DamagedError(f"a stored JPEG can't be decoded ({first_line(error)}); {way_out}") from error
+    except InputError as error:
+        raise_named(files, error)
 
 
 def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0) -> list[TokenStore]:
@@ -290,22 +310,25 @@ def open_scales(location: str | Path, cache: Path = Path(), limit_bytes: int = 0
     if not whole.exists(SCALES_FILE):
         return [TokenStore(whole)]
     file, way_out = whole.path(SCALES_FILE), "run the same `fastmae tokenize` again"
-    sizes = sorted(set(read_json(file, Scales, way_out=way_out, limit=LARGEST_SCALES).sizes))
+    with _named(whole):
+        sizes = sorted(set(read_json(file, Scales, way_out=way_out, limit=LARGEST_SCALES).sizes))
     stores = [TokenStore(open_files(_below(location, size), cache, limit_bytes)) for size in sizes]
     first = stores[0]
     for size, store in zip(sizes, stores, strict=True):
         if store.info.middle_size != size:
             raise InputError(
-                f"{store.folder}: holds middle images of {store.info.middle_size} px, not {size}; {way_out}"
+                f"{store.location}: holds middle images of {store.info.middle_size} px, not {size}; {way_out}"
             )
         for name in SAME_IN_ALL_SIZES:
             expected, actual = getattr(first.info, name), getattr(store.info, name)
             if actual != expected:
-                raise InputError(f"{store.folder}: has {name} {actual}, not {expected} as {first.folder}; {way_out}")
+                raise InputError(
+                    f"{store.location}: has {name} {actual}, not {expected} as {first.location}; {way_out}"
+                )
         if not first.holds_the_images_of(store):
-            raise InputError(f"{store.folder}: holds other images than {first.folder}; {way_out}")
+            raise InputError(f"{store.location}: holds other images than {first.location}; {way_out}")
         if store.manifest.files.get(CODEBOOKS_FILE) != first.manifest.files.get(CODEBOOKS_FILE):
-            raise InputError(f"{store.folder}: has other codebooks than {first.folder}; {way_out}")
+            raise InputError(f"{store.location}: has other codebooks than {first.location}; {way_out}")
     return stores
 
 

@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from fastmae.errors import InputError, first_line
-from fastmae.tokens.files import StoreFiles
+from fastmae.tokens.files import StoreFiles, raise_named
 from fastmae.tokens.format import FLIPPED, PIXELS, TOKENS, StoreInfo, checksum, shard_name
 from fastmae.tokens.manifest import Manifest, read_header
 from fastmae.tokens.shard_header import (
@@ -72,7 +72,9 @@ class MappedShard:
             whole = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()  # keeps no file open
         except DamagedError:
             raise
-        except (InputError, OSError, RuntimeError) as error:  # a copy in the cache can be evicted at any moment
+        except InputError as error:
+            raise DamagedError(str(error)) from error
+        except (OSError, RuntimeError) as error:  # a copy in the cache can be evicted at any moment
             raise DamagedError(first_line(error)) from error
         self.tensors, self.checksums = mapped_tensors(whole[len(header) :], entries), written.checksums
         for name in sorted({"record_checksums", "jpeg_offsets"} & self.tensors.keys()):
@@ -181,6 +183,12 @@ class OpenShards:
         Raises:
             DamagedError: the shard, or the record that was read, is not what was written.
         """
+        try:
+            return self._read(number, read)
+        except DamagedError as error:
+            raise_named(self.files, error)
+
+    def _read(self, number: int, read: Callable[[MappedShard], Value]) -> Value:
         try:
             return read(self._shard(number))
         except DamagedError:

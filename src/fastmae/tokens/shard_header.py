@@ -177,9 +177,9 @@ def data_problem(entries: Mapping[str, TensorEntry], header_bytes: int, file_byt
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         dtype, (start, stop) = DTYPES.get(entry.dtype), entry.data_offsets
         if dtype is None:
-            return f"its {name} has the dtype {entry.dtype!r}"
+            return f"its {name!r} has the dtype {entry.dtype!r}"
         if start != end or stop - start != dtype.itemsize * math.prod(entry.shape) or start % dtype.itemsize:
-            return f"its {name} does not lie where it should"
+            return f"its {name!r} does not lie where it should"
         end = stop
     return "its tensors do not fill the file" if header_bytes % ALIGNMENT or header_bytes + end != file_bytes else None
 
@@ -193,7 +193,9 @@ def content_problem(info: StoreInfo, shard: int, entries: Mapping[str, TensorEnt
         entries: of the shard's tensors.
         metadata: of the shard.
     """
-    if metadata.version != FORMAT_VERSION or metadata.shard != shard:
+    if metadata.version != FORMAT_VERSION:
+        return f"has format version {metadata.version}, not {FORMAT_VERSION}"
+    if metadata.shard != shard:
         return f"holds shard {metadata.shard}: it was renamed"
     images = len(info.part_of(shard)[1])
     rows = [row for _, row, *_ in metadata.images if row >= 0]

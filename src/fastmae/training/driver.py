@@ -91,6 +91,7 @@ def _options(config: TrainingConfig, settings: Settings) -> dict[str, Any]:
     """The options that make the run what it is; those that were left open, as the recipe has set them."""
     options = {name: value for name, value in vars(config).items() if name not in config.may_change}
     settled = {name: value for name, value in vars(settings).items() if name in options}
+    settled |= {name: None for name, value in settled.items() if value == math.inf}  # JSON has no infinity
     return {name: str(value) if isinstance(value, Path) else value for name, value in (options | settled).items()}
 
 

@@ -13,6 +13,7 @@ from fastmae.config import TrainingConfig
 from fastmae.errors import InputError
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch
+from fastmae.runtime.processes import this_process
 from fastmae.runtime.ring import FillsBatches, ring_batches
 from fastmae.runtime.transfer import copied_ahead, held_batches
 from fastmae.runtime.workers import batches
@@ -204,6 +205,13 @@ def take_step(
 def _share(value: torch.Tensor, accum_steps: int) -> torch.Tensor:
     """A batch's share of the mean over the step's batches."""
     return value if accum_steps == 1 else value / accum_steps
+
+
+def images_at_once(config: TrainingConfig, batch_size: int) -> int:
+    """Images of a batch that one process holds at once, nearly: see `grad_accum_steps`."""
+    processes = max(config.devices, this_process().world_size)
+    share = max(1, batch_size // processes)
+    return min(share, config.micro_batch) if config.micro_batch else share
 
 
 def grad_accum_steps(share: int, micro_batch: int) -> int:

@@ -11,8 +11,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from fastmae.errors import InputError
-from fastmae.runs.checkpoint import load_checkpoint, write_checkpoint
+from fastmae.errors import InputError, first_line
+from fastmae.outside.tensors import check_fit, load_into
+from fastmae.runs.checkpoint import load_to_continue, write_checkpoint
 from fastmae.runs.folder import RunFolder
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import bare, on_first_process
@@ -85,7 +86,16 @@ class TrainState:
             InputError: a damaged checkpoint, or one that only some of the processes can see.
         """
         if folder.checkpoint.exists():
-            saved = load_checkpoint(folder.checkpoint)
+            self._continue_from(load_to_continue(folder.checkpoint, with_ema=self.ema is not None), fabric, folder)
+        steps: Any = fabric.all_gather(torch.tensor(self.step, device=fabric.device))
+        if (steps != self.step).any():
+            raise InputError(
+                f"{folder.path}: the processes see different checkpoints; use a disk that all of them share"
+            )
+
+    def _continue_from(self, saved: dict[str, Any], fabric: Fabric, folder: RunFolder) -> None:
+        check_fit(self.network, saved["model"], folder.checkpoint)
+        try:
             set_state_dict(
                 self.network,
                 bare(self.optimizer),
@@ -93,17 +103,17 @@ class TrainState:
                 model_state_dict=saved["model"],
                 optim_state_dict=saved["optimizer"],
             )
-            if self.ema is not None:
-                self.ema.module.load_state_dict(saved["ema"])
             if saved["precision"]:  # empty if the run has been trained without a scaler so far
                 fabric.strategy.precision.load_state_dict(saved["precision"])
-            for name in COUNTERS:
-                setattr(self, name, saved[name])
-        steps: Any = fabric.all_gather(torch.tensor(self.step, device=fabric.device))
-        if (steps != self.step).any():
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
-                f"{folder.path}: the processes see different checkpoints; use a disk that all of them share"
-            )
+                f"{folder.checkpoint}: its optimizer's state does not fit this run ({first_line(error)}); --no-resume "
+                "starts anew, and sets this run aside"
+            ) from error
+        if self.ema is not None:
+            load_into(self.ema.module, saved["ema"], folder.checkpoint)
+        for name in COUNTERS:
+            setattr(self, name, saved[name])
 
     def clip_gradients(self, fabric: Fabric, clip_grad: float) -> torch.Tensor:
         """Clip the gradients to a norm (0: not at all), and return the norm before. Nothing waits for the device."""

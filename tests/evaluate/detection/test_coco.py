@@ -1,6 +1,7 @@
 """A split read from its annotations, and every way in which they can be wrong."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -39,6 +40,36 @@ def test_objects_without_an_extent_are_dropped_and_counted(rectangles):
     train, _ = read(rectangles(flatten_three))
     assert (train.dropped, len(train.labels)) == (3, 5)
     assert list(train.objects(0)) == []
+
+
+@pytest.mark.promise("labels")
+@pytest.mark.parametrize("width", [5.7e-14, 1e-6])
+def test_a_box_that_float32_takes_for_a_line_is_dropped_and_counted(width, rectangles):
+    train, _ = read(rectangles(lambda content: content["annotations"][0]["bbox"].__setitem__(2, width)))
+    assert (train.dropped, len(train.labels)) == (1, 7)
+
+
+@pytest.mark.promise("labels")
+def test_whole_numbers_may_be_written_with_a_point(rectangles):
+    def write_floats(content):
+        for annotation in content["annotations"]:
+            annotation["category_id"], annotation["image_id"] = float(annotation["category_id"]), annotation["image_id"]
+        content["categories"][0]["id"] = 8.0
+        content["images"][0]["width"] = float(content["images"][0]["width"])
+
+    train, _ = read(rectangles(write_floats))
+    assert train.classes == {3: "red", 8: "blue"}
+    assert train.labels.tolist() == [1, 2] * 4
+
+
+@pytest.mark.promise("labels")
+@pytest.mark.parametrize("place", ["my_train/annotations.json", "my_train/images/00.png"])
+def test_a_pipe_among_the_files_is_named_instead_of_waited_for(place, rectangles):
+    data = rectangles()
+    (data / place).unlink()
+    os.mkfifo(data / place)
+    with pytest.raises(InputError, match=f"{place}: is a named pipe"):
+        read(data)
 
 
 def test_a_box_that_reaches_a_little_beyond_the_image_is_clipped(rectangles):
@@ -103,25 +134,57 @@ def remove_images_and_annotations(content):
     content["annotations"].clear()
 
 
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 RLE_OF_ANOTHER_SIZE = {"size": [5, 5], "counts": [25]}
 BAD = {
     "image that does not exist": (set_in_annotation(2, "image_id", 999), "annotation 3: there is no image 999"),
     "category that does not exist": (set_in_annotation(2, "category_id", 5), "annotation 3: there is no category 5"),
-    "negative width": (set_in_annotation(3, "bbox", [20, 5, -4, 9]), "annotation 4: its bbox [20, 5, -4, 9]"),
-    "box outside": (set_in_annotation(3, "bbox", [20, 5, 400, 9]), "annotation 4: its bbox [20, 5, 400, 9]"),
-    "box to the left": (set_in_annotation(3, "bbox", [-9, 5, 4, 9]), "annotation 4: its bbox [-9, 5, 4, 9]"),
-    "no box": (set_in_annotation(3, "bbox", None), "annotation 4: its bbox is None"),
-    "box of three numbers": (set_in_annotation(3, "bbox", [1, 2, 3]), "annotation 4: its bbox is [1, 2, 3]"),
-    "box with infinity": (set_in_annotation(3, "bbox", [1, 2, 3, float("inf")]), "annotation 4: its bbox is"),
+    "negative width": (set_in_annotation(3, "bbox", [20, 5, -4, 9]), "annotation 4: its bbox [20.0, 5.0, -4.0, 9.0]"),
+    "box outside": (set_in_annotation(3, "bbox", [20, 5, 400, 9]), "annotation 4: its bbox [20.0, 5.0, 400.0, 9.0]"),
+    "box to the left": (set_in_annotation(3, "bbox", [-9, 5, 4, 9]), "annotation 4: its bbox [-9.0, 5.0, 4.0, 9.0]"),
+    "huge box": (set_in_annotation(3, "bbox", [20, 5, 1e300, 1e300]), "annotation 4: its bbox [20.0, 5.0, 1e+300,"),
+    "no box": (set_in_annotation(3, "bbox", None), "Expected `array`, got `null` - at `$.annotations[3].bbox`"),
+    "box of three numbers": (set_in_annotation(3, "bbox", [1, 2, 3]), "length 4"),
+    "box with infinity": (set_in_annotation(3, "bbox", [1, 2, 3, float("inf")]), "not JSON"),
+    "box with NaN": (set_in_annotation(3, "bbox", [1, 2, float("nan"), 3]), "not JSON"),
+    "box as text": (set_in_annotation(3, "bbox", ["1", 2, 3, 4]), "got `str` - at `$.annotations[3].bbox[0]`"),
+    "category id with a fraction": (set_in_annotation(2, "category_id", 3.5), "annotation 3: its category_id is 3.5;"),
+    "endless category id": (
+        set_in_annotation(2, "category_id", 10**300),
+        "there is no category 1000000000000000000000000",
+    ),
     "no mask": (set_in_annotation(3, "segmentation", []), "annotation 4: has no segmentation"),
+    "mask as text": (set_in_annotation(3, "segmentation", "x"), "annotation 4: its segmentation is neither polygons"),
+    "deep mask": (
+        lambda content: content["annotations"][3].__setitem__("segmentation", nested(500)),
+        "annotation 4: its segmentation is neither polygons",
+    ),
+    "zigzag": (
+        set_in_annotation(3, "segmentation", [[0, 0, 59, 59] * 20_000]),
+        "its polygons are 4.76e+06 pixels",
+    ),
+    "many long outlines": (
+        lambda content: content["annotations"].extend(
+            {**content["annotations"][0], "segmentation": [[0, 0, 59, 59] * 500]} for _ in range(9)
+        ),
+        "those of its image so far",
+    ),
     "mask of another size": (set_in_annotation(3, "segmentation", RLE_OF_ANOTHER_SIZE), "annotation 4: its RLE"),
     "no annotation": (lambda content: content["annotations"].clear(), "holds no annotation"),
     "crowds alone": (mark_all_as_crowds, "none of its 8 annotations"),
     "no image": (remove_images_and_annotations, "names no image"),
-    "no categories": (lambda content: content.pop("categories"), "not COCO annotations"),
+    "no categories": (lambda content: content.pop("categories"), "missing required field `categories`"),
     "an id twice": (set_in_image("id", 100), "image entries have the id 100"),
-    "id as text": (set_in_image("id", "101"), "image 1 of its list has no whole number 'id'"),
-    "no size": (set_in_image("width", None), "image '01.png' has width None"),
+    "id as text": (set_in_image("id", "101"), "got `str` - at `$.images[1].id`"),
+    "no size": (set_in_image("width", None), "got `null` - at `$.images[1].width`"),
+    "endless size": (set_in_image("width", 10**30), "image '01.png' has width 1000000000000000000000000..."),
+    "more pixels than are decoded": (lambda c: c["images"][1].update(width=60000, height=60000), "at most 128 Mpx"),
     "another size": (set_in_image("width", 50), "says 50 x"),
     "missing image": (set_in_image("file_name", "gone.png"), "gone.png: missing"),
     "val has more categories": (drop_category, "its category 8, 'blue'"),
@@ -176,9 +239,9 @@ def test_a_photo_that_exif_turns_is_measured_upright(rectangles):
     ("break_layout", "problem"),
     [
         (lambda data: (data / "my_train" / "annotations.json").unlink(), "annotations.json: missing"),
-        (lambda data: (data / "my_train" / "annotations.json").write_text("{"), "can't be read as JSON"),
-        (lambda data: (data / "my_train" / "annotations.json").write_text("[]"), "not COCO annotations"),
-        (lambda data: (data / "my_train" / "annotations.json").write_bytes(b"\xff\xfe\x00"), "can't be read as JSON"),
+        (lambda data: (data / "my_train" / "annotations.json").write_text("{"), "not JSON"),
+        (lambda data: (data / "my_train" / "annotations.json").write_text("[]"), "Expected `object`, got `array`"),
+        (lambda data: (data / "my_train" / "annotations.json").write_bytes(b"\xff\xfe\x00"), "not JSON"),
         (lambda data: (data / "my_train").rename(data / "mine"), "no folder whose name ends in 'train'"),
         (lambda data: (data / "other_val").mkdir(), "has 2 folders"),
         (lambda data: (data / "my_val" / "images").rename(data / "my_val" / "photos"), "images: no such folder"),

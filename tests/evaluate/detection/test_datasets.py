@@ -6,12 +6,14 @@ import torch
 from PIL import Image
 
 from fastmae.errors import InputError
+from fastmae.evaluate.detection import datasets
 from fastmae.evaluate.detection.coco import find_splits, read_split
 from fastmae.evaluate.detection.datasets import (
     SizeLimits,
     Targets,
     TrainingPhotos,
     ValidationPhotos,
+    check_objects,
     collate_photos,
     load_objects,
     load_photo,
@@ -95,6 +97,29 @@ def test_crowds_are_not_among_the_objects_to_train_on(rectangles):
     assert load_objects(split, 0, COCO_LIMITS)["labels"].tolist() == [2]
 
 
+@pytest.mark.promise("labels")
+def test_objects_that_are_too_thin_once_the_photo_is_shrunk_are_left_out_and_counted(rectangles):
+    thin = SizeLimits(3, 5)  # of photos of 60 pixels and more
+    split = read_split(
+        find_splits(rectangles(lambda content: content["annotations"][0]["bbox"].__setitem__(2, 0.1)))[0]
+    )
+    assert (check_objects(split, COCO_LIMITS), check_objects(split, thin)) == (0, 1)
+    assert load_objects(split, 0, COCO_LIMITS)["labels"].tolist() == [1, 2]
+    objects = load_objects(split, 0, thin)
+    assert objects["labels"].tolist() == [2]
+    assert len(objects["boxes"]) == len(objects["masks"]) == 1
+
+
+@pytest.mark.promise("labels")
+def test_a_photo_whose_masks_would_fill_the_memory_is_named_before_the_training(rectangles, monkeypatch):
+    split = read_split(find_splits(rectangles())[0])
+    monkeypatch.setattr(datasets, "MOST_MASK_BYTES", 2 * 90 * 90)
+    check_objects(split, COCO_LIMITS)
+    monkeypatch.setattr(datasets, "MOST_MASK_BYTES", 2 * 60 * 60)
+    with pytest.raises(InputError, match=r"annotations\.json: '00\.png' has 2 objects, .*smaller --image-size$"):
+        check_objects(split, COCO_LIMITS)
+
+
 def test_an_image_without_objects_has_empty_tensors(rectangles):
     data = rectangles(lambda content: content.update(annotations=content["annotations"][2:]))
     split = read_split(find_splits(data)[0])
@@ -124,3 +149,17 @@ def test_fabric_does_not_round_boxes_to_bf16(split):
     _, converted = fabric._precision.convert_input((photos, targets))
     assert converted.objects[0]["boxes"].dtype == torch.float32
     assert torch.equal(converted.objects[0]["boxes"], targets.objects[0]["boxes"])
+
+
+@pytest.mark.promise("values")
+def test_photos_of_16_bits_are_mapped_as_in_pre_training(split):
+    width, height = split.size(0)
+    values = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
+    Image.fromarray(values.astype(np.uint16) * 16).save(split.path(0))
+    for photo in (
+        load_photo(split, 0, COCO_LIMITS, 1, "0 4080"),
+        ValidationPhotos(split, COCO_LIMITS, 1, "0 4080")[0][1],
+    ):
+        np.testing.assert_array_equal(photo[0], values)
+    photo, _ = TrainingPhotos(split, COCO_LIMITS, 1, 0, "0 4080")[0, 0]
+    assert np.array_equal(photo[0], values) or np.array_equal(photo[0], values[:, ::-1])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from fastmae.evaluate.detection.masks import _read_compressed, area, decode, encode, paste
+from fastmae.evaluate.detection.masks import RunLengths, _read_compressed, area, decode, encode, outline, paste
 
 SIZE = (20, 12)
 BOX = (2, 3, 10, 6)
@@ -36,8 +36,8 @@ def test_a_polygon_and_both_kinds_of_run_lengths_give_the_same_mask():
     expected = box_mask()
     for segmentation in (
         POLYGON,
-        {"size": [12, 20], "counts": runs_of(expected)},
-        {"size": [12, 20], "counts": compressed(expected)},
+        RunLengths((12, 20), runs_of(expected)),
+        RunLengths((12, 20), compressed(expected)),
     ):
         counts = encode(segmentation, SIZE)
         assert (decode(counts, SIZE) == expected).all()
@@ -59,34 +59,49 @@ def test_compressed_run_lengths_are_read_as_pycocotools_reads_them():
         mask = (rng.random((height, width)) < rng.random()).astype(np.uint8)
         if number % 2:
             mask = np.repeat(mask[:, :1], width, axis=1)
-        assert _read_compressed(compressed(mask)) == runs_of(mask)
+        assert _read_compressed(compressed(mask)).tolist() == runs_of(mask)
 
 
+@pytest.mark.promise("labels")
 @pytest.mark.parametrize(
-    ("segmentation", "reason"),
+    ("size", "counts", "reason"),
     [
-        ("polygon", "neither a list of polygons nor an RLE"),
-        ([1, 2, 3, 4, 5, 6], "x, y, x, y"),
-        ([[1, 2, 3, 4, 5, 6, 7]], "x, y, x, y"),
-        ([["a", 2, 3, 4, 5, 6]], "not a list of numbers"),
-        ([[1, 2, 3, 4, 5, float("nan")]], "NaN"),
-        ([[1, 2, 3, 4, 5, 1e9]], "far outside"),
-        ({"size": [20, 12], "counts": [240]}, r"of size \[20, 12\], the image is \[12, 20\]"),
-        ({"size": [12, 20], "counts": [239]}, "239 pixels in all, the image has 240"),
-        ({"size": [12, 20], "counts": [-1, 241]}, "not run lengths"),
-        ({"size": [12, 20], "counts": compressed(box_mask())[:-1]}, "pixels in all"),
-        ({"size": [12, 20], "counts": ""}, "0 pixels in all"),
-        ({"size": [12, 20], "counts": "\u1234\x00o" * 9}, "run"),
-        ({"size": [12, 20]}, "not run lengths"),
+        ((20, 12), [240], r"of size \[20, 12\], the image is \[12, 20\]"),
+        ((12, 20), [239], "239 pixels in all, the image has 240"),
+        ((12, 20), [-1, 241], "not run lengths"),
+        ((12, 20), [0.5, 239.5], "not run lengths"),
+        ((12, 20), [1e300], "not run lengths"),
+        ((12, 20), [0] * ((1 << 22) + 1), "more than 4,194,304 runs"),
+        ((12, 20), compressed(box_mask())[:-1], "no string of run lengths"),
+        ((12, 20), "", "0 pixels in all"),
+        ((12, 20), "\u1234\x00o" * 9, "no string of run lengths"),
+        ((12, 20), "o" * 2_000_000, "no string of run lengths"),
+        ((12, 20), "o" * 10 + "0", "no string of run lengths"),
+        ((12, 20), "0" * ((1 << 23) + 1), "more than 4,194,304 runs"),
     ],
 )
-def test_a_segmentation_that_is_no_mask_of_the_image_is_refused_with_the_reason(segmentation, reason):
+@pytest.mark.timeout(10)
+def test_run_lengths_that_dont_fit_the_image_are_refused_with_the_reason(size, counts, reason):
     with pytest.raises(ValueError, match=reason):
-        encode(segmentation, SIZE)
+        encode(RunLengths(size, counts), SIZE)
+
+
+@pytest.mark.promise("labels")
+@pytest.mark.parametrize(
+    ("polygon", "reason"), [([1, 2, 3, 4, 5, 6, 7], "x, y, x, y"), ([1, 2, 3, 4, 5, 1e9], "far outside")]
+)
+def test_a_polygon_that_does_not_fit_the_image_is_refused_with_the_reason(polygon, reason):
+    with pytest.raises(ValueError, match=reason):
+        outline([polygon], SIZE)
+
+
+def test_the_outline_counts_the_pixels_along_the_edges_and_the_points():
+    assert outline(POLYGON, SIZE) == 10 + 6 + 10 + 4
+    assert outline([*POLYGON, []], SIZE) == outline(POLYGON, SIZE)
 
 
 def test_a_mask_can_be_decoded_at_a_smaller_size():
-    counts = encode({"size": [12, 20], "counts": runs_of(box_mask((4, 2, 8, 6)))}, SIZE)
+    counts = encode(RunLengths((12, 20), runs_of(box_mask((4, 2, 8, 6)))), SIZE)
     assert (decode(counts, SIZE, (10, 6)) == box_mask((2, 1, 4, 3), (10, 6))).all()
 
 

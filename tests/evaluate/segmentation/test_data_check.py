@@ -1,3 +1,6 @@
+import json
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -78,6 +81,40 @@ def test_masks_of_one_class_are_refused_with_a_hint_for_black_and_white_ones(sha
         change_mask(mask, lambda ids: np.full_like(ids, 2))
     with pytest.raises(InputError, match=r"the class 2 alone; there is nothing to tell apart$"):
         check_data(find_data(shapes), channels=3)
+
+
+def smooth(mask):
+    """A mask of 0, 1 and 2, drawn in white and resized as photos are."""
+    white = Image.fromarray((mask == 1).astype(np.uint8) * 254)
+    return np.array(white.resize((mask.shape[1] // 3, mask.shape[0] // 3), Image.Resampling.LANCZOS).resize(white.size))
+
+
+@pytest.mark.promise("labels")
+def test_masks_with_smoothed_edges_are_refused_and_counted(shapes, change_mask):
+    for name in ("03", "05"):
+        change_mask(shapes / "masks" / "train" / f"{name}.png", smooth)
+    message = r"masks/train/03\.png: holds \d+ values, \d+ of them in less than 0\.2 % .*\(2 of the 14 masks read"
+    with pytest.raises(InputError, match=message):
+        check_data(find_data(shapes), channels=3)
+    (shapes / "classes.json").unlink()
+    with pytest.raises(InputError, match=message):
+        check_data(find_data(shapes), channels=3)
+
+
+def test_many_values_are_ids_where_all_of_them_have_names(shapes, change_mask):
+    change_mask(shapes / "masks" / "train" / "03.png", smooth)
+    (shapes / "classes.json").write_text(json.dumps([str(number) for number in range(255)]))
+    assert len(check_data(find_data(shapes), channels=3).class_names) == 255
+
+
+@pytest.mark.promise("labels")
+def test_a_mask_that_is_a_pipe_is_refused_instead_of_waited_for(shapes):
+    mask = shapes / "masks" / "val" / "11.png"
+    data = find_data(shapes)
+    mask.unlink()
+    os.mkfifo(mask)
+    with pytest.raises(InputError, match=r"11\.png: is a named pipe"):
+        check_data(data, channels=3)
 
 
 @pytest.mark.parametrize(("split", "split_name"), [("train", "training"), ("val", "validation")])

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from PIL import Image
 
 from fastmae.errors import InputError
 from fastmae.evaluate.segmentation import data_check
-from fastmae.evaluate.segmentation.data_check import check_data
+from fastmae.evaluate.segmentation.data_check import check_data, check_sizes
 from fastmae.evaluate.segmentation.datasets import PairReader, WholePhotos
 from fastmae.evaluate.segmentation.layout import find_data
 
@@ -40,3 +42,14 @@ def test_a_mask_whose_size_has_changed_since_the_check_is_named(shapes, change_m
     change_mask(data.train[0].mask, lambda ids: ids[:, :-1])
     with pytest.raises(InputError, match=r"00\.png: 79 x 64 pixels, but its image 00\.jpg has 80 x 64"):
         PairReader(data, 4, 3)(data.train[0])
+
+
+def test_a_photo_of_16_bits_is_mapped_as_in_pre_training(shapes):
+    data = find_data(shapes)
+    values = np.random.default_rng(0).integers(0, 256, (64, 80, 1), dtype=np.uint8)
+    photo = data.train[0].image.with_suffix(".npy")
+    np.save(photo, values.astype(np.int16) * 16 - 1000)
+    pair = replace(data.train[0], image=photo)
+    image, _ = PairReader(data, 4, 1, "-1000 3080")(pair)
+    np.testing.assert_array_equal(image, values.transpose(2, 0, 1))
+    assert check_sizes(pair, 1, "-1000 3080") == (80, 64)

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -72,6 +73,10 @@ BAD_NAMES = {
     "{": "JSON",
     '{"1": "disc"}': "without a gap",
     "7": "without a gap",
+    '{"0": ["a"], "1": {"b": 7.5}}': "without a gap",
+    "[" * 100_000: "without a gap",
+    '["a", NaN]': "not JSON",
+    " " * (1 << 20) + "[]": "1.049 MB that such a file may have",
     "[]": "without a gap",
     '{"classes": ["a", "b"], "ignore_index": 1}': "ignore_index 1",
 }
@@ -83,6 +88,16 @@ def test_an_unusable_names_file_is_refused_with_the_problem(shapes, text, proble
     with pytest.raises(InputError, match=r"classes\.json: ") as caught:
         find_data(shapes)
     assert problem in str(caught.value)
+
+
+@pytest.mark.promise("labels")
+@pytest.mark.parametrize("place", ["classes.json", "objectInfo150.txt"])
+def test_a_pipe_with_the_names_is_refused_instead_of_waited_for(place, shapes, shapes_as_ade):
+    root = shapes if place == "classes.json" else shapes_as_ade
+    (root / place).unlink(missing_ok=True)
+    os.mkfifo(root / place)
+    with pytest.raises(InputError, match=f"{place}: is a named pipe"):
+        find_data(root)
 
 
 def test_a_missing_folder_is_named(shapes, tmp_path):

@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 
 from fastmae.cli import run
+from fastmae.evaluate.segmentation.data_check import check_data
 from fastmae.evaluate.segmentation.datasets import TrainingCrops
+from fastmae.evaluate.segmentation.layout import find_data
+from fastmae.evaluate.segmentation.segment import Sizes, describe_setup
 from fastmae.runs.checkpoint import load_checkpoint
 from fastmae.runs.encoder import open_encoder
 from fastmae.runs.folder import read_evaluations, read_run
@@ -53,6 +56,20 @@ def test_it_learns_to_tell_the_shapes_apart_and_reports_data_sizes_and_classes(t
     classes = list(result["classes"])
     assert described["segmentation"] == {"crop": 64, "short_side": 64, "head_channels": 16, "classes": classes}
     assert described["options"]["layer_decay"] == 1
+
+
+@pytest.mark.promise("labels")
+def test_masks_of_0_128_and_255_are_described_before_the_start(tiny_run, shapes, change_mask):
+    (shapes / "classes.json").unlink()
+    for mask in (shapes / "masks").rglob("*.png"):
+        change_mask(mask, lambda ids: np.choose(np.minimum(ids, 2), [0, 128, 255]).astype(np.uint8))
+    data = find_data(shapes)
+    summary, opened = check_data(data, channels=3), open_encoder(str(tiny_run))
+    text = describe_setup(data, summary, opened, Sizes(64, 64, 16), "slide")
+    (line,) = [line for line in text.splitlines() if "without a pixel" in line]
+    assert ": 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20 and 107 more. " in line
+    assert "Only 2 of the ids 0 to 128 occur: 0, 128; 255 is ignored (" in line
+    assert line.endswith("names in classes.json say how many there are")
 
 
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(tiny_run, shapes, tmp_path, capsys, monkeypatch):

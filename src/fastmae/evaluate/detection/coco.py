@@ -1,39 +1,27 @@
 """Reads annotated photos in COCO's format, and checks them against the image files and themselves before training.
 
 pycocotools' reader trusts its file and keeps every annotation as Python objects, which for all of COCO take gigabytes
-in each loading process. So this reader is ours: it checks each annotation and keeps arrays; pycocotools encodes the
-masks (`masks`) and evaluates (`average_precision`).
+in each loading process. So this reader is ours: it checks each annotation (`annotations`) and keeps arrays; pycocotools
+encodes the masks (`masks`) and evaluates (`average_precision`).
 """
 
 import itertools
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fastmae.errors import InputError, first_line
-from fastmae.evaluate.detection import masks
+from fastmae.errors import InputError
+from fastmae.evaluate.detection.annotations import annotated_size, by_id, read_file, read_objects
 from fastmae.evaluate.detection.image_check import check_images
 from fastmae.evaluate.detection.masks import Size
-from fastmae.runtime.progress import Progress
 
 LAYOUTS = (
     "detection data are COCO's own (annotations/instances_{train,val}2017.json with train2017/ and val2017/), "
     "or two folders whose names end in train and val, each with images/ and annotations.json"
 )
-TOLERANCE = 2.0
-"""Pixels by which a box may reach beyond the image (rounding, resized images); it is clipped there."""
-CHUNK = 1000
-"""Annotations between two updates of the progress; COCO's 860,000 take a minute or two."""
-LISTS = ("images", "annotations", "categories")
-MAX_SIDE = 1 << 16
-"""Of an image, in pixels."""
-SHOWN_CHARACTERS = 80
-"""Of a malformed value, in an error message."""
+MAX_CLASSES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,8 @@ class Split:
         areas: float32 [objects], in square pixels; COCO tells small from large objects by them.
         rle: uint8, the compressed run lengths of all masks, one after the other.
         rle_starts: int64 [objects + 1], where each mask begins in `rle`.
-        dropped: number of annotations left out for having no width, no height, or no polygon of three points.
+        dropped: number of annotations left out for having no width, no height (less than `SMALLEST_SIDE`), or no
+            polygon of three points.
     """
 
     files: SplitFiles
@@ -134,7 +123,7 @@ def find_splits(data: Path) -> tuple[SplitFiles, SplitFiles]:
         folders = [_folder_ending_in(data, split) for split in ("train", "val")]
         splits = [SplitFiles(folder / "annotations.json", folder / "images") for folder in folders]
     for files in splits:
-        if not files.annotations.is_file():
+        if not files.annotations.exists():
             raise InputError(f"{files.annotations}: missing; {LAYOUTS}")
         if not files.images.is_dir():
             raise InputError(f"{files.images}: no such folder, where {files.annotations} has its images; {LAYOUTS}")
@@ -162,21 +151,23 @@ def read_split(files: SplitFiles, classes: dict[int, str] | None = None, progres
     Raises:
         InputError: not COCO's format, an image that is missing or of another size, or an impossible annotation.
     """
-    content = _read_json(files.annotations)
-    categories = _entries_by_id(files.annotations, "category", content["categories"], "name")
-    own_classes = {category_id: categories[category_id]["name"] for category_id in sorted(categories)}
+    content = read_file(files.annotations)
+    categories = by_id(files.annotations, "category", content.categories)
+    own_classes = {category_id: categories[category_id].name for category_id in sorted(categories)}
+    if len(own_classes) > MAX_CLASSES:
+        raise InputError(f"{files.annotations}: has {len(own_classes)} categories, more than the {MAX_CLASSES} allowed")
     if classes is None:
         classes = own_classes
     else:
         _check_same_classes(files.annotations, own_classes, classes)
-    images = _entries_by_id(files.annotations, "image", content["images"], "file_name")
+    images = by_id(files.annotations, "image", content.images)
     if not images:
         raise InputError(f"{files.annotations}: names no image; give annotated images")
-    sizes = {image_id: _annotated_size(files.annotations, image) for image_id, image in images.items()}
-    file_names = tuple(image["file_name"] for image in images.values())
+    sizes = {image_id: annotated_size(files.annotations, image) for image_id, image in images.items()}
+    file_names = tuple(image.file_name for image in images.values())
     check_images(files.annotations, [files.images / name for name in file_names], list(sizes.values()), progress)
     labels = {category_id: label for label, category_id in enumerate(classes, 1)}
-    objects_by_image = _read_objects(files.annotations, content["annotations"], sizes, labels, progress)
+    objects_by_image = read_objects(files.annotations, content.annotations, sizes, labels, progress)
     objects = list(itertools.chain(*objects_by_image))
     return Split(
         files=files,
@@ -190,39 +181,13 @@ def read_split(files: SplitFiles, classes: dict[int, str] | None = None, progres
         areas=np.array([annotated.area for annotated in objects], dtype=np.float32),
         rle=np.frombuffer(b"".join(annotated.mask for annotated in objects), dtype=np.uint8),
         rle_starts=_starts(len(annotated.mask) for annotated in objects),
-        dropped=len(content["annotations"]) - len(objects),
+        dropped=len(content.annotations) - len(objects),
     )
 
 
 def _starts(lengths: Iterable[int]) -> np.ndarray:
     """int64 [n + 1]: where each of n joined pieces begins, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(list(lengths), dtype=np.int64)])
-
-
-def _read_json(file: Path) -> dict[str, list[Any]]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: can't be read as JSON ({first_line(error)})") from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in LISTS):
-        raise InputError(f"{file}: not COCO annotations; they are an object with the lists {', '.join(LISTS)}")
-    return content
-
-
-def _entries_by_id(file: Path, kind: str, entries: Sequence[Any], name_key: str) -> dict[int, dict[str, Any]]:
-    """Images or categories by their ids; each has a whole number `id` and a text `name_key`."""
-    by_id: dict[int, dict[str, Any]] = {}
-    for index, entry in enumerate(entries):
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("id"), int)
-            or not isinstance(entry.get(name_key), str)
-        ):
-            raise InputError(f"{file}: {kind} {index} of its list has no whole number 'id' or no text {name_key!r}")
-        if entry["id"] in by_id:
-            raise InputError(f"{file}: two of its {kind} entries have the id {entry['id']}; give each its own")
-        by_id[entry["id"]] = entry
-    return by_id
 
 
 def _check_same_classes(file: Path, own_classes: dict[int, str], train_classes: dict[int, str]) -> None:
@@ -237,97 +202,3 @@ def _check_same_classes(file: Path, own_classes: dict[int, str], train_classes: 
                 f"{file}: its category {category_id}, {name!r}, is not one of train's, {in_train}; "
                 "give both splits the same categories"
             )
-
-
-def _annotated_size(file: Path, image: Mapping[str, Any]) -> Size:
-    size: tuple[Any, Any] = image.get("width"), image.get("height")
-    if not all(isinstance(side, int) and 0 < side < MAX_SIDE for side in size):
-        raise InputError(
-            f"{file}: image {image['file_name']!r} has width {size[0]} and height {size[1]}; give them in pixels"
-        )
-    return size
-
-
-@dataclass(frozen=True)
-class _Object:
-    box: tuple[float, float, float, float]
-    label: int
-    is_crowd: bool
-    area: float
-    mask: bytes
-
-
-def _read_objects(
-    file: Path, annotations: Sequence[Any], sizes: Mapping[int, Size], labels: Mapping[int, int], progress: str
-) -> list[list[_Object]]:
-    """The objects of each image."""
-    by_image: dict[int, list[_Object]] = {image_id: [] for image_id in sizes}
-    with Progress(progress, "annotations", len(annotations), quiet=not progress) as bar:
-        for start in range(0, len(annotations), CHUNK):
-            chunk = annotations[start : start + CHUNK]
-            for annotation in chunk:
-                annotated = _read_object(file, annotation, sizes, labels)
-                if annotated is not None:
-                    by_image[annotation["image_id"]].append(annotated)
-            bar.advance(len(chunk))
-    if not annotations:
-        raise InputError(f"{file}: holds no annotation; annotate some objects")
-    if all(annotated.is_crowd for objects in by_image.values() for annotated in objects):
-        raise InputError(
-            f"{file}: none of its {len(annotations)} annotations is an object with width and height "
-            "(crowds don't count); annotate some objects"
-        )
-    return list(by_image.values())
-
-
-def _read_object(file: Path, annotation: Any, sizes: Mapping[int, Size], labels: Mapping[int, int]) -> _Object | None:
-    """A checked annotation; None if it has no width, no height or no polygon of three points."""
-    if not isinstance(annotation, dict):
-        raise InputError(f"{file}: an annotation is not an object but {str(annotation)[:SHOWN_CHARACTERS]!r}")
-    where = f"{file}: annotation {annotation.get('id')}"
-    for key, known_ids in (("image_id", sizes), ("category_id", labels)):
-        value = annotation.get(key)
-        if not isinstance(value, int) or value not in known_ids:
-            raise InputError(
-                f"{where}: there is no {key.removesuffix('_id')} {value!r}, its {key}; "
-                "remove the annotation, or add that entry"
-            )
-    size = sizes[annotation["image_id"]]
-    box = _clipped_box(where, annotation.get("bbox"), size)
-    if not annotation.get("segmentation"):
-        raise InputError(
-            f"{where}: has no segmentation; Mask R-CNN learns from a mask (polygons or RLE) of every object"
-        )
-    try:
-        mask = masks.encode(annotation["segmentation"], size)
-    except ValueError as error:
-        raise InputError(f"{where}: {error}; correct it, or remove the annotation") from error
-    if box is None or mask is None:
-        return None
-    area = annotation.get("area")
-    if not isinstance(area, int | float) or not 0 <= area < math.inf:
-        area = masks.area(mask, size)
-    return _Object(box, labels[annotation["category_id"]], bool(annotation.get("iscrowd")), float(area), mask)
-
-
-def _clipped_box(where: str, bbox: Any, size: Size) -> tuple[float, float, float, float] | None:
-    """(left, top, right, bottom), clipped to the image; None for a box without width or height."""
-    if (
-        not isinstance(bbox, list)
-        or len(bbox) != 4
-        or not all(isinstance(value, int | float) and math.isfinite(value) for value in bbox)
-    ):
-        shown = str(bbox)[:SHOWN_CHARACTERS]
-        raise InputError(f"{where}: its bbox is {shown}; COCO's is [left, top, width, height] in pixels")
-    left, top, width, height = (float(value) for value in bbox)
-    if width < 0 or height < 0:
-        raise InputError(
-            f"{where}: its bbox {bbox} has a negative size; COCO's is [left, top, width, height] in pixels"
-        )
-    right, bottom = left + width, top + height
-    if min(left, top) < -TOLERANCE or right > size[0] + TOLERANCE or bottom > size[1] + TOLERANCE:
-        raise InputError(
-            f"{where}: its bbox {bbox} lies outside its image of {size[0]} x {size[1]} pixels; correct or remove it"
-        )
-    left, top, right, bottom = max(0.0, left), max(0.0, top), min(float(size[0]), right), min(float(size[1]), bottom)
-    return (left, top, right, bottom) if width and height and right > left and bottom > top else None

@@ -12,17 +12,23 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from fastmae.errors import InputError
 from fastmae.evaluate.detection import masks
+from fastmae.evaluate.detection.annotations import SMALLEST_SIDE
 from fastmae.evaluate.detection.coco import Split
 from fastmae.evaluate.detection.masks import Size
 from fastmae.images.decode import decode_bands
 from fastmae.images.reading import read_or_refuse
+from fastmae.images.value_range import AUTO
 
 Objects = dict[str, torch.Tensor]
 """`boxes` float32 [N, 4] (left, top, right, bottom in pixels of the photo), `labels` int64 [N] from 1, `masks` uint8
 [N, H, W]."""
 Sample = tuple[torch.Tensor, Objects]
 """A photo, uint8 [K, H, W], and its objects."""
+
+MOST_MASK_BYTES = 2 << 30
+"""Of a photo's objects, one byte for each pixel; each loading process holds those of several photos."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,12 @@ class TrainingPhotos(Dataset[Sample]):
         limits: of the photos' size.
         channels: number of channels that photos are decoded to, 1 or 3.
         seed: the run's seed.
+        value_range: how values of more than 8 bits become 8 bits.
     """
 
-    def __init__(self, split: Split, limits: SizeLimits, channels: int, seed: int):
+    def __init__(self, split: Split, limits: SizeLimits, channels: int, seed: int, value_range: str = AUTO):
         self.split, self.limits, self.channels, self.seed = split, limits, channels, seed
+        self.value_range = value_range
         self.images = split.trainable_images()
 
     def __len__(self) -> int:
@@ -68,7 +76,7 @@ class TrainingPhotos(Dataset[Sample]):
     def __getitem__(self, visit: tuple[int, int]) -> Sample:
         epoch, index = visit
         image = self.images[index]
-        photo = load_photo(self.split, image, self.limits, self.channels)
+        photo = load_photo(self.split, image, self.limits, self.channels, self.value_range)
         objects = load_objects(self.split, image, self.limits)
         flip = np.random.default_rng((self.seed, epoch, index)).random() < 0.5
         return mirror(photo, objects) if flip else (photo, objects)
@@ -81,16 +89,17 @@ class ValidationPhotos(Dataset[tuple[int, torch.Tensor]]):
         split: the validation split.
         limits: of the photos' size.
         channels: number of channels that photos are decoded to, 1 or 3.
+        value_range: how values of more than 8 bits become 8 bits.
     """
 
-    def __init__(self, split: Split, limits: SizeLimits, channels: int):
-        self.split, self.limits, self.channels = split, limits, channels
+    def __init__(self, split: Split, limits: SizeLimits, channels: int, value_range: str = AUTO):
+        self.split, self.limits, self.channels, self.value_range = split, limits, channels, value_range
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, image: int) -> tuple[int, torch.Tensor]:
-        return image, load_photo(self.split, image, self.limits, self.channels)
+        return image, load_photo(self.split, image, self.limits, self.channels, self.value_range)
 
 
 class Targets:
@@ -130,7 +139,7 @@ def collate_photos(samples: Sequence[Sample]) -> tuple[list[torch.Tensor], Targe
     return list(photos), Targets(objects)
 
 
-def load_photo(split: Split, image: int, limits: SizeLimits, channels: int) -> torch.Tensor:
+def load_photo(split: Split, image: int, limits: SizeLimits, channels: int, value_range: str = AUTO) -> torch.Tensor:
     """A photo within the limits, uint8 [K, H, W].
 
     Raises:
@@ -141,7 +150,7 @@ def load_photo(split: Split, image: int, limits: SizeLimits, channels: int) -> t
     at_least = min(size) if size != own_size else None  # lets a JPEG be decoded no larger than needed
     bands, _ = read_or_refuse(
         path,
-        lambda file: decode_bands(file, path.name, channels, at_least),
+        lambda file: decode_bands(file, path.name, channels, at_least, value_range),
         f"replace it, or remove it from {split.files.annotations}",
     )
     (band,) = bands  # one RGB or one grey image
@@ -150,18 +159,50 @@ def load_photo(split: Split, image: int, limits: SizeLimits, channels: int) -> t
 
 
 def load_objects(split: Split, image: int, limits: SizeLimits) -> Objects:
-    """A photo's objects at the size of `load_photo`, without crowds."""
+    """A photo's objects at the size of `load_photo`, without crowds, and without those that are too thin there."""
     own_size = split.size(image)
     width, height = limits.shrink(own_size)
-    indices = split.objects_without_crowds(image)
-    scale = torch.tensor([width / own_size[0], height / own_size[1]] * 2)
+    scale = np.array([width / own_size[0], height / own_size[1]] * 2, dtype=np.float32)
+    single = np.array(split.objects_without_crowds(image), dtype=np.int64)
+    boxes = split.boxes[single].reshape(-1, 4) * scale
+    is_wide = _sides(boxes).min(axis=1, initial=np.inf) >= SMALLEST_SIDE
+    indices = single[is_wide]
     object_masks = [masks.decode(split.mask(index), own_size, (width, height)) for index in indices]
     stacked = np.stack(object_masks) if object_masks else np.zeros((0, height, width), dtype=np.uint8)
     return {
-        "boxes": torch.from_numpy(split.boxes[indices].reshape(-1, 4)) * scale,
+        "boxes": torch.from_numpy(boxes[is_wide]),
         "labels": torch.from_numpy(split.labels[indices]),
         "masks": torch.from_numpy(stacked),
     }
+
+
+def check_objects(split: Split, limits: SizeLimits) -> int:
+    """Check that the masks of every training photo fit into memory.
+
+    Returns:
+        How many objects will be left out, because they are thinner than `SMALLEST_SIDE` at this size.
+
+    Raises:
+        InputError: names the photo.
+    """
+    thin = 0
+    for image in split.trainable_images():
+        own_size, objects = split.size(image), split.objects_without_crowds(image)
+        width, height = limits.shrink(own_size)
+        if len(objects) * width * height > MOST_MASK_BYTES:
+            raise InputError(
+                f"{split.files.annotations}: {split.file_names[image]!r} has {len(objects)} objects, whose masks take "
+                f"{len(objects) * width * height / 1e9:.1f} GB at {width} x {height} pixels; "
+                "cut the photo into parts, or give a smaller --image-size"
+            )
+        scale = np.array([width / own_size[0], height / own_size[1]], dtype=np.float32)
+        thin += int((_sides(split.boxes[objects]) * scale < SMALLEST_SIDE).any(axis=1).sum())
+    return thin
+
+
+def _sides(boxes: np.ndarray) -> np.ndarray:
+    """Width and height, float32 [N, 2], of boxes [N, 4]."""
+    return boxes[:, 2:] - boxes[:, :2]
 
 
 def mirror(photo: torch.Tensor, objects: Objects) -> Sample:

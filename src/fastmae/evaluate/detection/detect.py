@@ -19,7 +19,13 @@ from fastmae.config import DetectConfig
 from fastmae.errors import InputError
 from fastmae.evaluate.detection.average_precision import METRICS
 from fastmae.evaluate.detection.coco import Split, find_splits, read_split
-from fastmae.evaluate.detection.datasets import SizeLimits, Targets, TrainingPhotos, collate_photos
+from fastmae.evaluate.detection.datasets import (
+    SizeLimits,
+    Targets,
+    TrainingPhotos,
+    check_objects,
+    collate_photos,
+)
 from fastmae.evaluate.detection.mask_rcnn import build_detector
 from fastmae.evaluate.detection.pyramid import patch_of_pyramid
 from fastmae.evaluate.detection.validation import Validation
@@ -71,9 +77,10 @@ def detect(config: DetectConfig) -> dict[str, Any] | None:
     if opened.channels not in (1, 3):
         raise InputError(f"{config.run}: the encoder takes {opened.channels} channels; photos have 3, or 1 if grey")
     limits = _choose_limits(config, train_split, patch_of_pyramid(opened))
+    thin = check_objects(train_split, limits)
     task = _make_task(config, opened, train_split, val_split, limits)
     if is_first_process():
-        log.info(_describe_setup(train_split, val_split, opened, limits))
+        log.info(_describe_setup(train_split, val_split, opened, limits, thin))
     result = train(config, task, settings)
     return None if result is None else _report(result, config.out)
 
@@ -123,13 +130,14 @@ def _make_task(config: DetectConfig, opened: OpenedEncoder, train: Split, val: S
         out=config.out,
         headline=f"detect: {weight_count(trainable)}",
         network=network,
-        dataset=TrainingPhotos(train, limits, opened.channels, config.seed),
+        dataset=TrainingPhotos(train, limits, opened.channels, config.seed, opened.value_range),
         collate=collate_photos,
         step=detection_step,
         evaluate=Validation(
             split=val,
             limits=limits,
             channels=opened.channels,
+            value_range=opened.value_range,
             workers=config.workers,
             num_pictures=config.pictures,
             pictures_file=config.out / PICTURES_FILE,
@@ -164,8 +172,8 @@ def detection_step(model: nn.Module, batch: tuple[list[torch.Tensor], Targets]) 
     return {"loss": torch.stack([loss.float() for loss in losses.values()]).sum(), **losses}
 
 
-def _describe_setup(train: Split, val: Split, opened: OpenedEncoder, limits: SizeLimits) -> str:
-    """The data and the image size, as lines for the log."""
+def _describe_setup(train: Split, val: Split, opened: OpenedEncoder, limits: SizeLimits, thin: int) -> str:
+    """The data and the image size, as lines for the log. `thin` objects have no width or no height at that size."""
     lines = []
     for split in (train, val):
         num_crowds = int(split.is_crowd.sum())
@@ -177,6 +185,7 @@ def _describe_setup(train: Split, val: Split, opened: OpenedEncoder, limits: Siz
     sizes = f"images of {limits.short} px on the short side, at most {limits.long} px on the long side"
     crowds_only = len(train) - len(train.trainable_images())
     left_out = f"; {crowds_only} images with nothing but crowds are not trained on" if crowds_only else ""
+    left_out += f"; objects left out for having no width or no height at this size: {thin}" if thin else ""
     read = f"patches of {opened.patch_size} px" if opened.is_vit else f"maps of strides {', '.join(map(str, STRIDES))}"
     lines.append(f"{opened.source}: {read}; {sizes}{left_out}")
     return "\n".join(lines)

@@ -1,15 +1,16 @@
 """Object masks: read from polygons or run lengths, kept as compressed run lengths (COCO's RLE), decoded when needed.
 
 pycocotools does all conversions. It reads past the end of short run lengths and allocates as much memory as a polygon's
-extent demands, so segmentations from files are checked here first; that needs our own reader of compressed run lengths.
+outline demands, so segmentations from files are checked here first; that needs our own reader of compressed run
+lengths.
 
 COCO's run lengths go down the columns and begin with background.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,33 +19,58 @@ from pycocotools import mask as coco_mask
 
 MIN_COORDINATES = 6
 """Of a polygon: three points, x and y each."""
-MAX_PIXELS = 1 << 31
-"""Of a mask: COCO's run lengths can't count further."""
+LONGEST_OUTLINE = 1 << 21
+"""Of an object's polygons, in pixels, with one more for each point; COCO's longest one is a few thousand."""
+MOST_RUNS, MOST_CHARACTERS = 1 << 22, 1 << 23
+"""Of an object's run lengths, as numbers and as a string."""
+MOST_CHARACTERS_OF_A_NUMBER = 7
+"""35 bits; COCO's run lengths have 32."""
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
 
-def encode(segmentation: Any, size: Size) -> bytes | None:
+class RunLengths(msgspec.Struct):
+    """A mask as COCO's files have it.
+
+    Attributes:
+        size: height and width.
+        counts: run lengths down the columns, from background on; as numbers, or compressed.
+    """
+
+    size: tuple[float, float]
+    counts: str | list[float]
+
+
+Segmentation = list[list[float]] | RunLengths
+"""Polygons [x, y, x, y, ...], or run lengths."""
+
+
+def outline(segmentation: Segmentation, size: Size) -> float:
+    """How much work its polygons are: the pixels along their edges, and their points. 0 for run lengths.
+
+    Raises:
+        ValueError: a polygon that does not fit the image; the message gives the reason.
+    """
+    return 0 if isinstance(segmentation, RunLengths) else sum(_outline(polygon, size) for polygon in segmentation)
+
+
+def encode(segmentation: Segmentation, size: Size) -> bytes | None:
     """An annotation's `segmentation` as compressed run lengths.
 
     Args:
-        segmentation: a list of polygons [x, y, x, y, ...], or {"size": [height, width], "counts": numbers or a string}.
+        segmentation: of which `outline` has checked the polygons.
         size: of the image.
 
     Returns:
         The compressed run lengths, or None if no polygon has three points.
 
     Raises:
-        ValueError: neither of these, or it does not fit the image; the message gives the reason.
+        ValueError: run lengths that don't fit the image; the message gives the reason.
     """
     width, height = size
-    if isinstance(segmentation, dict):
+    if isinstance(segmentation, RunLengths):
         rle = {"size": [height, width], "counts": _checked_runs(segmentation, size)}
         return bytes(coco_mask.frPyObjects(rle, height, width)["counts"])
-    if not isinstance(segmentation, list):
-        raise ValueError("its segmentation is neither a list of polygons nor an RLE")
-    for polygon in segmentation:
-        _check_polygon(polygon, size)
     polygons = [polygon for polygon in segmentation if len(polygon) >= MIN_COORDINATES]
     return bytes(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"]) if polygons else None
 
@@ -109,51 +135,57 @@ def _rle(counts: bytes, size: Size) -> dict[str, Any]:
     return {"size": [height, width], "counts": counts}
 
 
-def _check_polygon(polygon: Any, size: Size) -> None:
-    try:
-        coordinates = np.asarray(polygon, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError("a polygon of its segmentation is not a list of numbers") from error
-    if coordinates.ndim != 1 or len(coordinates) % 2:
+def _outline(polygon: Sequence[float], size: Size) -> float:
+    """Pixels along a polygon's edges, by rows and columns, and one for each point.
+
+    pycocotools takes five steps of 16 bytes for each of them. The edge that closes a polygon is no longer than the
+    others together.
+    """
+    if len(polygon) % 2:
         raise ValueError("a polygon of its segmentation is not a list x, y, x, y, ...")
-    if not (np.abs(coordinates) <= 2 * max(size)).all():
-        raise ValueError("a polygon of its segmentation lies far outside the image, or holds NaN")
+    coordinates = np.array(polygon)
+    if len(polygon) and np.abs(coordinates).max() > 2 * max(size):
+        raise ValueError("a polygon of its segmentation lies far outside the image")
+    return float(np.abs(coordinates[2:] - coordinates[:-2]).sum()) + len(polygon) / 2
 
 
-def _checked_runs(segmentation: dict[str, Any], size: Size) -> list[int]:
+def _checked_runs(segmentation: RunLengths, size: Size) -> list[int]:
     """The run lengths of an RLE, which fill the image exactly."""
     width, height = size
-    counts = segmentation.get("counts")
-    if segmentation.get("size") != [height, width]:
-        raise ValueError(
-            f"its RLE is of size {segmentation.get('size')}, the image is [{height}, {width}] (height, width)"
-        )
-    runs = _read_compressed(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or not all(isinstance(run, int) and 0 <= run < MAX_PIXELS for run in runs):
+    counts = segmentation.counts
+    if tuple(segmentation.size) != (height, width):
+        raise ValueError(f"its RLE is of size {[*segmentation.size]}, the image is [{height}, {width}] (height, width)")
+    if len(counts) > (MOST_CHARACTERS if isinstance(counts, str) else MOST_RUNS):
+        raise ValueError(f"its RLE has more than {MOST_RUNS:,} runs")
+    runs = _read_compressed(counts) if isinstance(counts, str) else np.array(counts, dtype=np.float64)
+    if not ((runs >= 0) & (runs < 1 << 32) & (runs == np.floor(runs))).all():
         raise ValueError("the counts of its RLE are not run lengths")
-    if sum(runs) != width * height:
-        raise ValueError(f"the runs of its RLE are {sum(runs)} pixels in all, the image has {width * height}")
-    return runs
+    whole = runs.astype(np.int64)
+    total = int(whole.sum())
+    if total != width * height:
+        raise ValueError(f"the runs of its RLE are {total} pixels in all, the image has {width * height}")
+    runs_in_order: list[int] = whole.tolist()
+    return runs_in_order
 
 
-def _read_compressed(text: str) -> list[int]:
-    """Compressed run lengths as numbers.
+def _read_compressed(text: str) -> np.ndarray:
+    """Compressed run lengths as numbers, int64.
 
     Each character holds, from 48 up, 5 bits of a number, the lowest bits first; bit 32 announces another character, and
     bit 16 of the last one is the sign. From the fourth number on, it is the difference to the run two before.
     """
-    runs: list[int] = []
-    characters = itertools.chain(text.encode("ascii", "replace"))
-    for first in characters:
-        value, shift, character = 0, 0, first
-        while True:
-            bits = character - 48
-            value |= (bits & 31) << shift
-            shift += 5
-            if not bits & 32:
-                break
-            character = next(characters, 48)
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
+    bits = np.frombuffer(text.encode("ascii", "replace"), dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(bits & 32 == 0)  # the last character of each number
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1 if len(ends) else np.zeros(0, dtype=np.int64)
+    is_cut_off = len(bits) != int(lengths.sum())
+    if is_cut_off or not ((bits >= 0) & (bits < 64)).all() or lengths.max(initial=0) > MOST_CHARACTERS_OF_A_NUMBER:
+        raise ValueError("the counts of its RLE are no string of run lengths")
+    if not len(bits):
+        return bits
+    places = np.arange(len(bits)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((bits & 31) << (5 * places), starts)
+    runs -= np.where(bits[ends] & 16, 1 << (5 * lengths), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
     return runs

@@ -14,6 +14,7 @@ from fastmae.evaluate.detection.average_precision import Detections
 from fastmae.evaluate.detection.coco import Split
 from fastmae.evaluate.detection.datasets import SizeLimits, load_photo
 from fastmae.evaluate.drawing import class_hue, evenly_spaced, label, png_bytes, text_as_it_is
+from fastmae.images.value_range import AUTO
 
 DRAWN_SIZE = SizeLimits(320, 480)
 MAX_DETECTIONS = 12
@@ -53,7 +54,9 @@ def choose_images(split: Split, count: int) -> list[int]:
 
 
 @text_as_it_is()
-def draw_detections(split: Split, detections: Iterable[Detections], images: Sequence[int], channels: int) -> bytes:
+def draw_detections(
+    split: Split, detections: Iterable[Detections], images: Sequence[int], channels: int, value_range: str = AUTO
+) -> bytes:
     """For each image its true and its detected objects, as a PNG's bytes.
 
     Args:
@@ -61,13 +64,14 @@ def draw_detections(split: Split, detections: Iterable[Detections], images: Sequ
         detections: in the images; those in others are not drawn.
         images: indices in the split.
         channels: number of channels that photos are decoded to.
+        value_range: how values of more than 8 bits become 8 bits.
     """
     by_image = {detected.image: detected for detected in detections}
     rows, columns = -(-len(images) // PHOTOS_PER_ROW), 2 * PHOTOS_PER_ROW
     figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.2), layout="constrained")
     for index, image in enumerate(images):
         true_axes, detected_axes = (figure.add_subplot(rows, columns, 2 * index + column) for column in (1, 2))
-        photo = _as_rgb(load_photo(split, image, DRAWN_SIZE, channels).numpy())
+        photo = _as_rgb(load_photo(split, image, DRAWN_SIZE, channels, value_range).numpy())
         _draw_objects(true_axes, photo, _true_objects(split, image), "truth")
         detected_objects = _detected_objects(split, by_image[image]) if image in by_image else []
         _draw_objects(detected_axes, photo, detected_objects, "detections")

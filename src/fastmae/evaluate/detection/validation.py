@@ -30,6 +30,7 @@ class Validation:
         split: the validation split.
         limits: of the photos' size for the network.
         channels: number of channels that photos are decoded to, 1 or 3.
+        value_range: how their values of more than 8 bits become 8 bits.
         workers: number of loading processes; -1 for automatic.
         num_pictures: number of photos that are drawn; 0 for none.
         pictures_file: where they are drawn.
@@ -38,13 +39,14 @@ class Validation:
     split: Split
     limits: SizeLimits
     channels: int
+    value_range: str
     workers: int
     num_pictures: int
     pictures_file: Path
 
     def __call__(self, network: nn.Module, fabric: Fabric) -> Evaluated:
         """COCO's figures, the same in every process; see `average_precision`."""
-        photos = ValidationPhotos(self.split, self.limits, self.channels)
+        photos = ValidationPhotos(self.split, self.limits, self.channels, self.value_range)
         # One photo at a time: in a batch, the padding of its feature maps would change a photo's proposals a little.
         samples = val_batches(photos, fabric, 1, self.workers, itemgetter(0))
         detections = []
@@ -62,7 +64,7 @@ class Validation:
 
     def _draw(self, detections: list[Detections]) -> bytes:
         images = choose_images(self.split, self.num_pictures)
-        return draw_detections(self.split, detections, images, self.channels)
+        return draw_detections(self.split, detections, images, self.channels, self.value_range)
 
 
 def detect_objects(network: nn.Module, split: Split, image: int, photo: torch.Tensor) -> Detections:

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -17,11 +18,17 @@ from fastmae.evaluate.segmentation.layout import Pair, SegmentationData
 from fastmae.evaluate.segmentation.masks import IGNORED, MaskEncoding, mask_size, read_mask
 from fastmae.images.decode import decode_bands
 from fastmae.images.reading import read_or_refuse
+from fastmae.images.value_range import AUTO
 from fastmae.runtime.device import cores
 from fastmae.runtime.progress import Progress
 
 MAX_MASKS_READ = 5000
 """Decoding a mask takes about 3 ms at 512 x 683; the cores share them."""
+MANY_VALUES = 32
+"""In one mask. Photos of ADE20K show 10 of its 150 classes on average."""
+RARE, MOSTLY = 1 / 500, 0.75
+"""A value is rare in a mask if it has less than this share of its pixels. If most of many values are rare, they are
+what smoothed edges leave."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +48,28 @@ class DataSummary:
     masks_read: int
 
     @property
+    def trained_classes(self) -> list[str]:
+        """Names of the classes that have pixels in the training masks that were read."""
+        return [name for class_id, name in enumerate(self.class_names) if self.pixel_counts[class_id]]
+
+    @property
+    def ignored_share(self) -> float:
+        """Share of the pixels of the training masks that were read which are ignored."""
+        return float(self.pixel_counts[IGNORED] / self.pixel_counts.sum())
+
+    @property
     def untrained_classes(self) -> list[str]:
         """Names of the classes that have no pixel in the training masks that were read."""
         return [name for class_id, name in enumerate(self.class_names) if not self.pixel_counts[class_id]]
 
 
-def check_data(data: SegmentationData, channels: int, quiet: bool = False) -> DataSummary:
+def check_data(data: SegmentationData, channels: int, value_range: str = AUTO, quiet: bool = False) -> DataSummary:
     """Check the sizes of all pairs and the ids in the masks.
 
     Args:
         data: from `find_data`.
         channels: number of channels that the photos will be decoded to.
+        value_range: how their values of more than 8 bits will become 8 bits.
         quiet: whether to show no progress.
 
     Raises:
@@ -60,7 +78,7 @@ def check_data(data: SegmentationData, channels: int, quiet: bool = False) -> Da
     pairs = [*data.train, *data.val]
     threads = max(2, cores())
     with Progress("check sizes", "images", len(pairs), quiet=quiet) as progress:
-        sizes = list(map_in_threads(lambda pair: check_sizes(pair, channels), pairs, threads, progress))
+        sizes = list(map_in_threads(lambda pair: check_sizes(pair, channels, value_range), pairs, threads, progress))
     max_read = len(pairs) if data.class_names is None else MAX_MASKS_READ
     train, val = _spread(data.train, max_read), _spread(data.val, max_read)
     checked = [*train, *val]
@@ -68,6 +86,7 @@ def check_data(data: SegmentationData, channels: int, quiet: bool = False) -> Da
         results = map_in_threads(lambda pair: count_ids(pair, data.encoding), checked, threads, progress)
         counts: np.ndarray = np.stack(list(results))
     train_counts, val_counts = counts[: len(train)].sum(0), counts[len(train) :].sum(0)
+    _check_not_smoothed(data, checked, counts)
     _check_not_empty(data, train_counts, val_counts)
     class_names = data.class_names
     if class_names is None:
@@ -79,13 +98,13 @@ def check_data(data: SegmentationData, channels: int, quiet: bool = False) -> Da
     return DataSummary(class_names, int(short_side), train_counts, len(checked))
 
 
-def check_sizes(pair: Pair, channels: int) -> tuple[int, int]:
+def check_sizes(pair: Pair, channels: int, value_range: str = AUTO) -> tuple[int, int]:
     """(width, height) in pixels of a photo, upright by its EXIF orientation, and of its mask.
 
     Raises:
         InputError: the two differ, or one of the files is not an image.
     """
-    image, mask = _image_size(pair, channels), mask_size(pair.mask)
+    image, mask = _image_size(pair, channels, value_range), mask_size(pair.mask)
     if image != mask:
         turned = "; its EXIF orientation turns the photo, but not its mask" if image == mask[::-1] else ""
         raise InputError(
@@ -122,16 +141,41 @@ def check_ids(pair: Pair, counts: np.ndarray, num_classes: int, data: Segmentati
         )
 
 
-def _image_size(pair: Pair, channels: int) -> tuple[int, int]:
+def _image_size(pair: Pair, channels: int, value_range: str) -> tuple[int, int]:
     way_out = "remove it and its mask from the data"
     if pair.image.suffix.lower() == ".npy":
-        return read_or_refuse(pair.image, lambda file: decode_bands(file, pair.image.name, channels)[1], way_out)
+        decode = partial(decode_bands, name=pair.image.name, channels=channels, value_range=value_range)
+        return read_or_refuse(pair.image, lambda file: decode(file)[1], way_out)
     return upright_size(pair.image, way_out)[0]
 
 
 def _spread(pairs: Sequence[Pair], at_most: int) -> Sequence[Pair]:
     """Every n-th pair, such that there are not more than `at_most`."""
     return pairs[:: max(1, math.ceil(len(pairs) / at_most))]
+
+
+def _check_not_smoothed(data: SegmentationData, pairs: Sequence[Pair], counts: np.ndarray) -> None:
+    """Refuse masks whose values are shades between ids: resized smoothly, or kept as JPEG once.
+
+    Args:
+        data: tells how many classes there are.
+        pairs: of the masks.
+        counts: [masks, 256], pixels of each id.
+    """
+    values = counts > 0
+    is_rare = values & (counts < RARE * counts.sum(axis=1, keepdims=True))
+    is_smoothed = (values.sum(axis=1) >= MANY_VALUES) & (is_rare.sum(axis=1) >= MOSTLY * values.sum(axis=1))
+    if data.class_names is not None:  # many small objects may be in a mask, but each is of a class
+        is_smoothed &= values[:, len(data.class_names) : IGNORED].any(axis=1)
+    smoothed = np.flatnonzero(is_smoothed)
+    if len(smoothed):
+        first = smoothed[0]
+        raise InputError(
+            f"{pairs[first].mask}: holds {values[first].sum()} values, {is_rare[first].sum()} of them in less than "
+            f"{100 * RARE:g} % of its pixels each, as smoothed edges or JPEG leave them ({len(smoothed)} of the "
+            f"{len(pairs)} masks read are like this); write each pixel's id as it is, resize masks by nearest "
+            "neighbour; or, if these are ids, name all classes in classes.json"
+        )
 
 
 def _check_not_empty(data: SegmentationData, train_counts: np.ndarray, val_counts: np.ndarray) -> None:

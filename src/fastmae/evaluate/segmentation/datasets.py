@@ -18,6 +18,7 @@ from fastmae.evaluate.segmentation.masks import IGNORED, read_mask
 from fastmae.images.decode import decode_bands
 from fastmae.images.middle import to_tensor
 from fastmae.images.reading import read_or_refuse
+from fastmae.images.value_range import AUTO
 from fastmae.runtime.seeding import drawn_from
 
 
@@ -29,11 +30,13 @@ class PairReader:
         data: the data that the pairs belong to.
         num_classes: number of classes.
         channels: K, the number of channels that photos are decoded to.
+        value_range: how values of more than 8 bits become 8 bits.
     """
 
     data: SegmentationData
     num_classes: int
     channels: int
+    value_range: str = AUTO
 
     def __call__(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
         """The photo, uint8 [K, H, W], and its mask, uint8 [H, W].
@@ -43,13 +46,13 @@ class PairReader:
         """
         bands, _ = read_or_refuse(
             pair.image,
-            lambda file: decode_bands(file, pair.image.name, self.channels),
+            lambda file: decode_bands(file, pair.image.name, self.channels, value_range=self.value_range),
             "remove it and its mask from the data",
         )
-        image = torch.cat([to_tensor(band) for band in bands])
+        image = to_tensor(bands[0]) if len(bands) == 1 else torch.cat([to_tensor(band) for band in bands])
         mask = torch.from_numpy(read_mask(pair.mask, self.data.encoding))
         if image.shape[1:] != mask.shape:
-            check_sizes(pair, self.channels)  # the headers tell more in most cases
+            check_sizes(pair, self.channels, self.value_range)  # the headers tell more in most cases
             raise InputError(f"{pair.mask}: differs in size from its image; a mask holds one id for each pixel")
         counts = np.bincount(mask.flatten(), minlength=IGNORED + 1)
         check_ids(pair, counts, self.num_classes, self.data)

@@ -7,21 +7,30 @@ DATA/objectInfo150.txt.
 Photos and masks are not opened here; `data_check` checks their contents.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fastmae.errors import InputError, first_line
+from fastmae.errors import InputError
 from fastmae.evaluate.segmentation.masks import IGNORED, MaskEncoding
 from fastmae.images.folders import files_below, may_be_image
+from fastmae.outside.documents import read_json
+from fastmae.outside.regular_file import read_bounded
 
 ADE_CLASSES = 150
 NAMES_FILE = "classes.json"
 ADE_NAMES_FILE = "objectInfo150.txt"
+LARGEST_NAMES_FILE = 1 << 20
+"""In bytes."""
+
+NAMES_FORMAT = (
+    'give the names of the ids 0, 1, 2 and so on without a gap, as {"classes": {"0": "sky", "1": "road"}}, at most '
+    f"{IGNORED}"
+)
+_Names = dict[str, str | int] | list[str | int]
+_NamesFile = dict[str, str | int | _Names] | list[str | int]
 
 
 @dataclass(frozen=True)
@@ -120,12 +129,12 @@ def _mask_in_another_format(mask: Path) -> str:
 
 def _class_names(root: Path, is_ade: bool) -> tuple[tuple[str, ...] | None, str, int]:
     """The names or None, where they come from, and the id that is ignored."""
-    if (root / NAMES_FILE).is_file():
+    if (root / NAMES_FILE).exists():
         names, ignored = _read_names_json(root / NAMES_FILE)
         return names, NAMES_FILE, ignored
     if not is_ade:
         return None, "", IGNORED
-    if (root / ADE_NAMES_FILE).is_file():
+    if (root / ADE_NAMES_FILE).exists():
         return _read_ade_names(root / ADE_NAMES_FILE), ADE_NAMES_FILE, IGNORED
     return tuple(str(number) for number in range(1, ADE_CLASSES + 1)), "ADE20K", IGNORED
 
@@ -135,10 +144,7 @@ def _read_names_json(path: Path) -> tuple[tuple[str, ...], int]:
 
     The file holds {"classes": {"0": "sky", ...}, "ignore_index": 255}, or the inner object alone, or a list of names.
     """
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read as JSON ({first_line(error)})") from error
+    content = read_json(path, _NamesFile, way_out=NAMES_FORMAT, limit=LARGEST_NAMES_FILE)
     classes = content.get("classes", content) if isinstance(content, dict) else content
     ignored = content.get("ignore_index", IGNORED) if isinstance(content, dict) else IGNORED
     if isinstance(classes, list):
@@ -148,10 +154,7 @@ def _read_names_json(path: Path) -> tuple[tuple[str, ...], int]:
         or not 0 < len(classes) <= IGNORED
         or set(classes) != {str(class_id) for class_id in range(len(classes))}
     ):
-        raise InputError(
-            f"{path}: give the names of the ids 0, 1, 2 and so on without a gap, "
-            'as {"classes": {"0": "sky", "1": "road"}}'
-        )
+        raise InputError(f"{path}: {NAMES_FORMAT}")
     if not isinstance(ignored, int) or not len(classes) <= ignored <= IGNORED:
         raise InputError(f"{path}: ignore_index {ignored}; give a number up to {IGNORED} that is no class's id")
     return _unique([str(classes[str(class_id)]) for class_id in range(len(classes))]), ignored
@@ -162,7 +165,7 @@ def _read_ade_names(path: Path) -> tuple[str, ...]:
 
     Only the first synonym is kept where it names one class alone.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_bounded(path, LARGEST_NAMES_FILE).decode("utf-8", "replace").splitlines()
     rows = [line.split("\t") for line in lines if line[:1].isdigit()]  # without the head line
     ids = [row[0].strip() for row in rows]
     if not rows or len(rows[0]) < 2 or ids != [str(number) for number in range(1, len(rows) + 1)]:

@@ -1,5 +1,6 @@
 """Reads masks: image files with one class id for each pixel."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -8,7 +9,8 @@ import numpy as np
 from PIL import ImageFile
 
 from fastmae.errors import InputError
-from fastmae.images.decode import UndecodableError, load_image, open_image
+from fastmae.images.codec_memory import bytes_per_pixel
+from fastmae.images.decode import UndecodableError, codec_memory, load_image, open_image
 from fastmae.images.reading import read_or_refuse
 
 IGNORED = 255
@@ -70,5 +72,5 @@ def _opened(file: BinaryIO) -> ImageFile.ImageFile:
 def _stored(file: BinaryIO) -> np.ndarray:
     """The numbers in a mask file, [H, W]."""
     image = _opened(file)
-    load_image(image)
+    load_image(image, codec_memory(image), 2 * math.prod(image.size) * bytes_per_pixel(image.mode))
     return np.asarray(image)

@@ -6,7 +6,7 @@ checked in `data_check` and loaded in `datasets`; the network is in `upernet`, t
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,19 +21,21 @@ from fastmae.evaluate.segmentation.augment import Augmentation
 from fastmae.evaluate.segmentation.data_check import DataSummary, check_data
 from fastmae.evaluate.segmentation.datasets import PairReader, TrainingCrops, WholePhotos
 from fastmae.evaluate.segmentation.inference import MIN_PATCHES
-from fastmae.evaluate.segmentation.layout import SegmentationData, find_data
+from fastmae.evaluate.segmentation.layout import NAMES_FILE, SegmentationData, find_data
+from fastmae.evaluate.segmentation.masks import IGNORED
 from fastmae.evaluate.segmentation.mean_iou import confusion_matrix, iou_table
 from fastmae.evaluate.segmentation.upernet import UperNet, segmentation_loss, sync_batch_norms, tapped_blocks
 from fastmae.evaluate.segmentation.validation import CLASS_PREFIX, Validation
 from fastmae.evaluate.stages import STRIDES, trainable_stages
 from fastmae.images.views import PixelScale
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
+from fastmae.runtime.batch_memory import check_batch
 from fastmae.runtime.device import resolve_device
 from fastmae.runtime.processes import is_first_process, this_process
 from fastmae.runtime.wording import weight_count
 from fastmae.training.driver import train
 from fastmae.training.optimiser import layer_decayed_groups, linear_schedule
-from fastmae.training.run import grad_accum_steps
+from fastmae.training.run import grad_accum_steps, images_at_once
 from fastmae.training.task import Settings, Task
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ MAX_DEFAULT_CROP = 512
 MAX_DEFAULT_HEAD = 512
 """Largest default width of the head on a network that is not a plain ViT, in channels: UperNet's published width."""
 PICTURES_FILE = "predictions.png"
+SHOWN_NAMES = 20
+"""Of classes, in a line of the log."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def segment(config: SegmentConfig) -> dict[str, Any] | None:
         drop_path_rate=config.drop_path,
         dynamic_img_size=True,
     )
-    summary = check_data(data, opened.channels, quiet=not is_first_process())
+    summary = check_data(data, opened.channels, opened.value_range, quiet=not is_first_process())
     sizes = choose_sizes(config, opened, summary)
     opened = set_crop_size(opened, sizes.crop)
     task = make_task(config, settings, data, summary, opened, sizes)
@@ -155,12 +159,13 @@ def make_task(
     classes = summary.class_names
     processes = max(config.devices, this_process().world_size)
     _check_batch(config, settings, processes)
+    check_batch(images_at_once(config, settings.batch_size), opened.channels, sizes.crop)
     if config.checkpoint_activations:
         opened.network.set_grad_checkpointing()
     stages = None if opened.is_vit else trainable_stages(opened)
     uper_net = UperNet(opened.network, len(classes), sizes.head_channels, stages)
     network: Any = sync_batch_norms(uper_net, resolve_device(config.device), processes)
-    read_pair = PairReader(data, len(classes), opened.channels)
+    read_pair = PairReader(data, len(classes), opened.channels, opened.value_range)
     mean_colour = tuple(round(255 * value) for value in opened.mean)
     augment = Augmentation(sizes.crop, sizes.short_side, mean_colour)
     pixel_scale = PixelScale(opened.mean, opened.std)
@@ -213,7 +218,7 @@ def describe_setup(
     if data.unused_masks:
         lines.append(f"{data.unused_masks} masks have no photo and are not used")
     if summary.untrained_classes:
-        lines.append(f"classes without a pixel in the training masks read: {', '.join(summary.untrained_classes)}")
+        lines.append(_untrained(data, summary))
     if opened.is_vit:
         depth = len(opened.network.blocks)
         read, unit = f"blocks {', '.join(map(str, tapped_blocks(depth)))} of {depth}", "patches"
@@ -224,6 +229,25 @@ def describe_setup(
     windows = "sliding windows of that size" if inference == "slide" else "whole photos"
     lines.append(f"{unit} of {opened.patch_size} px; {resize}; training crops of {sizes.crop} px, val by {windows}")
     return "\n".join(lines)
+
+
+def _untrained(data: SegmentationData, summary: DataSummary) -> str:
+    """Which classes no training mask shows; and, if only the masks tell the classes, what the ids may be instead."""
+    absent = f"classes without a pixel in the training masks read: {_listed(summary.untrained_classes)}"
+    if data.class_names is not None:
+        return absent
+    ids = summary.trained_classes
+    return (
+        f"{absent}. Only {len(ids)} of the ids 0 to {len(summary.class_names) - 1} occur: {_listed(ids)}; "
+        f"{IGNORED} is ignored ({100 * summary.ignored_share:.3g} % of the pixels). If these ids stand for 0, 1, 2 and "
+        f"so on, write them so; names in {NAMES_FILE} say how many there are"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The names, or the first of many, and their number."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
 
 
 def report(result: Mapping[str, Any], data: SegmentationData, summary: DataSummary) -> dict[str, Any]:
