@@ -45,7 +45,7 @@ def test_any_other_document_is_refused_with_the_place_and_the_way_out(text, caus
 
 def test_names_that_are_not_utf_8_are_read_as_python_writes_them(tmp_path):
     assert read_json(write(tmp_path, '["a\\udcff", "\\ud83d\\ude00"]'), list[str], way_out="x") == ["a\udcff", "😀"]
-    with pytest.raises(InputError, match="file: .*; x$"):
+    with pytest.raises(InputError, match=r"file: .*; x$"):
         read_json(write(tmp_path, '["\\udcff"]'), list[int], way_out="x")
 
 
