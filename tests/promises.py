@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the table, where the tests of promises were asked for."""
-    if "promise" not in config.option.markexpr:
+    if "promise" not in config.option.markexpr and rounds(0, 1) == 0:
         return
     tests: Counter[str] = Counter()
     cases: Counter[str] = Counter()

@@ -173,7 +173,14 @@ def test_an_image_of_too_many_pixels_is_refused_with_any_number_of_channels(tmp_
 @pytest.mark.promise("files")
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("x.webp", {}), ("x.avif", {}), ("x.jp2", {}), ("x.jpg", {"progressive": True}), ("x.tif", {}), ("x.png", {})],
+    [
+        ("x.webp", {}),
+        ("x.avif", {}),
+        ("x.jp2", {}),
+        ("x.jpg", {"progressive": True}),
+        ("x.tif", {"compression": "tiff_lzw", "strip_size": 1 << 20}),
+        ("x.png", {}),
+    ],
 )
 def test_an_image_that_takes_too_much_memory_is_refused_before_decoding(name, options, tmp_path, monkeypatch):
     Image.new("RGBA" if name == "x.png" else "RGB", (400, 300)).save(tmp_path / name, **options)
@@ -289,6 +296,14 @@ def test_npy_arrays_with_any_number_of_channels_are_decoded_to_8_bits(tmp_path):
     np.save(tmp_path / "flat.npy", values[..., 0])
     (grey,), _ = bands_of(tmp_path / "flat.npy", 1)
     assert (np.asarray(grey) == values[..., 0]).all()
+
+
+def test_an_array_that_takes_too_much_memory_is_refused_before_its_values_are_read(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", np.zeros((10, 10, 5), np.float32))
+    bands_of(tmp_path / "x.npy", 5)
+    monkeypatch.setattr(decode_module, "MAX_BYTES", 7 * 500 - 1)
+    with pytest.raises(UndecodableError, match=r"an array of 500 values of float32 takes 0.00 GB to decode, more than"):
+        bands_of(tmp_path / "x.npy", 5)
 
 
 def test_grey_is_the_luma_of_colours_and_four_bands_are_kept(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from fastmae.errors import InputError
 from fastmae.images import tar_shards
+from fastmae.images.decode import UndecodableError
 from fastmae.images.entries import key_of
 from fastmae.images.image_list import ImageList, write_list
 from fastmae.images.sources import open_source
@@ -223,6 +224,15 @@ def test_an_entry_that_was_changed_by_hand_opens_no_other_bytes(tmp_path):
             folder.open(b"x.tar/a/1.jpg" + location)
     with pytest.raises(InputError, match=r"x\.tar ends before"):
         folder.open(b"x.tar/a/1.jpg\x01512,99999999999999")
+
+
+def test_a_member_larger_than_the_memory_for_decoding_is_not_read(tmp_path, monkeypatch):
+    pack(tmp_path / "x.tar", {"a.jpg": bytes(1000)})
+    source = open_source(tmp_path)
+    (entry,) = source.entries()
+    monkeypatch.setattr(tar_shards, "MAX_BYTES", 999)
+    with pytest.raises(UndecodableError, match=r"a file of 0.00 GB, more than"):
+        source.open(entry)
 
 
 def test_a_source_keeps_few_tars_open_and_is_pickled_without_them(tmp_path):

@@ -80,7 +80,9 @@ def _jpeg2000_tile(file: IO[bytes]) -> int:
 
 
 def _tiff_bytes(image: ImageFile.ImageFile) -> int:
-    """A strip or tile, which is decoded whole."""
+    """A strip or tile, which libtiff decodes whole. Values that are not compressed are read row by row."""
+    if not image.tile or image.tile[0].codec_name != "libtiff":
+        return 0
     tags = image.tag_v2  # type: ignore[attr-defined]
     width, height = image.size
     rows, tile_width = tags.get(TIFF_TILE_HEIGHT, tags.get(TIFF_ROWS, height)), tags.get(TIFF_TILE_WIDTH, width)

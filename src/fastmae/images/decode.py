@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 
 from fastmae.images.codec_memory import bytes_per_pixel, codec_bytes
 from fastmae.images.rgb import is_wide, pixels_of, to_rgb
-from fastmae.images.value_range import AUTO, to_8_bits
+from fastmae.images.value_range import AUTO, in_strips, to_8_bits
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "SGI", "PSD", "PCX", "XBM", "XPM"),
@@ -93,7 +93,7 @@ def load_image(image: ImageFile.ImageFile, codec: int, result: int = 0) -> None:
         MemoryError: there is not as much memory.
     """
     needed = math.prod(image.size) * bytes_per_pixel(image.mode) + max(codec, result)
-    _check_memory(image, needed)
+    _check_memory(_pixels(image), needed)
     try:
         image.load()
     except Exception as error:  # codecs raise nearly any type on hostile files
@@ -102,12 +102,16 @@ def load_image(image: ImageFile.ImageFile, codec: int, result: int = 0) -> None:
         raise _error_to_raise(error, "damaged") from error
 
 
-def _check_memory(image: ImageFile.ImageFile, needed: int) -> None:
+def _check_memory(what: str, needed: int) -> None:
+    """Refuse what takes more than `MAX_BYTES`; `what` begins the message: `... pixels take`."""
     if needed > MAX_BYTES:
         raise UndecodableError(
-            f"{image.width} x {image.height} pixels in {image.format} take {needed / 1e9:.2f} GB to decode, "
-            f"more than the {MAX_BYTES / 1e9:.2f} GB allowed; make it smaller"
+            f"{what} {needed / 1e9:.2f} GB to decode, more than the {MAX_BYTES / 1e9:.2f} GB allowed; make it smaller"
         )
+
+
+def _pixels(image: ImageFile.ImageFile) -> str:
+    return f"{image.width} x {image.height} pixels in {image.format} take"
 
 
 def _is_free(size: int) -> bool:
@@ -180,7 +184,7 @@ def decode_image(
         load_image(image, codec, made_bytes)
         orientation = _orientation(image)  # of a PNG, it may follow the pixels
         if orientation in UPRIGHT:
-            _check_memory(image, 2 * result_bytes)
+            _check_memory(_pixels(image), 2 * result_bytes)
         try:
             rgb = to_rgb(image, value_range, factor)
             del image  # its memory is free for the upright copy
@@ -316,9 +320,9 @@ def _npy_to_8_bits(array: np.ndarray, value_range: str) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if array.dtype.newbyteorder("=") == np.uint16:
-        return (array >> 8).astype(np.uint8)
+        return in_strips(array, lambda strip: strip >> 8)
     if array.dtype.kind == "f" and np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1:
-        return (np.asarray(array, dtype=np.float32) * 255).round().astype(np.uint8)
+        return in_strips(array, lambda strip: (strip.astype(np.float32) * 255).round())
     raise UndecodableError(
         f"an array of {array.dtype} that is neither 8 nor 16 bits unsigned, nor from 0 to 1; tokenize --value-range "
         "maps any values"
@@ -350,6 +354,7 @@ def _read_npy_values(file: BinaryIO, length: int, dtype: np.dtype) -> np.ndarray
     bytes_present, bytes_declared = file.seek(0, os.SEEK_END) - start, length * dtype.itemsize
     if bytes_present < bytes_declared:
         raise UndecodableError(f"not a plain .npy array: declares {bytes_declared} bytes and holds {bytes_present}")
+    _check_memory(f"an array of {length} values of {dtype} takes", bytes_declared + 3 * length)
     file.seek(start)
     return np.frombuffer(file.read(bytes_declared), dtype, length)
 

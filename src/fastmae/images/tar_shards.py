@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 from fastmae.errors import InputError, first_line
+from fastmae.images.decode import MAX_BYTES, UndecodableError
 from fastmae.images.entries import entry_of, key_of, numbers_of, plain_name
 from fastmae.images.folders import is_named_as_image, leads_to
 from fastmae.outside.regular_file import open_regular
@@ -77,11 +78,14 @@ class TarSource:
 
         Raises:
             InputError: the entry belongs to none of the tars, or the tar has become shorter.
+            UndecodableError: the image's file is larger than the memory that decoding may take.
             OSError: the tar can't be read.
         """
         offset, size = numbers_of(entry, 2, self.path)
         name = key_of(entry).partition("/")[0]
         descriptor = self._open_tar(name).fileno()
+        if MAX_BYTES < size <= os.fstat(descriptor).st_size - offset:
+            raise UndecodableError(f"a file of {size / 1e9:.2f} GB, more than the {MAX_BYTES / 1e9:.2f} GB allowed")
         # A size that a changed list names must not be allocated unless the tar has as many bytes.
         # pread instead of seek and read: forked worker processes share the position of an open file.
         data = os.pread(descriptor, size, offset) if offset + size <= os.fstat(descriptor).st_size else b""

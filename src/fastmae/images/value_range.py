@@ -74,7 +74,7 @@ def to_8_bits(values: np.ndarray, value_range: str) -> np.ndarray:
         scaled = np.rint((strip.astype(np.float64) - low) / (high - low) * 255)
         return np.nan_to_num(scaled.clip(0, 255), copy=False)
 
-    return _in_strips(values, mapped)
+    return in_strips(values, mapped)
 
 
 def by_type(values: np.ndarray) -> np.ndarray:
@@ -83,12 +83,12 @@ def by_type(values: np.ndarray) -> np.ndarray:
     A float image declares no range: it is [0, 1] if no value is above 1, else [0, 255].
     """
     if values.dtype.kind in "iu":
-        return _in_strips(values, lambda strip: strip.clip(0, 65535) >> 8)
+        return in_strips(values, lambda strip: strip.clip(0, 65535) >> 8)
     scale = 255.0 if np.nanmax(values, initial=0.0) <= 1.0 else 1.0
-    return _in_strips(values, lambda strip: (np.nan_to_num(strip.astype(np.float64)) * scale).clip(0, 255))
+    return in_strips(values, lambda strip: (np.nan_to_num(strip.astype(np.float64)) * scale).clip(0, 255))
 
 
-def _in_strips(values: np.ndarray, mapped: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def in_strips(values: np.ndarray, mapped: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """`mapped` of some rows at a time, as uint8."""
     result, rows = np.empty(values.shape, np.uint8), max(1, STRIP_VALUES // max(1, values[0].size))
     with np.errstate(all="ignore"):  # floats may hold anything

@@ -32,6 +32,7 @@ class _Ending:
         command: what has been called, for the line.
         code: the exit code once it is reported; None before.
         requested: whether a signal has asked for the end.
+        interrupted: whether that has interrupted the main thread.
         unlimited: how many parts of the program must not be cut short now.
         children: ends the processes that this one has started, for each kind of them.
     """
@@ -40,6 +41,7 @@ class _Ending:
         self.command = "fastmae"
         self.code: int | None = None
         self.requested = False
+        self.interrupted = False
         self.unlimited = 0
         self.children: list[Callable[[], object]] = []
 
@@ -104,9 +106,9 @@ def _note(_: int, __: FrameType | None) -> None:
     _ending.requested = True
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    is_first = not _ending.requested
-    _note(number, frame)
+def _interrupt(number: int, _: FrameType | None) -> None:
+    is_first = not _ending.interrupted
+    _ending.interrupted = _ending.requested = True
     if is_first or number == signal.SIGINT:  # a scheduler's second signal must not disturb the end
         raise KeyboardInterrupt
 
@@ -123,6 +125,7 @@ def _leave_signals_to_the_parent() -> None:
 def _watch(reader: int) -> None:
     while os.read(reader, 1)[0] not in STOP_SIGNALS:
         continue  # SIGCHLD, say
+    _ending.requested = True
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:
         time.sleep(POLL)

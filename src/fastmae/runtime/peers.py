@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError, first_line
-from fastmae.runtime.ending import leave_children_to
+from fastmae.runtime.ending import is_requested, leave_children_to
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.heartbeat import Heartbeat
 
@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 
 GRACE = 20.0
 """Seconds that a process gets to end by itself once another one has ended: after a signal or on bad input, all do."""
+GRACE_AFTER_A_SIGNAL = 2.0
+"""The same after a signal: what is to be saved is saved, and closing connections may take a process very long."""
 CONTINUES = "saved work is kept, and the same call continues from it"
 _started: list[subprocess.Popen[bytes]] = []
 _heartbeats: list[Heartbeat] = []
@@ -174,7 +176,7 @@ def _disconnect() -> None:
 
 
 def _end_started() -> None:
-    end = time.monotonic() + GRACE
+    end = time.monotonic() + (GRACE_AFTER_A_SIGNAL if is_requested() else GRACE)
     for process in _started:
         try:
             process.wait(max(0.0, end - time.monotonic()))
