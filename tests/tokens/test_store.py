@@ -206,7 +206,7 @@ def test_a_folder_of_several_sizes_that_is_damaged_or_other_is_one_line(two_size
     )
     assert "was begun with --middle-size 64,96" in capsys.readouterr().err
     assert run(["tokenize", str(photos / "train"), str(tmp_path / "s"), "--middle-size", "64,x"]) == 2
-    assert "several with commas" in capsys.readouterr().err
+    assert "--middle-size x: give a whole number" in capsys.readouterr().err
     copy = tmp_path / "copy"
     shutil.copytree(two_sizes, copy)
     (copy / "scales.json").write_text("{}")
