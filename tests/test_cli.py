@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
@@ -47,10 +46,12 @@ def test_bad_usage_is_one_line_and_code_2(args, named, capsys, tmp_path, monkeyp
 
 
 def failing(error):
-    def run_command(*_):
+    """`Command.load` of a command that fails."""
+
+    def work(_):
         raise error
 
-    return run_command
+    return lambda _: work
 
 
 @pytest.mark.promise("machine")
@@ -66,7 +67,7 @@ def failing(error):
 )
 def test_whatever_a_command_raises_is_one_line_with_what_was_saved(error, code, line, monkeypatch, capsys):
     add_note(error, "step 3 is saved")
-    monkeypatch.setattr(Command, "run", failing(error))
+    monkeypatch.setattr(Command, "load", failing(error))
     assert run(["knn", "r", "data"]) == code
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
@@ -84,7 +85,7 @@ def test_a_crash_in_a_loading_process_names_the_place_in_the_process(monkeypatch
         'Caught TypeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "{}", '
     )
     text += 'line 7, in fetch\n  File "/torch/fetch.py", line 3\nTypeError: a bug'
-    monkeypatch.setattr(Command, "run", failing(TypeError(text.format(Path(cli.__file__).parent / "decode.py"))))
+    monkeypatch.setattr(Command, "load", failing(TypeError(text.format(Path(cli.__file__).parent / "decode.py"))))
     assert run(["recipes"]) == 1
     assert "own: TypeError: a bug (decode.py:7); --traceback" in capsys.readouterr().err
 
@@ -126,15 +127,6 @@ def test_each_layer_of_options_goes_over_the_one_before(tmp_path):
 def test_words_after_two_dashes_may_begin_with_a_dash():
     config = parse("pretrain", ["--epochs", "3", "--", "-a.tokens", "--run"])
     assert (config.stores, config.run, config.epochs) == (("-a.tokens",), Path("--run"), 3)
-
-
-def test_a_config_file_is_read_once_so_it_may_be_a_pipe(tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_text, args=("epochs: 7\n",))
-    writer.start()
-    assert parse("pretrain", ["a", "b", "--config", str(pipe)]).epochs == 7
-    writer.join()
 
 
 def test_the_first_word_of_several_commands_lists_them(capsys):

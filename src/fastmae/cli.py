@@ -6,7 +6,6 @@ argparse gives only what was typed, so that one resolver (`config.resolve`) serv
 import argparse
 import contextlib
 import difflib
-import errno
 import inspect
 import io
 import json
@@ -35,6 +34,7 @@ from fastmae.errors import (
     OneProcessError,
     is_out_of_memory,
     notes_of,
+    os_message,
 )
 from fastmae.runtime import console, ending, startup
 from fastmae.runtime.processes import this_process
@@ -331,7 +331,7 @@ def _outcome(command: str, error: BaseException) -> tuple[int, str]:
     """The exit code for what a command has raised, and what to say about it."""
     code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), None)
     if code is not None:
-        message = _os_message(error) if isinstance(error, OSError) else str(error) or "interrupted"
+        message = os_message(error) if isinstance(error, OSError) else str(error) or "interrupted"
         return code, "; ".join([message, *notes_of(error)])
     if ending.is_requested():  # an interruption that a library has turned into an error of its own
         return EXIT_CODES[KeyboardInterrupt], "; ".join(["interrupted", *notes_of(error)])
@@ -364,10 +364,3 @@ def _crash(error: BaseException) -> str:
     own = [place for place in places if Path(place[0]).is_relative_to(Path(__file__).parent)]
     file, line = (own or places or [("?", "0")])[-1]
     return f"{text[:LONGEST_CRASH].strip().removesuffix(':')} ({Path(file).name}:{line})"
-
-
-def _os_message(error: OSError) -> str:
-    path = f"{error.filename}: " if error.filename is not None else ""
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    way_out = "; free some space and give the same command again, it continues" if full else ""
-    return f"{path}{error.strerror or error}{way_out}"

@@ -3,6 +3,7 @@
 A message is one line: it names the file or the option, the cause, and the way out.
 """
 
+import errno
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def os_message(error: OSError) -> str:
+    """What the system refused, as a line: the file, the cause and, where the disk is full, the way out."""
+    path = f"{error.filename}: " if error.filename is not None else ""
+    way_out = "; free some space and give the same command again, it continues" if is_full_disk(error) else ""
+    return f"{path}{error.strerror or error}{way_out}"
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Whether a disk, a quota or a limit of a file's size is used up."""
+    return error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class InputError(ValueError):

@@ -42,7 +42,7 @@ def signalled(monkeypatch, tmp_path):
     def run(work, number=signal.SIGTERM, limit=1.0):
         reader, writer = os.pipe()
         monkeypatch.setattr(ending, "LIMIT", limit)
-        monkeypatch.setattr(Command, "run", lambda *_: work(lambda: os.write(writer, b"r")))
+        monkeypatch.setattr(Command, "load", lambda _: lambda _: work(lambda: os.write(writer, b"r")))
         err = tmp_path / "err"
         child = os.fork()
         if child == 0:

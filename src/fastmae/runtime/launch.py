@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastmae.config import Precision
-from fastmae.errors import InputError, first_line
+from fastmae.errors import InputError, first_line, is_full_disk, os_message
 from fastmae.runtime.device import cores, device_count, own_device, resolve_device, supports_bf16
 from fastmae.runtime.fabric import (
     ClusterEnvironment,
@@ -152,7 +152,7 @@ def on_first_process(fabric: Fabric, action: Callable[[], object]) -> None:
         except InputError as error:
             failure = str(error)
         except OSError as error:
-            failure = f"{error.filename or 'writing'}: {error.strerror or error}; {CONTINUES}"
+            failure = os_message(error) if is_full_disk(error) else f"{os_message(error)}; {CONTINUES}"
     failure = fabric.broadcast(failure)
     if failure:
         raise InputError(failure)

@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from fastmae.errors import InputError
+from fastmae.errors import InputError, is_full_disk
 from fastmae.runtime.durable import PART_SUFFIX
 from fastmae.tokens.format import SHARDS_FOLDER
-from fastmae.tokens.transfer import DISK_IS_FULL
 
 LOCK_POLL = 0.01
 """Seconds between two attempts at a lock that another process holds."""
@@ -87,7 +86,7 @@ class BoundedFolder:
                 part.unlink()
                 if room is not None:
                     self._note_room(room + size)
-            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:  # a failed write() does not know its file
+            if isinstance(error, OSError) and is_full_disk(error):  # a failed write() does not know its file
                 raise OSError(error.errno, error.strerror, str(part)) from error
             raise
 

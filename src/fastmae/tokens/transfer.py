@@ -6,7 +6,6 @@ is given up. Failed transfers are tried again; answers that no retry can mend ar
 
 import asyncio
 import concurrent.futures
-import errno
 import io
 import os
 import time
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec.asyn
 import fsspec.core
 
-from fastmae.errors import InputError, first_line
+from fastmae.errors import InputError, first_line, is_full_disk
 from fastmae.outside.regular_file import open_regular
 
 Result = TypeVar("Result")
@@ -40,7 +39,6 @@ PAGE_HEAD = 64
 """Bytes at the beginning of an answer by which a web page is recognised."""
 MISSING, FORBIDDEN = (404, 410), (401, 403)
 """HTTP status codes."""
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # fsspec runs its event loop in a thread, and threads do not survive a fork: a child needs a loop of its own.
 os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
@@ -287,7 +285,7 @@ def _with_retries(transfer: Callable[[], Result], url: str) -> Result:
 
 
 def _raise_if_lasting(error: Exception, url: str) -> None:
-    if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno in DISK_IS_FULL):
+    if isinstance(error, InputError) or (isinstance(error, OSError) and is_full_disk(error)):
         raise error
     status = getattr(error, "status", None)
     if isinstance(error, FileNotFoundError) or status in MISSING:
