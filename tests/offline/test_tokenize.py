@@ -91,9 +91,9 @@ def test_a_refused_call_leaves_nothing_in_the_way_of_the_right_one(photos, token
     ("options", "named"),
     [
         (["--middle-size", "100"], "--middle-size 100"),
-        (["--middle-size", "96,big"], "--middle-size 96,big"),
+        (["--middle-size", "96,big"], "--middle-size big"),
         (["--channels", "5"], "--channels 5"),
-        (["--channels", "5", "--teacher-channels", "0,1,5"], "--teacher-channels 0,1,5"),
+        (["--channels", "5", "--teacher-channels", "0,1,5"], "--teacher-channels 5"),
         (["--channels", "5", "--teacher-channels", "0,1,4", "--pixels", "jpeg"], "--pixels raw"),
         (["--rank", "1"], "--world-size"),
         (["--rank", "2", "--world-size", "2"], "--rank 2"),

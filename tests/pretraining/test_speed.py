@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from fastmae.cli import parse
@@ -10,7 +12,7 @@ def test_the_speed_counts_the_images_of_the_timed_steps_and_nothing_is_written(
     micro_batch, vit_store, tiny_student, tmp_path, monkeypatch
 ):
     times = iter([100.0, 101.0, 101.5, 102.0])  # at the first timed step, after the second and the third, at the end
-    monkeypatch.setattr(speed.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(speed, "time", SimpleNamespace(monotonic=lambda: next(times)))
     options = [*tiny_student, "--workers", "0", "--micro-batch", str(micro_batch)]
     config = parse("pretrain", [str(vit_store), str(tmp_path / "run"), *options])
     assert images_per_second(config, timed_steps=3) == 3 * 8 / 2
@@ -32,7 +34,7 @@ def test_fewer_steps_are_timed_where_they_are_slow(
     enough_seconds, timed_steps, vit_store, tiny_student, tmp_path, monkeypatch
 ):
     clock = [0.0]  # a step takes one second
-    monkeypatch.setattr(speed.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(speed, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     original = speed.train_step
 
     def slow_step(run, batches):

@@ -42,7 +42,7 @@ def test_the_description_of_a_run_passes_as_it_is(tiny_run):
         (("run",), [1], "Expected `object`"),
         (("run", "options"), 3, "Expected `object`"),
         (("run", "options", "image_size"), None, "lacks the option --image-size"),
-        (("run", "options", "encoder_depth"), 10**8, "--encoder-depth 100000000: give 1 to 1024"),
+        (("run", "options", "encoder_depth"), 10**8, "--encoder-depth 100000000: give 1 to 256"),
         (("run", "options", "encoder_width"), 65536, "a network of .* weights, more than"),
         (("run", "options", "encoder"), "hf-hub:user/name", "timm has no network"),
         (("run", "options", "image_size"), 65, "not a multiple"),
