@@ -14,6 +14,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import json
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -41,6 +42,12 @@ TINY_STUDENT = (
 )
 VIT_STORE = "--middle-size 96 --patch-size 16 --shard-size 8 --codec fp32 --pixels raw --workers 1"
 SMALL_STORE = "--middle-size 96 --patch-size 16 --shard-size 8 --codec pq16 --workers 1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heeded() -> None:
+    """As in a terminal: what a shell starts in the background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

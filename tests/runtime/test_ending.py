@@ -32,14 +32,6 @@ class Ended(NamedTuple):
     seconds: float
 
 
-@pytest.fixture(autouse=True)
-def ctrl_c_is_heeded():
-    """As in a terminal: what a shell starts in the background ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def signalled(monkeypatch, tmp_path):
     """(what a command does, signal) -> how the command ends that gets the signal meanwhile.
