@@ -330,11 +330,12 @@ def _plain(value: Any) -> Any:
 def _outcome(command: str, error: BaseException) -> tuple[int, str]:
     """The exit code for what a command has raised, and what to say about it."""
     code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), None)
+    interrupted = EXIT_CODES[KeyboardInterrupt]
+    if ending.is_requested() and code != interrupted:  # a loading process that the signal has ended, say
+        return interrupted, "; ".join(["interrupted", *notes_of(error)])
     if code is not None:
         message = os_message(error) if isinstance(error, OSError) else str(error) or "interrupted"
         return code, "; ".join([message, *notes_of(error)])
-    if ending.is_requested():  # an interruption that a library has turned into an error of its own
-        return EXIT_CODES[KeyboardInterrupt], "; ".join(["interrupted", *notes_of(error)])
     if is_out_of_memory(error):
         return EXIT_CODES[OSError], "; ".join(["out of memory", *notes_of(error), _less_memory(command)])
     crash = f"an error of fastmae's own: {_crash(error)}"
