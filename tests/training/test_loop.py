@@ -202,6 +202,28 @@ def test_a_run_is_saved_before_an_evaluation_which_the_same_call_makes_up_for(su
     assert next(accuracies) == 30.0  # a finished run is not evaluated again
 
 
+@pytest.mark.promise("kills")
+def test_a_picture_that_a_kill_has_cost_is_drawn_by_the_same_call(sums_task, options, settings):
+    file, pens = sums_task().out / "confusion.png", iter([KeyboardInterrupt, None])
+
+    def draw():
+        if (ended := next(pens)) is not None:
+            raise ended
+        return b"png"
+
+    def task():
+        return sums_task(evaluate=lambda *_: Evaluated({"top1": 1.0}, [Picture(file, draw)]), metric="top1")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(options(), task(), settings)
+    assert len(read_evaluations(file.parent)) == 1
+    train(options(), task(), settings)
+    assert file.read_bytes() == b"png"
+    assert len(read_evaluations(file.parent)) == 1
+    train(options(), task(), settings)  # nothing is left to do
+    assert next(pens, "both are used") == "both are used"
+
+
 @pytest.mark.promise("saved")
 @pytest.mark.parametrize("lost", ["drawing", "file"])
 def test_a_picture_that_can_not_be_drawn_is_a_warning(lost, sums_task, options, settings, caplog):

@@ -39,8 +39,9 @@ BEST_FILE = "best.pt"
 INPUTS_FILE = "inputs.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
+PICTURES_DUE_FILE = ".pictures-due"
 TENSORBOARD_FOLDER = "tensorboard"
-FILES = (CHECKPOINT_FILE, BEST_FILE, METRICS_FILE, EVALUATIONS_FILE, TENSORBOARD_FOLDER, RUN_FILE)
+FILES = (CHECKPOINT_FILE, BEST_FILE, METRICS_FILE, EVALUATIONS_FILE, PICTURES_DUE_FILE, TENSORBOARD_FOLDER, RUN_FILE)
 """A run's files in the order in which they are set aside: run.json last, since a folder without it is no run."""
 LARGEST_LOG = 1 << 28
 """Most bytes of a log: a million entries."""
@@ -103,6 +104,11 @@ class RunFolder:
     def best(self) -> Path:
         """Path of the best weights."""
         return self.path / BEST_FILE
+
+    @property
+    def pictures_due(self) -> Path:
+        """Path of a file that is there while the pictures of an evaluation in the log are still to be drawn."""
+        return self.path / PICTURES_DUE_FILE
 
     def metrics(self, step: int) -> "MetricsLog":
         """The log, without entries after a step."""

@@ -60,7 +60,8 @@ def is_due(run: Run) -> bool:
 def evaluate(run: Run, folder: RunFolder, metrics: MetricsLog | None) -> float:
     """Evaluate, keep the weights if they are the best so far, log the figures, and draw the pictures, in this order.
 
-    So an evaluation whose figures are in the log is complete. A picture that can't be drawn is a warning.
+    So an evaluation whose figures are in the log lacks at most its pictures, and a file says so until they are drawn. A
+    picture that can't be drawn is a warning.
 
     The task's `evaluate` gets the bare network (or its moving average) in evaluation mode, without gradients and under
     the run's precision.
@@ -92,9 +93,13 @@ def evaluate(run: Run, folder: RunFolder, metrics: MetricsLog | None) -> float:
         shown = ", ".join(f"{name} {figures[name]:g}" for name in names if name in figures)
         log.info(f"epoch {epoch:.4g} (step {state.step}): {shown}")
         entry = {"epoch": round(epoch, 4), "seconds": round(state.seconds, 3), **figures}
-        metrics.write_evaluation(state.step, entry)
+        if evaluated.pictures:
+            folder.pictures_due.touch()
+        if not _is_logged(folder, state.step):
+            metrics.write_evaluation(state.step, entry)
         for picture in evaluated.pictures:
             _draw(picture)
+        folder.pictures_due.unlink(missing_ok=True)
     return time.monotonic() - start
 
 
@@ -104,7 +109,7 @@ def recall(run: Run, folder: RunFolder) -> bool:
     The checkpoint was written before the evaluation at its step, which an interruption or a failure may have cost.
 
     Returns:
-        Whether the evaluation at the state's step is in the log, or is not due. The same in every process.
+        Whether the evaluation at the state's step is complete, or is not due. The same in every process.
     """
     task, state = run.task, run.state
     if task.evaluate is None or not state.step:
@@ -112,11 +117,16 @@ def recall(run: Run, folder: RunFolder) -> bool:
     complete, best = False, state.best
     if run.fabric.is_global_zero:
         entries = [entry for entry in read_evaluations(folder.path) if entry["step"] <= state.step]
-        complete = not is_due(run) or any(entry["step"] == state.step for entry in entries)
+        is_done = _is_logged(folder, state.step) and not folder.pictures_due.exists()
+        complete = is_done or not is_due(run)
         logged = [entry.get(task.metric) for entry in entries]
         best = max([best, *(value for value in logged if isinstance(value, int | float))])
     complete, state.best = run.fabric.broadcast((complete, best))
     return complete
+
+
+def _is_logged(folder: RunFolder, step: int) -> bool:
+    return any(entry["step"] == step for entry in read_evaluations(folder.path))
 
 
 def _draw(picture: Picture) -> None:
