@@ -13,7 +13,7 @@ from fastmae.exporting.export_format import ExportFormat
 from fastmae.exporting.exported_model import ExportedModel, model_outputs
 from fastmae.exporting.output_folder import write_weights
 from fastmae.images.value_range import range_entry
-from fastmae.runs.encoder import EXPORT_CONFIG, EXPORT_WEIGHTS
+from fastmae.runs.timm_config import EXPORT_CONFIG, EXPORT_WEIGHTS
 from fastmae.runtime.durable import write_json
 
 CROP_MODES = {"whole": "squash", "center": "center"}

@@ -16,7 +16,7 @@ from fastmae.errors import FailedCheckError, InputError
 from fastmae.exporting.export_format import ExportFormat, import_extra
 from fastmae.exporting.exported_model import CLASS, PATCHES, ExportedModel
 from fastmae.exporting.output_folder import write_weights
-from fastmae.runs.encoder import EXPORT_WEIGHTS
+from fastmae.runs.timm_config import EXPORT_WEIGHTS
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", QuickGELU: "quick_gelu"}
 WEIGHT_NAMES = {
