@@ -33,7 +33,7 @@ from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch
 from fastmae.tokens.format import shard_path
 from fastmae.tokens.manifest import read_header
-from promises import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  # hooks: tests marked `promise`
+from promises import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  # hooks
 from simulated.own_process import pytest_configure  # noqa: F401  # a hook: tests marked `accelerator`
 
 TINY_STUDENT = (

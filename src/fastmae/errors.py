@@ -19,7 +19,7 @@ def first_line(error: BaseException) -> str:
 def add_note(error: BaseException, note: str) -> None:
     """Say one thing more in the line of an error that is on its way out, such as what was saved."""
     notes: Any = getattr(error, "__notes__", [])  # as Python's own `add_note`, which came with 3.11
-    error.__notes__ = [*notes, note]  # type: ignore[attr-defined]
+    error.__notes__ = [*notes, note]  # type: ignore[attr-defined]  # on 3.10
 
 
 def notes_of(error: BaseException) -> Iterator[str]:

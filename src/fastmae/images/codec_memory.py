@@ -47,7 +47,7 @@ def codec_bytes(image: ImageFile.ImageFile) -> int:
 
 def _jpeg_bytes(image: ImageFile.ImageFile) -> int:
     """The coefficients of the whole image, 2 bytes each, unless all channels come block by block."""
-    layers: list[tuple[int, int, int, int]] = image.layer  # type: ignore[attr-defined]
+    layers: list[tuple[int, int, int, int]] = image.layer  # type: ignore[attr-defined]  # of a JPEG
     assert image.fp is not None
     if "progressive" not in image.info and _is_interleaved(image.fp, len(layers)):
         return 0
@@ -83,7 +83,7 @@ def _tiff_bytes(image: ImageFile.ImageFile) -> int:
     """A strip or tile, which libtiff decodes whole. Values that are not compressed are read row by row."""
     if not image.tile or image.tile[0].codec_name != "libtiff":
         return 0
-    tags = image.tag_v2  # type: ignore[attr-defined]
+    tags = image.tag_v2  # type: ignore[attr-defined]  # of a TIFF
     width, height = image.size
     rows, tile_width = tags.get(TIFF_TILE_HEIGHT, tags.get(TIFF_ROWS, height)), tags.get(TIFF_TILE_WIDTH, width)
     bits = tags.get(TIFF_BITS, (1,))

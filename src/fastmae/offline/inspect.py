@@ -49,7 +49,7 @@ def _inspect_quality(config: InspectConfig, store: TokenStore) -> dict[str, Any]
     """Say what looks wrong in a store, and draw it; returns the counts and the sheet's path."""
     sheet = config.out or Path(f"{config.store.absolute()}-quality.png")
     if sheet.resolve().is_relative_to(config.store.resolve()):
-        raise InputError(f"--out {sheet}: lies inside the store; take a place outside {config.store}")
+        raise InputError(f"--out {sheet}: is inside the store; give a path outside {config.store}")
     quality = look_at(store)
     lines, drawn = as_lines(quality, store), entries(quality, store)
     for line in lines:

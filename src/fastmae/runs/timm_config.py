@@ -1,4 +1,4 @@
-"""config.json of a model in timm's hub layout, written by `fastmae export` or timm: what is read of it, and its types."""
+"""What is read of config.json, which describes a model in timm's hub layout, and its types."""
 
 from typing import Annotated, Any
 

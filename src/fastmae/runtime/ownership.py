@@ -1,4 +1,4 @@
-"""A folder that is being written has one owner: the process whose record lies in it as a lock file.
+"""A folder that is being written has one owner: the process whose record is the lock file in it.
 
 It works between processes and between machines that share a disk. The lock appears whole or not at all, by a hard link,
 which is atomic on NFS too. While it is held, a thread touches it every few seconds. The owner is gone if its process
@@ -301,7 +301,7 @@ def _held_lock(place: Path, folder: Path, name: str, command: str) -> Iterator[N
         finally:
             owner.release()
     finally:
-        with contextlib.suppress(OSError):  # something lies in it
+        with contextlib.suppress(OSError):  # it is not empty
             for path in made:
                 path.rmdir()
 
