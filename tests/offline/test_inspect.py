@@ -41,7 +41,7 @@ def test_the_sheet_is_written_where_out_says_but_never_into_the_store(odd_store,
     assert run(["inspect", str(odd_store), "--quality", "--out", str(out)]) == 0
     assert Image.open(out).format == "PNG"
     line = error_line(["inspect", str(odd_store), "--quality", "--out", str(odd_store / "shards" / "sheet.png")])
-    assert "lies inside the store" in line
+    assert "is inside the store" in line
     assert "give that too" in error_line(["inspect", str(odd_store), "--out", str(out)])
 
 
