@@ -109,7 +109,9 @@ def test_with_seconds_the_epochs_are_those_that_the_median_speed_allows(study, s
 
 @pytest.mark.timeout(600)
 def test_a_failing_run_leaves_the_others_and_is_named(study, stores, photos, tmp_path, capsys):
-    study.write_text(STUDY.partition("  tuned")[0] + "  wild: {base_lr: 9.0e+3, warmup_epochs: 0, weight_decay: 1.0e+6}\n")
+    study.write_text(
+        STUDY.partition("  tuned")[0] + "  wild: {base_lr: 9.0e+3, warmup_epochs: 0, weight_decay: 1.0e+6}\n"
+    )
     out = tmp_path / "out"
     args = ["ablate", str(study), str(photos), "--out", str(out), "--stores-in", str(stores), "--held-out", *SMALL]
     assert run(args) == 1

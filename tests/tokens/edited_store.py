@@ -21,10 +21,10 @@ from fastmae.images import jpeg
 from fastmae.images.entries import key_bytes
 from fastmae.images.image_list import write_list
 from fastmae.offline.middle_images import pixel_sums
+from fastmae.outside.tensors import LENGTH_BYTES
 from fastmae.tokens.codec import load_codec
 from fastmae.tokens.encoded import EncodedImages
 from fastmae.tokens.format import Part, StoreInfo, checksum, list_name, shard_path
-from fastmae.tokens.manifest import HEADER_LENGTH
 from fastmae.tokens.shard_file import DTYPE_NAMES
 from fastmae.tokens.shard_header import ImageRecord
 from fastmae.tokens.writer import StoredPixels, StoreWriter, begin_folder
@@ -112,9 +112,9 @@ class EditedShard:
 
     def __init__(self, file: Path):
         data = file.read_bytes()
-        header_bytes = HEADER_LENGTH + int.from_bytes(data[:HEADER_LENGTH], "little")
+        header_bytes = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
         self.file, self.tensors = file, dict(load(data))
-        self.metadata = json.loads(json.loads(data[HEADER_LENGTH:header_bytes])["__metadata__"]["fastmae"])
+        self.metadata = json.loads(json.loads(data[LENGTH_BYTES:header_bytes])["__metadata__"]["fastmae"])
         self.edit_header: Callable[[dict[str, Any]], None] = lambda header: None
         self.edit_text: Callable[[bytes], bytes] = lambda text: text
         self.signs_records = True
@@ -198,7 +198,7 @@ class EditedStore:
             shard.sign()
         (self.folder / "store.json").write_text(json.dumps(self.info, indent=2) + "\n")
         listed = [shard_path(self.folder, shard).read_bytes() for shard in range(len(self.shards))]
-        header_bytes = [HEADER_LENGTH + int.from_bytes(data[:HEADER_LENGTH], "little") for data in listed]
+        header_bytes = [LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little") for data in listed]
         manifest = {
             "format": "fastmae token store's manifest",
             "version": 2,

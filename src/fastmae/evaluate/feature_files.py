@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastmae.errors import InputError
+from fastmae.outside.tensors import LENGTH_BYTES
 
 METADATA_KEY = "fastmae"
 SUFFIXES = (".safetensors", ".parquet")
@@ -30,8 +31,6 @@ DTYPES: dict[str, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
 SAFETENSORS_DTYPES = {"fp32": "F32", "fp16": "F16"}
 ROW_GROUP = 4096
 """Rows of a Parquet file that are written together."""
-LENGTH_BYTES = 8
-"""Size of the number at the start of a safetensors file that gives the length of its header."""
 LARGEST_SIZE = 1 << 60
 """More bytes than any file has: a header that contains this number is as long as a header gets."""
 

@@ -18,6 +18,7 @@ from msgspec import Meta
 from fastmae.errors import InputError
 from fastmae.outside.documents import parse_json
 from fastmae.outside.regular_file import open_regular, read_bounded
+from fastmae.outside.tensors import LENGTH_BYTES, LONGEST_HEADER
 from fastmae.runtime.durable import write_whole
 from fastmae.tokens.codec import learns
 from fastmae.tokens.format import (
@@ -35,10 +36,6 @@ from fastmae.tokens.format import (
     shard_name,
 )
 
-HEADER_LENGTH = 8
-"""Bytes before a safetensors header, which hold its length."""
-LONGEST_HEADER = 100_000_000
-"""The limit that safetensors itself sets, in bytes."""
 LARGEST_MANIFEST = 1 << 28
 """Most bytes of a manifest.json: a shard takes about 35, so this is room for two billion images in shards of 256."""
 _REPAIR = "`fastmae verify STORE --repair` brings it back"
@@ -203,11 +200,11 @@ def read_header(file: Path, longest: int = LONGEST_HEADER) -> bytes:
     """
     try:
         with open_regular(file) as opened:
-            length_bytes = opened.read(HEADER_LENGTH)
+            length_bytes = opened.read(LENGTH_BYTES)
             length = int.from_bytes(length_bytes, "little")
             header = opened.read(length) if length <= longest else b""
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{file}: missing; {_REPAIR}") from error
-    if len(length_bytes) < HEADER_LENGTH or len(header) != length:
+    if len(length_bytes) < LENGTH_BYTES or len(header) != length:
         raise InputError(f"{file}: truncated, or not a shard; {_REPAIR}")
     return length_bytes + header

@@ -18,9 +18,10 @@ from msgspec import Meta
 from fastmae.errors import InputError
 from fastmae.images.entries import LONGEST_ENTRY
 from fastmae.outside.documents import parse_json
+from fastmae.outside.tensors import LENGTH_BYTES, LONGEST_HEADER
 from fastmae.tokens.codec import code_layout, keeps_means
 from fastmae.tokens.format import FORMAT_VERSION, METADATA_KEY, StoreInfo, checksum
-from fastmae.tokens.manifest import HEADER_LENGTH, LONGEST_HEADER, read_header
+from fastmae.tokens.manifest import read_header
 from fastmae.tokens.shard_file import ALIGNMENT, DTYPE_NAMES
 
 DTYPES = {name: np.dtype(dtype) for dtype, name in DTYPE_NAMES.items()}
@@ -154,7 +155,7 @@ def parse_header(header: bytes, file: Path) -> tuple[dict[str, TensorEntry], dic
     Raises:
         InputError: no such header.
     """
-    sections = parse_json(header[HEADER_LENGTH:], dict[str, msgspec.Raw], name=file, way_out=WAY_OUT)
+    sections = parse_json(header[LENGTH_BYTES:], dict[str, msgspec.Raw], name=file, way_out=WAY_OUT)
     metadata = parse_json(bytes(sections.pop("__metadata__", b"{}")), dict[str, str], name=file, way_out=WAY_OUT)
     entries = {name: parse_json(bytes(raw), TensorEntry, name=file, way_out=WAY_OUT) for name, raw in sections.items()}
     return entries, metadata

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastmae.errors import InputError
 from fastmae.outside.regular_file import read_bounded
-from fastmae.tokens.manifest import HEADER_LENGTH
+from fastmae.outside.tensors import LENGTH_BYTES
 from fastmae.tokens.shard_header import data_problem, mapped_tensors, parse_header
 
 LONGEST_HEADER = 1 << 16
@@ -30,7 +30,7 @@ def load_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
         data = read_bounded(file, largest_file(shapes))
     except OSError as error:
         raise InputError(f"{file}: missing or damaged ({error.strerror}); {WAY_OUT}") from error
-    header_bytes = HEADER_LENGTH + int.from_bytes(data[:HEADER_LENGTH], "little")
+    header_bytes = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
     entries, _ = parse_header(data[:header_bytes], file)
     problem = data_problem(entries, header_bytes, len(data))
     if problem is None and {name: entry.shape for name, entry in entries.items()} != dict(shapes):
