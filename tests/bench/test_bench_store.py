@@ -126,7 +126,7 @@ def test_the_smallest_codec_that_keeps_cosine_and_knn_is_recommended():
 @pytest.mark.parametrize(
     ("args", "name"),
     [
-        (["--jpeg-qualities", "90,0"], "--jpeg-qualities 90,0"),
+        (["--jpeg-qualities", "90,0"], "--jpeg-qualities 0"),
         (["--jpeg-qualities", "high"], "--jpeg-qualities high"),
         (["--limit", "1"], "1 images"),
         (["--codecs", "fp16,"], "int8"),
