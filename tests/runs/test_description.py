@@ -66,6 +66,11 @@ def test_a_checkpoint_that_can_not_be_used_is_refused(path, new, cause, saved, t
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_that_names_neither_a_task_nor_a_store_is_refused(tmp_path, error_line):
+    (tmp_path / "run.json").write_text('{"images": 3}')
+    assert f"{tmp_path / 'run.json'}: the run's description names no task" in error_line(["report", str(tmp_path)])
+
+
 @pytest.mark.parametrize("argument", ["pretrained", "checkpoint_path", "pretrained_cfg"])
 def test_arguments_that_shape_no_network_are_refused_in_a_run_on_labels(argument, tmp_path):
     encoder = {

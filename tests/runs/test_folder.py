@@ -7,7 +7,7 @@ from fastmae.errors import InputError
 from fastmae.runs.folder import RunFolder, read_evaluations, read_inputs, read_metrics, read_run
 
 LOGGED = {"epoch": 0.5, "lr": 0.1, "seconds": 2.0, "images_per_second": 9.5}
-DESCRIPTION = {"options": {"epochs": 3, "betas": (0.9, 0.95)}, "photos": {"train": 10}}
+DESCRIPTION = {"task": "pretrain", "options": {"epochs": 3, "betas": (0.9, 0.95)}, "photos": {"train": 10}}
 
 
 def test_a_run_can_only_be_opened_again_with_the_same_description(tmp_path):

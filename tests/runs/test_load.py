@@ -23,8 +23,8 @@ def test_a_folder_that_holds_no_run_is_named(tmp_path):
 
 def test_the_moving_average_is_loaded_if_there_is_one(tmp_path):
     model, average = ({"weight": torch.full((2,), value)} for value in (1.0, 2.0))
-    write_checkpoint(tmp_path / "a.pt", {"model": model, "run": {}})
-    write_checkpoint(tmp_path / "b.pt", {"model": model, "ema": average, "run": {}})
+    write_checkpoint(tmp_path / "a.pt", {"model": model, "run": {"task": "pretrain"}})
+    write_checkpoint(tmp_path / "b.pt", {"model": model, "ema": average, "run": {"task": "pretrain"}})
     assert torch.equal(load_run(tmp_path / "a.pt")[1]["weight"], model["weight"])
     assert torch.equal(load_run(tmp_path / "b.pt")[1]["weight"], average["weight"])
 

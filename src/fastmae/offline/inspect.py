@@ -69,8 +69,11 @@ def refuse_url(store: Path, command: str) -> None:
     Raises:
         InputError: a URL. As a `Path`, it has one slash after the colon.
     """
-    if re.match(r"\w+:/", str(store)):
-        raise InputError(f"{store}: a URL; {command} reads a folder, so call it where the store's files are")
+    if url := re.match(r"(\w+):/(.*)", str(store)):
+        slashes = "///" if url[1] == "file" else "//"
+        raise InputError(
+            f"{url[1]}:{slashes}{url[2]}: a URL; {command} reads a folder, so call it where the store's files are"
+        )
 
 
 def store_summary(store: TokenStore, images_per_second: float | None) -> dict[str, Any]:

@@ -98,6 +98,8 @@ def check_description(value: Any, name: object) -> Description:
     missing = [option for option in NEEDED_OPTIONS if run.store is not None and option not in run.options]
     if missing:
         raise InputError(f"{name}: the run's description lacks the option {flag(missing[0])}; {WAY_OUT}")
+    if run.store is None and run.task is None:
+        raise InputError(f"{name}: the run's description names no task; {WAY_OUT}")
     command = COMMANDS.get(run.task or "pretrain")
     hints = {} if command is None else get_type_hints(command.kind, include_extras=True)
     with naming(name):

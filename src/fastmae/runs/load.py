@@ -41,7 +41,7 @@ def load_student(run: Path) -> tuple[Description, AnyStudent]:
     """A pre-training run's description and its student in evaluation mode, with decoder and heads."""
     description, weights = load_run(run)
     if "store" not in description:
-        raise InputError(f"{run}: a run of `fastmae {description.get('task')}`; give one of `fastmae pretrain`")
+        raise InputError(f"{run}: a run of `fastmae {description['task']}`; give one of `fastmae pretrain`")
     store, target_dim = description["store"], sum(description["target_dims"])
     options, sizes = options_of_run(run, description), (store["patch_size"], target_dim, store["channels"])
     with torch.inference_mode(False), naming(run):  # some students try out their network's gradients
@@ -72,7 +72,7 @@ def encoder_of(
         if "store" in description:
             return _encoder_of_pretraining_run(description, weights, trained, extra, name).eval()
     raise InputError(
-        f"{name}: a run of `fastmae {description.get('task')}` holds no encoder; give the run that it was made from"
+        f"{name}: a run of `fastmae {description['task']}` holds no encoder; give the run that it was made from"
     )
 
 
