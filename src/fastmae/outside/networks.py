@@ -73,7 +73,7 @@ def check_architecture(architecture: str, name: object) -> None:
         InputError: timm has no network of this name.
     """
     base = architecture.partition(".")[0]
-    if base not in timm.list_models():
+    if not timm.is_model(base):
         similar = difflib.get_close_matches(base, timm.list_models(), 1)
         hint = f"; did you mean timm/{similar[0]}" if similar else ""
         raise InputError(f"{name}: timm has no network '{architecture[:80]}'{hint}")

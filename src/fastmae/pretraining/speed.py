@@ -1,7 +1,6 @@
 """How fast a run would train on this machine, and the epochs that fit into a given time."""
 
 import itertools
-import math
 import time
 from dataclasses import replace
 
@@ -27,15 +26,16 @@ def fitted_to_time(config: PretrainConfig, seconds: float, timed_steps: int) -> 
     Args:
         config: options of a run on one store.
         seconds: training time.
-        timed_steps: steps for measuring the speed.
+        timed_steps: steps for measuring the speed. Fewer are measured where they would take longer than the run itself.
     """
     if (config.run / RUN_FILE).exists():
         return config.with_epochs(read_run(config.run)["options"]["epochs"])
     images = len(TokenStore(config.stores[0]))
-    return config.with_epochs(max(0.01, round(seconds * images_per_second(config, timed_steps) / images, 2)))
+    speed = images_per_second(config, timed_steps, enough_seconds=seconds)
+    return config.with_epochs(max(0.01, round(seconds * speed / images, 2)))
 
 
-def images_per_second(config: PretrainConfig, timed_steps: int, enough_seconds: float = math.inf) -> float:
+def images_per_second(config: PretrainConfig, timed_steps: int, enough_seconds: float) -> float:
     """Views per second of a run with these options, measured over some steps of a student that is thrown away.
 
     Args:

@@ -130,7 +130,7 @@ def build_encoder(
         InputError: no such ViT, sizes that don't divide, or sizes that no memory holds.
     """
     architecture = architecture_of(name)
-    if architecture not in timm.list_models("vit_*"):
+    if not (architecture.startswith("vit_") and timm.is_model(architecture)):
         raise InputError(
             f"--encoder {name}: not one of timm's vit_* names (vit_tiny_patch16_224, vit_base_patch16_224, ...)"
         )
