@@ -17,7 +17,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch
 from fastmae.tokens.format import shard_path
 from fastmae.tokens.manifest import read_header
+from forks import Forks, forks
 from promises import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  # hooks
 from simulated.own_process import pytest_configure  # noqa: F401  # a hook: tests marked `accelerator`
 
@@ -149,6 +150,13 @@ def tiny_run(vit_store: Path, tiny_student: list[str], tmp_path_factory: pytest.
 def fastmae_command() -> list[str]:
     """The command line that starts `fastmae` in a process of its own."""
     return [sys.executable, "-m", "fastmae"]
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Forks]:
+    """Starts commands in processes of their own, without the seconds that imports take."""
+    with forks() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,8 +20,45 @@ from fastmae import cli
 from fastmae.config.commands import COMMANDS
 
 
+@dataclass
+class Fork:
+    """A command that was started. It leads a session of its own, to which its loading processes belong too.
+
+    Attributes:
+        warm: the process that has started it.
+        pid: its number, which is no other process's until its end has been asked for.
+        log: what it prints.
+    """
+
+    warm: "Forks"
+    pid: int
+    log: Path
+
+    def poll(self) -> int | None:
+        """The exit code, -9 if it was killed; None while it runs."""
+        return self.warm.ask({"poll": self.pid})
+
+    def wait(self, seconds: float = 250) -> int:
+        """The exit code, once it has ended."""
+        end = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            assert time.monotonic() < end, f"it still runs; so far: {self.output()}"
+            time.sleep(0.01)
+        return code
+
+    def finish(self) -> str:
+        """What it has printed, once it has ended with exit code 0."""
+        code = self.wait()
+        assert code == 0, self.output()
+        return self.output()
+
+    def output(self) -> str:
+        """The end of what it has printed so far, on both streams."""
+        return self.log.read_text(errors="replace")[-10_000:]
+
+
 class Forks:
-    """Starts commands; each runs in a session of its own, so that its loading processes can be killed too.
+    """Starts commands.
 
     Args:
         warm: the process that forks.
@@ -28,24 +67,18 @@ class Forks:
     def __init__(self, warm: "subprocess.Popen[str]"):
         self.warm = warm
 
-    def start(self, args: list[str], log: Path) -> int:
-        """Start a command. What it prints is appended to `log`; returns its process number."""
-        return self._ask({"args": args, "log": str(log)})
+    def start(self, args: list[str], log: Path, variables: dict[str, str] | None = None) -> Fork:
+        """Start a command. What it prints is appended to `log`; `variables` are added to its environment."""
+        pid = self.ask({"args": args, "log": str(log), "variables": variables or {}})
+        assert pid is not None
+        return Fork(self, pid, log)
 
-    def wait(self, pid: int) -> int:
-        """The exit code of a command; -9 if it was killed."""
-        return self._ask({"wait": pid})
-
-    def run(self, args: list[str], log: Path) -> None:
-        """Run a command, which must succeed."""
-        code = self.wait(self.start(args, log))
-        assert code == 0, log.read_text(errors="replace")[-3000:]
-
-    def _ask(self, request: dict[str, Any]) -> int:
+    def ask(self, request: dict[str, Any]) -> int | None:
         assert self.warm.stdin is not None and self.warm.stdout is not None
         self.warm.stdin.write(json.dumps(request) + "\n")
         self.warm.stdin.flush()
-        return int(json.loads(self.warm.stdout.readline()))
+        answer: int | None = json.loads(self.warm.stdout.readline())
+        return answer
 
 
 @contextlib.contextmanager
@@ -66,17 +99,24 @@ def serve() -> None:
     os.dup2(2, 1)
     for command in COMMANDS.values():
         command.load()
-    print("ready", file=answers, flush=True)
+    print("null", file=answers, flush=True)
+    ended: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)
-        if "wait" in request:
-            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
-        else:
-            answer = os.fork() or work(**request)
-        print(answer, file=answers, flush=True)
+        answer = exit_code(request["poll"], ended) if "poll" in request else os.fork() or work(**request)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
-def work(args: list[str], log: str) -> NoReturn:
+def exit_code(pid: int, ended: dict[int, int]) -> int | None:
+    """Of a fork; None while it runs. `ended` holds the codes of those that were waited for."""
+    if pid not in ended:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            ended[pid] = os.waitstatus_to_exitcode(status)
+    return ended.get(pid)
+
+
+def work(args: list[str], log: str, variables: dict[str, str]) -> NoReturn:
     """In the fork: be the command."""
     code = 70
     try:
@@ -85,6 +125,7 @@ def work(args: list[str], log: str) -> NoReturn:
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), stream)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.update(variables)
         cli.main(args)
     except SystemExit as ended:
         code = int(ended.code or 0)

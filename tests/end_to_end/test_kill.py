@@ -15,6 +15,7 @@ from fastmae.runs.folder import CHECKPOINT_FILE, read_evaluations, read_metrics
 
 
 def start(command, args):
+    """Start a command that starts further ones by its own command line; the others are forks, which start sooner."""
     return subprocess.Popen(
         [*command, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -40,9 +41,8 @@ def signal_when(ready, process, number):
     if process.poll() is None and number == signal.SIGINT:
         os.killpg(process.pid, number)  # Ctrl-C reaches the loading processes too
     elif process.poll() is None:
-        process.send_signal(number)
-    process.communicate(timeout=120)
-    return process.returncode
+        os.kill(process.pid, number)
+    return process.wait(120)
 
 
 def contents(folder):
@@ -57,9 +57,7 @@ def tokenize_args(photos, vit_teacher, tmp_path):
 
 
 @pytest.mark.promise("kills")
-def test_a_store_that_is_killed_while_it_is_written_ends_in_the_same_bytes(
-    tokenize_args, vit_store, tmp_path, fastmae_command
-):
+def test_a_store_that_is_killed_while_it_is_written_ends_in_the_same_bytes(tokenize_args, vit_store, warm, tmp_path):
     def shards():
         return len(list((tmp_path / "s").glob("shards/*.safetensors"))) if (tmp_path / "s").exists() else -1
 
@@ -68,15 +66,15 @@ def test_a_store_that_is_killed_while_it_is_written_ends_in_the_same_bytes(
 
     for number, exit_code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         ready = grows_beyond(shards())
-        assert signal_when(ready, start(fastmae_command, tokenize_args), number) in (0, exit_code)
-    finish(start(fastmae_command, tokenize_args))
+        assert signal_when(ready, warm.start(tokenize_args, tmp_path / "log.txt"), number) in (0, exit_code)
+    warm.start(tokenize_args, tmp_path / "log.txt").finish()
     assert contents(tmp_path / "s") == contents(vit_store)
 
 
-def test_two_processes_fill_one_store_to_the_same_bytes(tokenize_args, vit_store, tmp_path, fastmae_command):
+def test_two_processes_fill_one_store_to_the_same_bytes(tokenize_args, vit_store, warm, tmp_path):
     ranks = [[*tokenize_args, "--world-size", "2", "--rank", str(rank)] for rank in range(2)]
-    for process in [start(fastmae_command, args) for args in ranks]:
-        finish(process)
+    for process in [warm.start(args, tmp_path / "log.txt") for args in ranks]:
+        process.finish()
     assert contents(tmp_path / "s") == contents(vit_store)
 
 
@@ -97,10 +95,10 @@ def pretrain_args(vit_store, options, run_folder):
 
 
 @pytest.fixture(scope="module")
-def unbroken(vit_store, options, fastmae_command, tmp_path_factory):
+def unbroken(vit_store, options, warm, tmp_path_factory):
     """The log of the run by one process without an interruption."""
     folder = tmp_path_factory.mktemp("runs") / "unbroken"
-    finish(start(fastmae_command, ["pretrain", str(vit_store), str(folder), *options]))
+    warm.start(["pretrain", str(vit_store), str(folder), *options], folder.parent / "log.txt").finish()
     return read_metrics(folder)
 
 
@@ -117,20 +115,20 @@ SUMMATION = 2e-5
 @pytest.mark.promise("kills")
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_a_run_that_is_stopped_and_continued_reaches_the_same_losses(
-    number, exit_code, pretrain_args, run_folder, unbroken, fastmae_command
+    number, exit_code, pretrain_args, run_folder, unbroken, warm, tmp_path
 ):
-    process = start(fastmae_command, pretrain_args)
+    process = warm.start(pretrain_args, tmp_path / "log.txt")
     assert signal_when(lambda: len(read_metrics(run_folder)) >= 3, process, number) == exit_code
     assert 3 <= len(read_metrics(run_folder)) < len(unbroken)
-    assert "from step" in finish(start(fastmae_command, pretrain_args))
+    assert "from step" in warm.start(pretrain_args, tmp_path / "second.txt").finish()
     assert_same(read_metrics(run_folder), unbroken)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_schedulers_signal_saves_and_stops_the_run_like_ctrl_c(
-    number, pretrain_args, run_folder, unbroken, fastmae_command
+    number, pretrain_args, run_folder, unbroken, warm, tmp_path
 ):
-    process = start(fastmae_command, pretrain_args)
+    process = warm.start(pretrain_args, tmp_path / "log.txt")
     assert signal_when(lambda: len(read_metrics(run_folder)) >= 3, process, number) == 130
     assert 0 < load_checkpoint(run_folder / CHECKPOINT_FILE)["step"] < unbroken[-1]["step"]
 
@@ -153,7 +151,7 @@ def test_two_processes_of_torchrun_reach_the_losses_of_one(pretrain_args, run_fo
     assert_same(read_metrics(run_folder), unbroken, SUMMATION)
 
 
-def test_two_tasks_of_srun_reach_the_losses_of_one(pretrain_args, run_folder, unbroken, fastmae_command, monkeypatch):
+def test_two_tasks_of_srun_reach_the_losses_of_one(pretrain_args, run_folder, unbroken, warm, tmp_path):
     variables = {
         "JOB_ID": str(os.getpid()),
         "JOB_NAME": "train",
@@ -165,14 +163,12 @@ def test_two_tasks_of_srun_reach_the_losses_of_one(pretrain_args, run_folder, un
         "STEP_NUM_TASKS": "2",
         "STEP_TASKS_PER_NODE": "2",
     }
-    for name, value in variables.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    tasks = []
-    for rank in ("0", "1"):
-        monkeypatch.setenv("SLURM_PROCID", rank)
-        monkeypatch.setenv("SLURM_LOCALID", rank)
-        tasks.append(start(fastmae_command, pretrain_args))
-    _, second_output = [finish(task) for task in tasks]
+    task = {f"SLURM_{name}": value for name, value in variables.items()}
+    tasks = [
+        warm.start(pretrain_args, tmp_path / f"{rank}.txt", task | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+        for rank in ("0", "1")
+    ]
+    _, second_output = [task.finish() for task in tasks]
     assert second_output == ""  # only the first process prints
     assert_same(read_metrics(run_folder), unbroken, SUMMATION)
 

@@ -6,7 +6,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,11 @@ from PIL import Image
 
 from fastmae.runs.checkpoint import load_checkpoint
 from fastmae.runs.folder import read_evaluations, read_metrics
-from forks import Forks, forks
 from promises import rounds
 
 CPU = "--workers 0 --device cpu"
 TRAINING = f"{CPU} --epochs 1 --save-every 0 --log-every 1"
 TIMES = {"seconds", "images_per_second"}
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Forks]:
-    """Starts commands without the seconds that imports take."""
-    with forks() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -177,18 +169,18 @@ def test_after_a_kill_the_same_call_gives_the_same_result(name, commands, warm, 
 
     out = place(0)
     start = time.monotonic()
-    warm.run(command.args(out), log)
+    warm.start(command.args(out), log).finish()
     seconds, expected = time.monotonic() - start, command.result(out)
     names = sorted(path.name for path in out.parent.iterdir())
     for number in range(tries):
         out = place(number + 1)
-        pid = warm.start(command.args(out), log)
+        process = warm.start(command.args(out), log)
         time.sleep(seconds * random.uniform(number, number + 1) / tries)
-        os.kill(pid, signal.SIGKILL)  # a process that has ended has its number until it is waited for
-        code = warm.wait(pid)
-        assert code in (0, -signal.SIGKILL), log.read_text()[-3000:]
+        os.kill(process.pid, signal.SIGKILL)
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL), process.output()
         kills += code != 0
-        warm.run(command.args(out), log)
+        warm.start(command.args(out), log).finish()
         assert command.result(out) == expected
         assert sorted(path.name for path in out.parent.iterdir()) == names  # nothing is left beside it
         shutil.rmtree(out.parent)

@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 
-from fastmae.cli import run
 from fastmae.runtime.ownership import owned
 from fastmae.tokens.format import shard_path
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from fastmae.errors import InputError
-from fastmae.runtime import sending
+from fastmae.runtime import sending, workers
 from fastmae.runtime.sending import Sent, collated
 from fastmae.runtime.workers import as_is, batches
 
@@ -32,6 +32,12 @@ class Batches(Dataset):
         return Batch([f"image {number}"], pixels, None), [torch.tensor(number, dtype=torch.bfloat16)]
 
 
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch):
+    """A warning is told once in a process; here, in each test."""
+    monkeypatch.setattr(workers, "_told", set())
+
+
 @pytest.fixture(params=["shared memory", "the pipe", "a lost race"])
 def way(request, monkeypatch):
     """The way that batches take; in a lost race the room is gone when it is to be taken."""
@@ -47,20 +53,24 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.promise("machine")
-def test_a_batch_is_the_same_whichever_way_it_comes(way):
+def test_a_batch_is_the_same_whichever_way_it_comes(way, caplog):
     for number, (batch, (scalar,)) in enumerate(batches(Batches(), CPU, 1, sampler=range(3), collate=as_is)):
         expected, _ = Batches()[number]
         assert (batch.names, batch.sums) == (expected.names, None)
         assert torch.equal(batch.pixels, expected.pixels)
         assert batch.pixels.is_shared() == (way == "shared memory")
         assert (scalar.dtype, scalar.item()) == (torch.bfloat16, number)
+    told = [message for message in caplog.messages if "too little room" in message]
+    assert len(told) == (way != "shared memory")
+    assert all(message.startswith("loading processes send their batches through pipes") for message in told)
 
 
 @pytest.mark.promise("machine")
-def test_batches_go_through_the_pipe_where_few_files_may_be_open(monkeypatch):
+def test_batches_go_through_the_pipe_where_few_files_may_be_open(monkeypatch, caplog):
     monkeypatch.setattr(sending, "free_handles", lambda: 3)
     (batch, _) = next(batches(Batches(), CPU, 1, sampler=[0], collate=as_is))
     assert not batch.pixels.is_shared()
+    assert caplog.messages[-1].endswith("takes longer: too few more files may be open (ulimit -n)")
 
 
 def test_without_workers_a_batch_is_not_touched(monkeypatch):
@@ -89,5 +99,5 @@ def test_collating_is_torchs_own():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_batch_of_the_pipe_is_pinned():
-    batch, _ = Sent.of(Batches()[1]).pin_memory()
+    batch, _ = Sent.of(Batches()[1], "no room").pin_memory().unpacked()
     assert batch.pixels.is_pinned()

@@ -47,8 +47,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     description = read_run(config.run)
     if "store" not in description:
         raise InputError(
-            f"{config.run}: a run of `fastmae {description['task']}`; "
-            "give a pre-training run, and this one as --also"
+            f"{config.run}: a run of `fastmae {description['task']}`; give a pre-training run, and this one as --also"
         )
     added = [added_section(Path(path)) for path in config.also.split(",") if path]
     entries, evaluations = read_metrics(config.run), read_evaluations(config.run)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import default_collate, get_worker_info
 
 from fastmae.errors import InputError
-from fastmae.runtime.memory import available_for_sharing, free_handles, free_shared_folder
+from fastmae.runtime.memory import SHARED_FOLDER, available_for_sharing, free_handles, free_shared_folder
 
 SPARE_FACTOR = 2
 """Of the folder's free bytes, other processes, and other parts of this one, may use as many as the batches do."""
@@ -34,7 +34,7 @@ class Sending:
         self._is_first = True
 
     def __call__(self, samples: Any) -> Any:
-        """The batch; or `Sent`, which `received` unpacks.
+        """The batch; or `Sent`, which `workers.batches` unpacks.
 
         Raises:
             InputError: as many batches as are loaded ahead don't fit into memory.
@@ -50,7 +50,8 @@ class Sending:
         if self._is_first and worker.id == 0:
             self._check_memory(num_bytes)
         self._is_first = False
-        return batch if self._is_shared(tensors, num_bytes) else Sent.of(batch)
+        obstacle = self._share(tensors, num_bytes)
+        return Sent.of(batch, obstacle) if obstacle else batch
 
     def _check_memory(self, num_bytes: int) -> None:
         ahead, available = self.workers * self.prefetch, available_for_sharing()
@@ -61,17 +62,20 @@ class Sending:
                 f"{available / 1e6:.0f} MB of memory are free; give fewer --workers or smaller batches"
             )
 
-    def _is_shared(self, tensors: Sequence[torch.Tensor], num_bytes: int) -> bool:
-        """Move the tensors to shared memory, if there is room for those of all processes."""
+    def _share(self, tensors: Sequence[torch.Tensor], num_bytes: int) -> str:
+        """Move the tensors to shared memory. Where there is no room for those of all processes, returns what lacks."""
         ahead = self.workers * self.prefetch
-        if SPARE_FACTOR * self.workers * num_bytes > free_shared_folder() or ahead * len(tensors) > free_handles():
-            return False
+        if ahead * len(tensors) > free_handles():
+            return "too few more files may be open (ulimit -n)"
+        no_room = f"{SHARED_FOLDER} has too little room for {num_bytes / 1e6:.0f} MB a batch (docker: --shm-size)"
+        if SPARE_FACTOR * self.workers * num_bytes > free_shared_folder():
+            return no_room
         try:
             for tensor in tensors:
                 tensor.share_memory_()
         except (RuntimeError, OSError):  # another process has taken the room since
-            return False
-        return True
+            return no_room
+        return ""
 
 
 @dataclass
@@ -80,22 +84,24 @@ class Sent:
 
     Attributes:
         batch: with `SentTensor` in place of tensors.
+        obstacle: why it is not in shared memory.
     """
 
     batch: Any
+    obstacle: str
 
     @classmethod
-    def of(cls, batch: Any) -> "Sent":
+    def of(cls, batch: Any, obstacle: str) -> "Sent":
         """Pack a batch."""
-        return cls(mapped(batch, torch.Tensor, SentTensor.of))
+        return cls(mapped(batch, torch.Tensor, SentTensor.of), obstacle)
 
     def unpacked(self) -> Any:
         """The batch."""
         return mapped(self.batch, SentTensor, SentTensor.unpacked)
 
-    def pin_memory(self, device: Any = None) -> Any:
-        """The batch in pinned memory; torch calls this."""
-        return mapped(self.unpacked(), torch.Tensor, torch.Tensor.pin_memory)
+    def pin_memory(self, device: Any = None) -> "Sent":
+        """The same with its tensors unpacked, in pinned memory; torch calls this."""
+        return replace(self, batch=mapped(self.unpacked(), torch.Tensor, torch.Tensor.pin_memory))
 
 
 @dataclass
@@ -120,11 +126,6 @@ class SentTensor:
     def unpacked(self) -> torch.Tensor:
         """The tensor."""
         return torch.from_numpy(self.data).view(self.dtype).view(self.shape)
-
-
-def received(batch: Any) -> Any:
-    """A batch as the data set has made it, whichever way it came."""
-    return batch.unpacked() if isinstance(batch, Sent) else batch
 
 
 def mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:

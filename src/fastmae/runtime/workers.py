@@ -23,7 +23,7 @@ from fastmae.errors import InputError, OneProcessError
 from fastmae.runtime.device import local_processes, own_cores, pins_memory
 from fastmae.runtime.ending import STOP_SIGNALS
 from fastmae.runtime.memory import allow_all_handles, available_for_sharing, free_handles
-from fastmae.runtime.sending import Sending, collated, received
+from fastmae.runtime.sending import Sending, Sent, collated
 
 Batch = TypeVar("Batch")
 
@@ -174,11 +174,19 @@ def _delivered(loader: DataLoader[Any]) -> Iterator[Any]:
     own = [process for process in multiprocessing.active_children() if process not in others]
     try:
         while (batch := _next(iterator, own)) is not END:
-            yield received(batch)
+            yield _received(batch)
     except KeyboardInterrupt:  # torch would wait for what they are loading
         for process in own:
             process.terminate()
         raise
+
+
+def _received(batch: Any) -> Any:
+    """A batch as the data set has made it, whichever way it came."""
+    if not isinstance(batch, Sent):
+        return batch
+    _tell(f"loading processes send their batches through pipes, which takes longer: {batch.obstacle}")
+    return batch.unpacked()
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
