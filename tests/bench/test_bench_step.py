@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -205,3 +207,18 @@ def kill_this_process():
 def test_a_process_that_the_system_kills_is_an_input_error_that_names_the_batch_size():
     with pytest.raises(InputError, match="--batch-size"):
         FreshProcesses("fastmae.bench.memory").run(kill_this_process)
+
+
+def ctrl_c_is_ignored():
+    return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+@pytest.mark.promise("signals")
+def test_ctrl_c_is_left_to_the_first_process_which_ends_the_others_at_once():
+    processes = FreshProcesses("fastmae.bench.memory")
+    assert processes.run(ctrl_c_is_ignored)
+    threading.Timer(1, os.kill, [os.getpid(), signal.SIGINT]).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        processes.run(time.sleep, 60)
+    assert time.monotonic() - start < 10

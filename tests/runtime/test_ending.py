@@ -135,6 +135,25 @@ def test_whatever_a_command_does_it_ends_in_time(work, signalled):
 
 
 @pytest.mark.promise("signals")
+def test_a_signal_while_python_drops_exceptions_interrupts_what_comes_next(signalled):
+    class EndsSlowly:
+        def __init__(self, ready):
+            self.ready = ready
+
+        def __del__(self):
+            self.ready()
+            time.sleep(0.3)
+
+    def lets_go(ready):
+        EndsSlowly(ready)
+        time.sleep(60)
+
+    ended = signalled(lets_go, limit=20)
+    assert (ended.code, ended.err) == (130, "fastmae recipes: interrupted\n")
+    assert ended.seconds < 10
+
+
+@pytest.mark.promise("signals")
 def test_no_loading_process_is_left_behind(signalled, tmp_path):
     def keeps_a_loading_process(ready):
         stubborn = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)

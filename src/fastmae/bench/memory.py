@@ -1,11 +1,14 @@
 """The peak memory of a piece of work, measured in a process of its own so that nothing that ran before it counts."""
 
 import multiprocessing
+import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +33,11 @@ class FreshProcesses:
     def __init__(self, module: str):
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([module])
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends this process, and this one the others
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Call a function in a new process and return its result.
@@ -42,6 +50,17 @@ class FreshProcesses:
                 return pool.submit(function, *arguments).result()
             except BrokenProcessPool as error:
                 raise InputError("a step needs more memory than there is; give a smaller --batch-size") from error
+            except KeyboardInterrupt:
+                self._end_now()
+                raise
+
+    def _end_now(self) -> None:
+        """End the server and its processes. The pool would wait for its own, the server import to the end."""
+        server = getattr(forkserver._forkserver, "_forkserver_pid", None)
+        if server is not None:
+            os.kill(server, signal.SIGKILL)
+        for process in multiprocessing.active_children():
+            process.kill()
 
 
 def peak_memory_of(work: Callable[[], object], device: torch.device) -> float:

@@ -33,6 +33,7 @@ class _Ending:
         code: the exit code once it is reported; None before.
         requested: whether a signal has asked for the end.
         interrupted: whether that has interrupted the main thread.
+        postponed: the signal that is to interrupt it a little later.
         unlimited: how many parts of the program must not be cut short now.
         children: ends the processes that this one has started, for each kind of them.
     """
@@ -42,6 +43,7 @@ class _Ending:
         self.code: int | None = None
         self.requested = False
         self.interrupted = False
+        self.postponed: int | None = None
         self.unlimited = 0
         self.children: list[Callable[[], object]] = []
 
@@ -106,11 +108,24 @@ def _note(_: int, __: FrameType | None) -> None:
     _ending.requested = True
 
 
-def _interrupt(number: int, _: FrameType | None) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _drops_exceptions(frame):
+        _ending.requested, _ending.postponed = True, number
+        return
     is_first = not _ending.interrupted
     _ending.interrupted = _ending.requested = True
     if is_first or number == signal.SIGINT:  # a scheduler's second signal must not disturb the end
         raise KeyboardInterrupt
+
+
+def _drops_exceptions(frame: FrameType | None) -> bool:
+    """Whether Python only prints what is raised here: in a finalizer, or while an import gives back its lock."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__" or (code.co_name == "cb" and "importlib" in code.co_filename):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _leave_signals_to_the_parent() -> None:
@@ -129,6 +144,9 @@ def _watch(reader: int) -> None:
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:
         time.sleep(POLL)
+        if _ending.postponed is not None:
+            number, _ending.postponed = _ending.postponed, None
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
         if _ending.unlimited:
             end = time.monotonic() + LIMIT
     _end_now()
