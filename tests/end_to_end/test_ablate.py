@@ -1,9 +1,9 @@
 """`fastmae ablate` by its real processes: a study that is continued, interrupted, fails in part, and is refused."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -126,22 +126,19 @@ def test_a_failing_run_leaves_the_others_and_is_named(study, stores, photos, tmp
 
 
 @pytest.mark.timeout(600)
-def test_a_stopped_study_saves_its_runs_and_continues_them(
-    study, stores, photos, tmp_path, fastmae_command, printed_json
-):
+def test_a_stopped_study_saves_its_runs_and_continues_them(study, stores, photos, tmp_path, warm, printed_json):
     study.write_text(STUDY.partition("  channel")[0])
     out = tmp_path / "out"
     args = ["ablate", str(study), str(photos), "--out", str(out), "--stores-in", str(stores), *SMALL]
     args += ["--epochs", "60"]
-    process = subprocess.Popen([*fastmae_command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = warm.start(args, tmp_path / "log.txt")
     run_folder = out / "runs" / photos.name / "cnn" / "patch" / "seed0" / "pretrain"
     while not (run_folder / "metrics.jsonl").exists() or not (run_folder / "metrics.jsonl").read_text():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.output()
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate()
-    assert process.returncode == 130
-    assert "0 of 1 runs" in err.splitlines()[-1]
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 130
+    assert "0 of 1 runs" in process.output().splitlines()[-1]
     assert (run_folder / "checkpoint.pt").exists()
     assert run(args) == 0
     assert printed_json()["rows"][0]["epochs"] == 60

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import fastmae
-from fastmae.cli import run
+from fastmae.cli import parse, run
 from fastmae.config.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -291,8 +291,9 @@ def _run_command(line: str, weights: Path, made: Path, capfd: pytest.CaptureFixt
         _delete(_outputs(command, words))
         _make_inputs(command, words, weights)
         words += _flags(_small_options(command, words, weights))
-    kept = made / hashlib.sha256(repr((launcher, command, words)).encode()).hexdigest()
+    kept = made / hashlib.sha256(repr((launcher, command, _effective(words))).encode()).hexdigest()
     if kept.exists():
+        parse(command, words)
         shutil.copytree(kept, Path.cwd(), dirs_exist_ok=True)
         return
     capfd.readouterr()
@@ -304,6 +305,15 @@ def _run_command(line: str, weights: Path, made: Path, capfd: pytest.CaptureFixt
     kept.mkdir()
     for folder in filter(os.path.isdir, _outputs(command, words)):  # none after --print-config or --help
         shutil.copytree(folder, kept / folder)
+
+
+def _effective(words: list[str]) -> list[str]:
+    """The words without options that are given again behind them."""
+    return [
+        word
+        for position, word in enumerate(words)
+        if not any(flag.startswith("--") and flag in words[position + 1 :] for flag in (word, words[position - 1]))
+    ]
 
 
 def _exit_code(args: list[str]) -> int | str | None:
@@ -403,6 +413,8 @@ def _outputs(command: str, words: list[str]) -> list[str]:
         return [] if "--add" in words else _stores(words)
     if command == "pretrain":
         return words[len(_stores(words)) :][:1]
+    if command == "ablate":
+        return [f"fastmae-ablate/{words[0]}"]
     return words[words.index("--out") + 1 :][:1] if command in TRAIN_ON_LABELS and "--out" in words else []
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import tarfile
 import time
 
@@ -194,21 +193,21 @@ def test_a_folder_without_images_is_named(tiny_run, tmp_path, error_line):
 
 
 @pytest.mark.slow
-def test_a_killed_call_leaves_the_earlier_file(tiny_run, photos, tmp_path, fastmae_command):
+def test_a_killed_call_leaves_the_earlier_file(tiny_run, photos, tmp_path, warm):
     images, out = tmp_path / "images", tmp_path / "out.safetensors"
     images.mkdir()
     for number in range(3000):
         (images / f"{number}.jpg").symlink_to(photos / "val" / "china" / "03.jpg")
     assert run(["features", str(tiny_run), str(photos / "val"), str(out), *CPU]) == 0
     before = out.read_bytes()
-    command = [*fastmae_command, "features", str(tiny_run), str(images), str(out), *CPU, "--batch-size", "1"]
-    process = subprocess.Popen(command)
+    args = ["features", str(tiny_run), str(images), str(out), *CPU, "--batch-size", "1"]
+    process = warm.start(args, tmp_path / "log.txt")
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*.part")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert out.read_bytes() == before
     assert len(list(tmp_path.glob("*.part"))) == 1

@@ -121,6 +121,6 @@ def test_an_epoch_is_shuffled_as_a_whole_if_the_store_fits_into_memory_or_the_ca
 
 
 def test_a_continued_run_keeps_its_shuffle_window(config, tmp_path):
-    RunFolder(tmp_path / "run", {"options": {"shuffle_window": 5}}, resume=True)
+    RunFolder(tmp_path / "run", {"task": "pretrain", "options": {"shuffle_window": 5}}, resume=True)
     assert make_plan(config()).shuffle_window == 5
     assert make_plan(config("--no-resume")).shuffle_window == 0

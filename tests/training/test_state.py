@@ -33,7 +33,7 @@ def take_steps(state, fabric, count):
 
 
 def test_a_restored_state_continues_as_the_saved_one(new_state, fabric, tmp_path):
-    folder = RunFolder(tmp_path / "run", {}, resume=True)
+    folder = RunFolder(tmp_path / "run", {"task": "pretrain"}, resume=True)
     state, restored = new_state(), new_state()
     take_steps(state, fabric, 3)
     state.seconds, state.sums, state.summed_steps, state.best = 7.5, {"loss": 2.0}, 3, 81.0
@@ -51,7 +51,7 @@ def test_a_restored_state_continues_as_the_saved_one(new_state, fabric, tmp_path
 def test_without_a_checkpoint_the_state_stays_new(new_state, fabric, tmp_path):
     state = new_state()
     weight = state.network.weight.detach().clone()
-    state.restore(fabric, RunFolder(tmp_path / "run", {}, resume=True))
+    state.restore(fabric, RunFolder(tmp_path / "run", {"task": "pretrain"}, resume=True))
     assert state.step == 0
     assert torch.equal(state.network.weight, weight)
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from fastmae.evaluate.drawing import label, png_bytes, text_as_it_is
 from fastmae.runtime.fabric import Fabric
@@ -36,6 +35,8 @@ def measure_classifier(
         fabric: of the run.
         picture: file for a picture of the confusion matrix.
     """
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix  # noqa: PLC0415 - slow to import
+
     take_first_buffers(network, fabric)
     class_count = len(classes)
     top1 = MulticlassAccuracy(class_count, top_k=1, average="micro").to(fabric.device)

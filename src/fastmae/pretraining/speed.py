@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 
 from fastmae.config import PretrainConfig
-from fastmae.pretraining.plan import make_plan
+from fastmae.pretraining.plan import make_plan, open_stores
 from fastmae.pretraining.pretrain import pretraining_task
 from fastmae.runs.folder import RUN_FILE, read_run
 from fastmae.runtime.device import synchronise
@@ -43,7 +43,7 @@ def images_per_second(config: PretrainConfig, timed_steps: int, enough_seconds: 
         timed_steps: steps to measure.
         enough_seconds: fewer steps are measured if they take longer than this, but at least two.
     """
-    images = len(make_plan(config).stores[0][0])
+    images = len(open_stores(config)[0][0])
     config = replace(config, epochs=max(config.epochs, (WARMUP_STEPS + timed_steps) * config.batch_size / images))
     plan = make_plan(config)
     task = pretraining_task(config, plan)

@@ -6,6 +6,7 @@
 4. train and measure, several runs at once (`study_call`, `jobs`, `worker`, `measure`), and draw the results
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from fastmae.runtime.durable import write_json
 from fastmae.runtime.ownership import owned
 from fastmae.runtime.wording import counted
 from fastmae.studies.held_out import held_out_fifth
-from fastmae.studies.jobs import Job, Outcome, run_jobs
+from fastmae.studies.jobs import Job, Outcome, Workers, run_jobs
 from fastmae.studies.measure import finetune_options
 from fastmae.studies.speeds import FORECAST_ROUNDS, ROUNDS, as_json, merged, read_speeds, signature
 from fastmae.studies.study_call import StudyCall
@@ -72,9 +73,10 @@ def _ablate(config: AblateConfig, runs: Runs) -> dict[str, Any]:
     _tokenize(runs, {name: len(labelled.train) for name, labelled in data.items()})
     runs.check_plans()
     runs.check_begun()
-    speeds = _speeds(runs)
-    _fix_epochs(runs, speeds)
-    return StudyCall(runs, data, speeds).result()
+    with contextlib.closing(Workers(config.jobs)) as workers:
+        speeds = _speeds(runs, workers)
+        _fix_epochs(runs, speeds)
+        return StudyCall(runs, data, speeds).result(workers)
 
 
 def _name_stores(runs: Runs) -> None:
@@ -136,7 +138,7 @@ def _compare_images(source: str, name: str, location: str, images: int) -> None:
         log.warning(f"{source}: {name}: {location} was made of {listed} images, and train/ has {images}")
 
 
-def _speeds(runs: Runs) -> dict[str, dict[str, Any]]:
+def _speeds(runs: Runs, workers: Workers) -> dict[str, dict[str, Any]]:
     """The speed of every variant, as recorded by an earlier call or measured now."""
     file = runs.out / SPEEDS_FILE
     recorded: dict[str, dict[str, Any]] = read_speeds(file)
@@ -155,7 +157,7 @@ def _speeds(runs: Runs) -> dict[str, dict[str, Any]]:
         alike.setdefault(json.dumps([variant.data, options], sort_keys=True), []).append(variant)
     firsts = [variants[0] for variants in alike.values()]
     log.info(f"timing {counted(len(firsts), 'arm')}, in turns:")
-    measured = _time_arms(runs, firsts)
+    measured = _time_arms(runs, workers, firsts)
     for variants in alike.values():
         for variant in variants:
             recorded[speed_key(variant)] = {**measured[speed_key(variants[0])], "options": unknown[variant]}
@@ -163,7 +165,7 @@ def _speeds(runs: Runs) -> dict[str, dict[str, Any]]:
     return recorded
 
 
-def _time_arms(runs: Runs, variants: list[Variant]) -> dict[str, dict[str, float]]:
+def _time_arms(runs: Runs, workers: Workers, variants: list[Variant]) -> dict[str, dict[str, float]]:
     """Time the variants, in as many processes at once as will train at once."""
     folder = runs.out / "timing"
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +191,7 @@ def _time_arms(runs: Runs, variants: list[Variant]) -> dict[str, dict[str, float
             raise InputError(f"the arms can't be timed: {outcome.message} (see {job.file.with_name(LOG_FILE)})")
         return []
 
-    run_jobs(jobs, runs.config.jobs, finished)
+    run_jobs(workers, jobs, finished)
     return merged([read_speeds(job.file.with_name(SPEEDS_FILE)) for job in jobs])
 
 

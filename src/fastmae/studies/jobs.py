@@ -169,17 +169,17 @@ class Progress:
 
 
 def run_jobs(
+    workers: "Workers",
     jobs: Sequence[Job],
-    at_once: int,
     finished: Callable[[Job, Outcome], Sequence[Job]],
     started: Callable[[Job], object] = lambda _: None,
     idle: Callable[[], object] = lambda: None,
 ) -> None:
-    """Do the jobs, and those that come out of them.
+    """Do the jobs, and those that come out of them. The workers are then free for others; after a failure, they end.
 
     Args:
+        workers: who does them.
         jobs: the first ones, in their order.
-        at_once: number of workers.
         finished: called with each job's outcome; gives further jobs, which come next.
         started: called when a job begins.
         idle: called now and then while jobs run.
@@ -188,11 +188,10 @@ def run_jobs(
         InterruptedRunError: after a signal, when all workers have saved.
     """
     waiting, running, interrupted = deque(jobs), dict[Worker, Job](), False
-    workers = Workers(threads_of_a_job(at_once))
-    leave_children_to(workers.kill)
-    with StopRequest() as stop, unlimited(), contextlib.closing(workers):
+    with StopRequest() as stop, unlimited(), contextlib.ExitStack() as on_failure:
+        on_failure.callback(workers.close)
         while running or (waiting and not stop.requested):
-            while waiting and len(running) < at_once and not stop.requested:
+            while waiting and len(running) < workers.at_once and not stop.requested:
                 job = waiting.popleft()
                 started(job)
                 running[workers.start(job)] = job
@@ -208,22 +207,24 @@ def run_jobs(
             idle()
             if stop.requested:
                 workers.stop()
-    if interrupted or waiting:
-        raise InterruptedRunError("stopped, and saved; the same call continues")
+        if interrupted or waiting:
+            raise InterruptedRunError("stopped, and saved; the same call continues")
+        on_failure.pop_all()
 
 
 class Workers:
     """Worker processes, started when they are needed.
 
     Args:
-        threads: CPU threads of each.
+        at_once: how many there are at most.
     """
 
-    def __init__(self, threads: int):
-        self.threads = threads
+    def __init__(self, at_once: int):
+        self.at_once, self.threads = at_once, threads_of_a_job(at_once)
         self.all: list[Worker] = []
         self.free: list[Worker] = []
         self.outcomes: queue.SimpleQueue[tuple[Worker, Outcome]] = queue.SimpleQueue()
+        leave_children_to(self.kill)
 
     def start(self, job: Job) -> Worker:
         """Give a job to a free worker, or to a new one."""
@@ -258,8 +259,9 @@ class Workers:
     def close(self) -> None:
         """End all; those that are at work save first."""
         self.stop()
-        for worker in self.all:
-            worker.close()
+        while self.all:
+            self.all.pop().close()
+        self.free.clear()
 
 
 def threads_of_a_job(at_once: int) -> int:

@@ -17,7 +17,7 @@ from fastmae.reporting.study_page import PAGE_FILE, STUDY_FILE, study_text, writ
 from fastmae.runtime.device import own_device
 from fastmae.runtime.durable import write_json
 from fastmae.runtime.wording import counted
-from fastmae.studies.jobs import Job, Outcome, Progress, run_jobs
+from fastmae.studies.jobs import Job, Outcome, Progress, Workers, run_jobs
 from fastmae.studies.measure import HELD_OUT, finetune_options, is_measured, read_figures
 from fastmae.studies.study_results import Failure, speed_key, study_results, tuned_key
 from fastmae.studies.study_runs import JOB_FILE, Runs, Variant, candidate_label
@@ -51,14 +51,14 @@ class StudyCall:
         self.failures: list[Failure] = []
         self.progress: Progress | None = None
 
-    def result(self) -> dict[str, Any]:
-        """Do the missing runs and write the study; the command's JSON."""
+    def result(self, workers: Workers) -> dict[str, Any]:
+        """Let the workers do the missing runs, and write the study; the command's JSON."""
         first = self.first_jobs()
         if first:
             self.announce()
             assert self.progress is not None
             try:
-                run_jobs(first, self.runs.config.jobs, self.finished, self.begin, self.progress.tick)
+                run_jobs(workers, first, self.finished, self.begin, self.progress.tick)
             except InterruptedRunError as error:
                 done = f"{self.progress.done} of {self.progress.total} runs are done"
                 raise InterruptedRunError(f"{done}; {error}") from None

@@ -46,6 +46,7 @@ def main() -> None:
     heed_signals()
     with contextlib.suppress(KeyboardInterrupt):  # while it waits for a job
         _do_jobs(jobs, answers)
+    gc.freeze()  # as at the end of a command
 
 
 def _do_jobs(jobs: "queue.SimpleQueue[str | None]", answers: TextIO) -> None:
