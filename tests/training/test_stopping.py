@@ -6,7 +6,7 @@ import pytest
 
 from fastmae.runtime.ending import STOP_SIGNALS
 from fastmae.training import stopping
-from fastmae.training.stopping import StopRequest, Vote
+from fastmae.training.stopping import BreakOff, StopRequest, Vote
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -17,6 +17,14 @@ def test_a_signal_becomes_a_request_and_its_handler_is_restored(number):
         signal.raise_signal(number)
         assert stop.requested
     assert signal.getsignal(number) is handler
+
+
+def test_a_signal_from_before_the_training_stops_it_too(monkeypatch):
+    monkeypatch.setattr(stopping, "is_requested", lambda: True)
+    with StopRequest() as stop:
+        assert stop.requested
+        with pytest.raises(BreakOff), stop.breaks_off(at_once=True):
+            raise AssertionError
 
 
 def test_another_thread_than_the_main_one_trains_without_signals():

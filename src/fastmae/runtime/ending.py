@@ -22,6 +22,8 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 INTERRUPTED = 130
 LIMIT = 7.0
 """Seconds that a command gets to end by itself."""
+AGAIN = 2.0
+"""Seconds after which a command that goes on is interrupted again."""
 POLL = 0.1
 
 
@@ -33,7 +35,7 @@ class _Ending:
         code: the exit code once it is reported; None before.
         requested: whether a signal has asked for the end.
         interrupted: whether that has interrupted the main thread.
-        postponed: the signal that is to interrupt it a little later.
+        dropped: whether Python has dropped the interruption, as it does in a finalizer.
         unlimited: how many parts of the program must not be cut short now.
         children: ends the processes that this one has started, for each kind of them.
     """
@@ -43,7 +45,7 @@ class _Ending:
         self.code: int | None = None
         self.requested = False
         self.interrupted = False
-        self.postponed: int | None = None
+        self.dropped = False
         self.unlimited = 0
         self.children: list[Callable[[], object]] = []
 
@@ -63,6 +65,7 @@ def heed_signals() -> None:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        sys.unraisablehook = _unraisable
         os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
         threading.Thread(target=_watch, args=(reader,), daemon=True).start()
 
@@ -108,24 +111,19 @@ def _note(_: int, __: FrameType | None) -> None:
     _ending.requested = True
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    if _drops_exceptions(frame):
-        _ending.requested, _ending.postponed = True, number
-        return
+def _interrupt(number: int, _: FrameType | None) -> None:
     is_first = not _ending.interrupted
     _ending.interrupted = _ending.requested = True
     if is_first or number == signal.SIGINT:  # a scheduler's second signal must not disturb the end
         raise KeyboardInterrupt
 
 
-def _drops_exceptions(frame: FrameType | None) -> bool:
-    """Whether Python only prints what is raised here: in a finalizer, or while an import gives back its lock."""
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "__del__" or (code.co_name == "cb" and "importlib" in code.co_filename):
-            return True
-        frame = frame.f_back
-    return False
+def _unraisable(dropped: "sys.UnraisableHookArgs") -> None:
+    """Instead of Python's own report of an exception that it drops."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        _ending.dropped = True
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def _leave_signals_to_the_parent() -> None:
@@ -138,18 +136,24 @@ def _leave_signals_to_the_parent() -> None:
 
 
 def _watch(reader: int) -> None:
-    while os.read(reader, 1)[0] not in STOP_SIGNALS:
+    while (number := os.read(reader, 1)[0]) not in STOP_SIGNALS:
         continue  # SIGCHLD, say
     _ending.requested = True
-    end = time.monotonic() + LIMIT
+    end, again = time.monotonic() + LIMIT, time.monotonic() + AGAIN
     while time.monotonic() < end:
         time.sleep(POLL)
-        if _ending.postponed is not None:
-            number, _ending.postponed = _ending.postponed, None
-            signal.pthread_kill(threading.main_thread().ident or 0, number)
         if _ending.unlimited:
-            end = time.monotonic() + LIMIT
+            end, again = time.monotonic() + LIMIT, time.monotonic() + AGAIN
+        elif _ending.dropped or time.monotonic() > again:
+            again = time.monotonic() + AGAIN
+            _interrupt_again(number)
     _end_now()
+
+
+def _interrupt_again(number: int) -> None:
+    if _ending.code is None and signal.getsignal(number) is _interrupt:
+        _ending.dropped = _ending.interrupted = False
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _end_now() -> None:

@@ -72,7 +72,8 @@ def decoded_rows(path: Path, info: StoreInfo) -> tuple[np.ndarray, np.ndarray]:
         InputError: as `read_index`, or shards and rows that can't exist.
     """
     table = read_index(path, info, ["shard", "row"])
-    shard, row = (table[name].to_numpy() for name in ("shard", "row"))
+    # Not `to_numpy`, which imports pandas where it is installed.
+    shard, row = (np.from_dlpack(table[name].combine_chunks()) for name in ("shard", "row"))
     if not ((shard >= 0) & (shard < info.shards) & (row >= -1) & (row < info.shard_size)).all():
         raise InputError(f"{path}: names shards or rows that can't exist; {WAY_OUT}")
     if not (row >= 0).any():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastmae.runtime.ending import STOP_SIGNALS
+from fastmae.runtime.ending import STOP_SIGNALS, is_requested
 from fastmae.runtime.fabric import Fabric
 
 SECONDS_BETWEEN_VOTES = 1.0
@@ -42,6 +42,8 @@ class StopRequest:
         # Only the main thread receives signals, and only it may ask for them.
         numbers = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
         self.previous = {number: signal.signal(number, self._note) for number in numbers}
+        if is_requested():  # a library has dropped the interruption before
+            self.requested, self._requested_at = True, time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
