@@ -168,6 +168,18 @@ def test_an_interruption_that_was_dropped_comes_again(work, number, signalled, m
 
 
 @pytest.mark.promise("signals")
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_what_may_end_at_once_does(number, signalled):
+    def waits(ready):
+        with ending.ends_at_once():
+            computes_without_python(ready)
+
+    ended = signalled(waits, number, limit=20)
+    assert (ended.code, ended.err) == (130, "fastmae recipes: interrupted\n")
+    assert ended.seconds < 4
+
+
+@pytest.mark.promise("signals")
 def test_no_loading_process_is_left_behind(signalled, tmp_path):
     def keeps_a_loading_process(ready):
         stubborn = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)

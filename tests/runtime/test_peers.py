@@ -173,11 +173,14 @@ def test_nccl_does_not_abort_the_process_if_its_errors_can_be_read(monkeypatch):
     monkeypatch.setenv(variable, "")
     monkeypatch.delenv(variable)
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(), raising=False)
-    peers.prepare_to_watch()
+    connected = []
+    unconnected = SimpleNamespace(launch=lambda: connected.append(variable in os.environ))
+    peers.connect(unconnected)
     assert variable not in os.environ
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(get_error=None), raising=False)
-    peers.prepare_to_watch()
+    peers.connect(unconnected)
     assert os.environ[variable] == "0"
+    assert connected == [False, True]  # it was set before
 
 
 def test_gloo_reports_its_errors_itself(group):

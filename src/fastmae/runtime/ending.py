@@ -37,6 +37,7 @@ class _Ending:
         interrupted: whether that has interrupted the main thread.
         dropped: whether Python has dropped the interruption, as it does in a finalizer.
         unlimited: how many parts of the program must not be cut short now.
+        at_once: how many parts of the program need not end by themselves.
         children: ends the processes that this one has started, for each kind of them.
     """
 
@@ -47,6 +48,7 @@ class _Ending:
         self.interrupted = False
         self.dropped = False
         self.unlimited = 0
+        self.at_once = 0
         self.children: list[Callable[[], object]] = []
 
 
@@ -107,11 +109,23 @@ def unlimited() -> Iterator[None]:
         _ending.unlimited -= 1
 
 
+@contextlib.contextmanager
+def ends_at_once() -> Iterator[None]:
+    """There is no limit to wait for: nothing is to be completed or put away, only to be waited for."""
+    _ending.at_once += 1
+    try:
+        yield
+    finally:
+        _ending.at_once -= 1
+
+
 def _note(_: int, __: FrameType | None) -> None:
     _ending.requested = True
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
+    if _ending.at_once:  # the thread that watches ends this process
+        return
     is_first = not _ending.interrupted
     _ending.interrupted = _ending.requested = True
     if is_first or number == signal.SIGINT:  # a scheduler's second signal must not disturb the end
@@ -140,7 +154,7 @@ def _watch(reader: int) -> None:
         continue  # SIGCHLD, say
     _ending.requested = True
     end, again = time.monotonic() + LIMIT, time.monotonic() + AGAIN
-    while time.monotonic() < end:
+    while time.monotonic() < end and not _ending.at_once:
         time.sleep(POLL)
         if _ending.unlimited:
             end, again = time.monotonic() + LIMIT, time.monotonic() + AGAIN

@@ -23,7 +23,7 @@ from fastmae.runtime.fabric import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from fastmae.runtime.peers import CONTINUES, prepare_to_watch, watch_peers
+from fastmae.runtime.peers import CONTINUES, connect, watch_peers
 from fastmae.runtime.processes import this_process
 from fastmae.runtime.strategy import strategy_for
 
@@ -100,10 +100,11 @@ def launch(
             )
     except (ValueError, RuntimeError) as error:  # a SLURM job of unequal machines, say
         raise InputError(f"--devices {devices}: the processes can't be set up ({first_line(error)})") from error
-    if world_size > 1:
-        prepare_to_watch()
     try:
-        fabric.launch()
+        if world_size > 1:
+            connect(fabric)
+        else:
+            fabric.launch()
     except RuntimeError as error:
         if "Duplicate GPU" not in str(error):
             raise

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError, first_line
-from fastmae.runtime.ending import is_requested, leave_children_to
+from fastmae.runtime.ending import ends_at_once, is_requested, leave_children_to
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.heartbeat import Heartbeat
 
@@ -35,13 +35,28 @@ _ending = threading.Lock()
 """Held by the thread that ends this process, so that one line is written."""
 
 
-def prepare_to_watch() -> None:
-    """Before the processes connect: an error of NCCL shall not abort this process with a stack trace.
+def connect(fabric: Fabric) -> None:
+    """Start the processes that `--devices` asks for, and connect all. A signal meanwhile ends those at once.
 
-    The heartbeat reads NCCL's errors and reports them instead, which it can since torch 2.7.
+    An error of NCCL shall not abort this process with a stack trace: the heartbeat reads NCCL's errors and reports them
+    instead, which it can since torch 2.7.
     """
     if hasattr(getattr(dist, "ProcessGroupNCCL", None), "get_error"):
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+
+    def kill_started() -> None:
+        for process in _of_launcher(fabric):
+            process.kill()
+
+    leave_children_to(kill_started)
+    with ends_at_once():
+        fabric.launch()
+
+
+def _of_launcher(fabric: Fabric) -> list[subprocess.Popen[bytes]]:
+    """The processes that Fabric has started and watches itself."""
+    started: list[subprocess.Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", [])
+    return started
 
 
 def watch_peers(fabric: Fabric) -> None:
@@ -58,7 +73,7 @@ def watch_peers(fabric: Fabric) -> None:
     heartbeat = Heartbeat(fabric.global_rank, fabric.world_size, _lost, failure=_communication_failure)
     heartbeat.start()
     _heartbeats.append(heartbeat)
-    started = getattr(fabric.strategy.launcher, "procs", [])
+    started = _of_launcher(fabric)
     if started:
         _started.extend(started)
         started.clear()
