@@ -1,11 +1,13 @@
 """The peak memory of a piece of work, measured in a process of its own so that nothing that ran before it counts."""
 
+import contextlib
 import multiprocessing
 import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
@@ -33,11 +35,8 @@ class FreshProcesses:
     def __init__(self, module: str):
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([module])
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends this process, and this one the others
-        try:
+        with _ctrl_c_ignored():  # by the server; this process ends it and its processes
             forkserver.ensure_running()
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Call a function in a new process and return its result.
@@ -61,6 +60,18 @@ class FreshProcesses:
             os.kill(server, signal.SIGKILL)
         for process in multiprocessing.active_children():
             process.kill()
+
+
+@contextlib.contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only that one may say so
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def peak_memory_of(work: Callable[[], object], device: torch.device) -> float:

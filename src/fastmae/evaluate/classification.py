@@ -35,7 +35,10 @@ def measure_classifier(
         fabric: of the run.
         picture: file for a picture of the confusion matrix.
     """
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix  # noqa: PLC0415 - slow to import
+    from torchmetrics.classification import (  # noqa: PLC0415 - slow to import
+        MulticlassAccuracy,
+        MulticlassConfusionMatrix,
+    )
 
     take_first_buffers(network, fabric)
     class_count = len(classes)

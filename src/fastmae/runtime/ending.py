@@ -124,7 +124,7 @@ def _note(_: int, __: FrameType | None) -> None:
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
-    if _ending.at_once:  # the thread that watches ends this process
+    if _ending.at_once and hasattr(os, "register_at_fork"):  # the thread that watches ends this process
         return
     is_first = not _ending.interrupted
     _ending.interrupted = _ending.requested = True
