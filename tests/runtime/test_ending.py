@@ -167,6 +167,23 @@ def test_an_interruption_that_was_dropped_comes_again(work, number, signalled, m
     assert ended.seconds < 4
 
 
+class HalfMade:
+    """A signal comes while it is made; its finalizer then fails, as that of torch's loader does."""
+
+    def __init__(self, ready):
+        sleeps(ready)
+        self.processes = []
+
+    def __del__(self):
+        assert self.processes == []
+
+
+@pytest.mark.promise("signals")
+def test_what_python_drops_because_of_the_end_is_not_shown(signalled):
+    ended = signalled(HalfMade)
+    assert (ended.code, ended.err) == (130, "fastmae recipes: interrupted\n")
+
+
 @pytest.mark.promise("signals")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_what_may_end_at_once_does(number, signalled):

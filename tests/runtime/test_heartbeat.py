@@ -98,6 +98,7 @@ def test_a_store_that_no_longer_answers_counts_as_silence_of_the_first_process()
     process = Process(1, Hanging)
     assert process.reported.wait(4)
     assert process.lines[0].startswith("process 1 of 3 has not been heard of")
+    process.heartbeat.stop()
 
 
 def test_a_failure_of_the_communication_is_reported_by_the_process_itself_and_seen_as_silence(store):
@@ -110,3 +111,5 @@ def test_a_failure_of_the_communication_is_reported_by_the_process_itself_and_se
     assert second.lines == ["NCCL has failed"]
     assert first.reported.wait(5)
     assert first.lines[0].startswith("process 2 of 2 ")
+    first.heartbeat.stop()
+    second.heartbeat.stop()

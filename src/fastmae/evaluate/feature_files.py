@@ -104,9 +104,8 @@ class SafetensorsFeatures:
         self.dim, self.grid, self.dtype, self.metadata = dim, grid, dtype, metadata
         self.rows = self.path_bytes = 0
         self.header_bytes = -(-len(self._header(rows, LARGEST_SIZE)) // LENGTH_BYTES) * LENGTH_BYTES
-        # Both are closed by `close`, or gone with the process.
-        self.paths: BinaryIO = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115
-        self.vectors: BinaryIO | None = tempfile.TemporaryFile(dir=path.parent) if grid else None  # noqa: SIM115
+        self.paths: BinaryIO = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - `close` closes it
+        self.vectors: BinaryIO | None = tempfile.TemporaryFile(dir=path.parent) if grid else None  # noqa: SIM115 - the same
         self.file = path.open("wb")
         self.file.seek(LENGTH_BYTES + self.header_bytes)
 

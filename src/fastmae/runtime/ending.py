@@ -133,10 +133,13 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 
 def _unraisable(dropped: "sys.UnraisableHookArgs") -> None:
-    """Instead of Python's own report of an exception that it drops."""
+    """Instead of Python's own report of an exception that it drops.
+
+    Once the end is requested, others follow from it: a finalizer meets an object that was only half made.
+    """
     if issubclass(dropped.exc_type, KeyboardInterrupt):
         _ending.dropped = True
-    else:
+    elif not _ending.requested:
         sys.__unraisablehook__(dropped)
 
 

@@ -144,9 +144,8 @@ def _upsample(width: int) -> nn.ConvTranspose2d:
 
 def _heads(widths: Sequence[int], num_classes: int, channels: int) -> tuple[nn.Module, nn.Module]:
     try:
-        # Here, as transformers is optional and slow to import.
-        from transformers import UperNetConfig  # noqa: PLC0415
-        from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead  # noqa: PLC0415
+        from transformers import UperNetConfig  # noqa: PLC0415 - an extra, and slow to import
+        from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead  # noqa: PLC0415 - the same
     except ImportError as error:
         raise InputError("UperNet's heads come with transformers; pip install 'fastmae[segment]'") from error
     main_head: dict[str, Any] = {"hidden_size": channels, "num_labels": num_classes, "pool_scales": POOL_GRIDS}
