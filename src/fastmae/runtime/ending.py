@@ -99,24 +99,24 @@ def finish() -> None:
             signal.signal(number, _note)
 
 
-@contextlib.contextmanager
-def unlimited() -> Iterator[None]:
+def unlimited() -> contextlib.AbstractContextManager[None]:
     """The limit waits: this must be completed, such as a run being saved."""
-    _ending.unlimited += 1
-    try:
-        yield
-    finally:
-        _ending.unlimited -= 1
+    return _counted("unlimited")
+
+
+def ends_at_once() -> contextlib.AbstractContextManager[None]:
+    """There is no limit to wait for: nothing is to be completed or put away, only to be waited for."""
+    return _counted("at_once")
 
 
 @contextlib.contextmanager
-def ends_at_once() -> Iterator[None]:
-    """There is no limit to wait for: nothing is to be completed or put away, only to be waited for."""
-    _ending.at_once += 1
+def _counted(parts: str) -> Iterator[None]:
+    """One more of these parts of the program runs."""
+    setattr(_ending, parts, getattr(_ending, parts) + 1)
     try:
         yield
     finally:
-        _ending.at_once -= 1
+        setattr(_ending, parts, getattr(_ending, parts) - 1)
 
 
 def _note(_: int, __: FrameType | None) -> None:
