@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fastmae import TokenStore
 from fastmae.cli import run
@@ -78,6 +79,19 @@ def test_the_guide_has_a_row_for_every_recipe():
     assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == recipe_names()
 
 
-def test_every_page_is_in_the_table_of_contents():
+def test_every_page_is_in_the_table_of_contents_and_in_the_sites_menu():
     contents = (DOCS / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if page.name != "README.md" and f"({page.name})" not in contents] == []
+    sections = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    menu = [
+        page for section in sections for entries in section.values() for entry in entries for page in entry.values()
+    ]
+    assert sorted(menu) == [page.name for page in PAGES]
+
+
+@pytest.mark.parametrize("page", [README, CONTRIBUTING, *PAGES], ids=lambda page: page.name)
+def test_lines_are_no_longer_than_120_characters_except_in_tables_and_links(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [
+        line for line in lines if len(line) > 120 and not line.startswith(("|", "![")) and " " in line.strip()
+    ] == []

@@ -36,7 +36,7 @@ PRETRAIN = {
 }
 """Kinds of steps that the stage correctness leaves out -> options of `pretrain`."""
 STUDIES = {
-    "demo": "demo --images {data} --out {out}/demo --minutes 0.02 DEVICE",
+    "demo": "demo --images {data} --out {out}/demo --steps 8 DEVICE",
     "bench accuracy": "bench accuracy {data} --out {out}/accuracy TINY --minutes 0.03 --points 1 --fractions 1/2 "
     "--no-distillation",
     "ablate": "ablate tricks {data} --out {out}/ablate TINY --epochs 1 --jobs 2",

@@ -1,50 +1,56 @@
-"""`fastmae demo`: the whole path in minutes on real labelled images, next to MAE, on one HTML page.
+"""`fastmae demo`: the whole path in minutes on real images, next to MAE, on one HTML page.
 
-FastMAE is shown twice: as in the paper, and beyond it without a decoder.
+The work is fixed: steps, seeds, and one CPU thread for each of the two methods, which train at the same time. So the
+numbers depend neither on how fast nor on how busy the machine is.
 """
 
+import contextlib
 import logging
 import time
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
+from fastmae.bench.gemm import BlockProducts
 from fastmae.config import OFFLINE_TEACHER, DemoConfig, KnnConfig, PretrainConfig, TokenizeConfig
-from fastmae.errors import InputError
+from fastmae.errors import InputError, InterruptedRunError
 from fastmae.evaluate.knn import knn
+from fastmae.images.sources import list_images
 from fastmae.offline.timed import tokenize_timed
-from fastmae.pretraining.pretrain import pretrain
-from fastmae.pretraining.speed import fitted_to_time
+from fastmae.outside.documents import read_json
 from fastmae.probes.embed import check_decodable
 from fastmae.probes.labelled import open_labelled
-from fastmae.reporting.charts import Curves, Svg, bars
-from fastmae.reporting.html_page import Section, write_page
-from fastmae.reporting.predictions import predictions_png
-from fastmae.reporting.report import LOSS_TERMS
-from fastmae.runs.folder import read_metrics
-from fastmae.runtime.durable import write_whole
+from fastmae.runs.folder import RUN_FILE, read_evaluations, read_metrics
+from fastmae.runtime.device import cores
+from fastmae.runtime.durable import write_json
 from fastmae.runtime.ownership import owned
+from fastmae.runtime.progress import Progress, duration
 from fastmae.runtime.table import text_table
+from fastmae.studies.demo_images import DemoImages, demo_images
+from fastmae.studies.demo_page import BASELINE, FASTMAE, RANDOM, TEACHER, Demo, accuracy_rows, write_demo_page
+from fastmae.studies.jobs import Job, Outcome, Workers, run_jobs
+from fastmae.studies.speeds import as_json
+from fastmae.studies.study_runs import JOB_FILE
+from fastmae.studies.worker import DONE, INTERRUPTED, LOG_FILE, PRETRAIN
 from fastmae.tokens import TokenStore
 
 log = logging.getLogger(__name__)
 PATCH_SIZE = 8
-PHOTO_OPTIONS: dict[str, Any] = {"middle_size": 96, "teacher_size": None, "flip": True}
-DIGIT_OPTIONS: dict[str, Any] = {"middle_size": 72, "teacher_size": 128, "flip": False}
-"""A digit fills its picture and is another sign when mirrored. It has 8 x 8 pixels, so the teacher needs no 224."""
-PICTURES = 6
-TIMED_STEPS = 12
-RANDOM, MAE, TEACHER = "random init", "MAE (pixels)", f"teacher ({OFFLINE_TEACHER})"
-PAPER, BEYOND = "FastMAE, the paper's", "FastMAE, visible patches alone"
-RECIPES = {MAE: "mae_tiny_cpu", PAPER: "vit_tiny_cpu", BEYOND: "visible_tiny_cpu"}
-FOLDERS = {MAE: "mae", PAPER: "fastmae", BEYOND: "visible"}
+RECIPES = {FASTMAE: "visible_tiny_cpu", BASELINE: "mae_tiny_cpu"}
+SHARES = {FASTMAE: 1.0, BASELINE: 0.25}
+"""Steps of each method, as a share of `--steps`. A step of MAE takes 3.5 to 4 times as long: it has a decoder of eight
+blocks over all patches. So both train for about the same time, and MAE, if anything, a little longer."""
+BATCH_SIZE = 32
+WAY_OUT = "give another --out, or delete the folder"
+POINTS = 4
+"""Measurements on the way, the end included."""
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
-    """Tokenise, pre-train all methods equally long, compare by k-NN, draw the page; the command's JSON.
+    """Tokenise, pre-train both methods, compare by k-NN, draw the page; the command's JSON.
 
     Raises:
         InputError: images that can't be used, or another process that works in the folder.
@@ -55,144 +61,166 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
 def _demo(config: DemoConfig) -> dict[str, Any]:
     start = time.monotonic()
-    data = config.images or _write_digits(config.out / "digits")
-    data_options = PHOTO_OPTIONS if config.images else DIGIT_OPTIONS
-    store = config.out / "demo.tokens"
+    images = demo_images(config)
+    _announce(config, images)
     options = TokenizeConfig(
-        images=data / "train",
-        store=store,
+        images=images.train,
+        store=config.out / "demo.tokens",
         teacher=OFFLINE_TEACHER,
-        middle_size=data_options["middle_size"],
-        teacher_size=data_options["teacher_size"],
         patch_size=PATCH_SIZE,
         seed=config.seed,
         device=config.device,
+        **images.tokenize,
     )
-    check_decodable(open_labelled(data), options, "images")
+    if images.labelled and config.images:  # a damaged one would stop the comparison after all the training
+        check_decodable(open_labelled(images.labelled), options, "images")
     tokenized, tokenize_seconds = tokenize_timed(options, config.out / "tokenizing.json")
-    runs = {method: config.out / folder for method, folder in FOLDERS.items()}
-    for method, run in runs.items():
-        _pretrain(config, store, run, RECIPES[method], data_options["flip"])
-    accuracies = _accuracies(config, data, runs)
-    logs = {method: read_metrics(run) for method, run in runs.items()}
-    rows = [_row(name, accuracy, logs.get(name)) for name, accuracy in accuracies.items()]
+    runs = _pretrain(config, images, len(TokenStore(options.store)))
+    curves = {method: read_evaluations(run) for method, run in runs.items()}
+    result = Demo(
+        images=images,
+        store=options.store,
+        store_bytes=tokenized["bytes"],
+        tokenize_seconds=tokenize_seconds,
+        runs=runs,
+        recipes=RECIPES,
+        logs={method: read_metrics(run) for method, run in runs.items()},
+        curves=curves,
+        knn=_accuracies(config, images.labelled, runs, curves) if images.labelled else {},
+    )
     page = config.out / "index.html"
-    sections = _sections(rows, accuracies, logs, runs, store, tokenize_seconds, config.seed)
-    write_page(page, "fastmae demo", _lead(config, data, tokenized, logs), sections)
+    write_demo_page(result, page, config.seed)
     seconds = time.monotonic() - start
-    log.info(
-        f"{text_table(rows)}\n"
-        f"{page}: curves and pictures; {seconds:.0f} s in all, {tokenize_seconds:.0f} s of it tokenising"
-    )
-    return {"top1": accuracies[BEYOND]["top1"], "html": str(page), "rows": rows, "seconds": round(seconds, 1)}
-
-
-def _write_digits(folder: Path) -> Path:
-    """scikit-learn's 1,797 handwritten digits (8 x 8, grey) as PNG files; every fourth one for validation.
-
-    The demo's settings were chosen on another quarter (numbers 3 mod 4), which is for training here.
-    """
-    try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415 - an extra, and slow to import
-    except ImportError as error:
-        raise InputError(
-            "the demo's images come with scikit-learn; pip install 'fastmae[demo]', or give --images"
-        ) from error
-    digits = load_digits()
-    for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        path = folder / ("val" if number % 4 == 1 else "train") / str(label) / f"{number:04d}.png"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture = Image.fromarray((pixels * (255 / 16)).astype("uint8"))
-            write_whole(path, partial(picture.save, format="PNG"))
-    return folder
-
-
-def _pretrain(config: DemoConfig, store: Path, run: Path, recipe: str, flip: bool) -> None:
-    """Pre-train for the demo's time."""
-    options = PretrainConfig(
-        stores=(str(store),), run=run, recipe=recipe, flip=flip, seed=config.seed, device=config.device
-    )
-    pretrain(fitted_to_time(options, 60 * config.minutes, TIMED_STEPS))
-
-
-def _accuracies(config: DemoConfig, data: Path, runs: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """k-NN of all methods, between the lower and the upper bound."""
-    features: dict[str, tuple[Path, Any]] = {
-        RANDOM: (runs[BEYOND], "random"),
-        **{method: (run, "encoder") for method, run in runs.items()},
-        TEACHER: (runs[BEYOND], "teacher"),
-    }
-    options: dict[str, Any] = {"data": data, "seed": config.seed, "device": config.device}
-    configs = {name: KnnConfig(**options, run=str(run), features=kind) for name, (run, kind) in features.items()}
-    return {name: knn(config) for name, config in configs.items()}
-
-
-def _row(name: str, accuracy: dict[str, Any], entries: list[dict[str, Any]] | None) -> dict[str, str]:
+    table = f"{text_table(accuracy_rows(result))}\n"
+    log.info(f"{table}{page}: curves and pictures; open it in a browser ({duration(seconds)} in all)")
+    names = {"fastmae": FASTMAE, "mae": BASELINE, "random": RANDOM, "teacher": TEACHER}
     return {
-        "features": name,
-        "kNN top-1 %": f"{accuracy['top1']:.1f}",
-        "top-5 %": f"{accuracy['top5']:.1f}",
-        "pre-training s": f"{entries[-1]['seconds']:.0f}" if entries else "-",
-        "epochs": f"{entries[-1]['epoch']:.3g}" if entries else "-",
+        "knn": {name: result.knn.get(method) for name, method in names.items()},
+        "top1": result.knn.get(FASTMAE),
+        "training_seconds": {name: result.seconds(names[name]) for name in ("fastmae", "mae")},
+        "tokenize_seconds": tokenize_seconds,
+        "html": str(page),
+        "rows": accuracy_rows(result),
+        "seconds": round(seconds, 1),
     }
 
 
-def _lead(config: DemoConfig, data: Path, tokenized: dict[str, Any], logs: dict[str, list[dict[str, Any]]]) -> str:
-    seconds = ", ".join(f"{entries[-1]['seconds']:.0f}" for entries in logs.values())
-    images = "your images" if config.images else "scikit-learn's handwritten digits"
-    return (
-        f"{images} ({data}): {tokenized['images']} images, tokenised once by {OFFLINE_TEACHER}, "
-        f"{tokenized['bytes'] / 1e6:.0f} MB on disk. Then three methods were trained for {seconds} s on the same "
-        "images, with the same encoder, batch size and machine "
-        f"({torch.get_num_threads()} threads, torch {torch.__version__}): MAE; FastMAE as in the paper, with a mask, a "
-        "decoder and a loss on every layer; and FastMAE beyond it, which predicts the visible patches alone."
+def _announce(config: DemoConfig, images: DemoImages) -> None:
+    """Say what will be done and about how long it takes, by how fast this machine multiplies matrices now."""
+    number = len(list_images(images.train))
+    embedded = len(list_images(images.labelled)) if images.labelled else 0
+    work = STEP_WORK * config.steps + IMAGE_WORK * number + EMBED_WORK * embedded
+    minutes = (START_SECONDS + work * _block_seconds() / min(2, cores())) / 60
+    log.info(
+        f"demo: {images.name}, {number} to train on; tokenise, train FastMAE and MAE side by side, compare: "
+        f"about {max(1, round(minutes))} min here (a continued call takes less)"
     )
 
 
-def _sections(
-    rows: list[dict[str, str]],
-    accuracies: dict[str, dict[str, Any]],
-    logs: dict[str, list[dict[str, Any]]],
-    runs: dict[str, Path],
-    store: Path,
-    tokenize_seconds: float,
-    seed: int,
-) -> list[Section]:
-    store_of_runs = TokenStore(store)
-    return [
-        Section(
-            "k-nearest neighbours on images that were not trained on",
-            "One seed. Random init is the lower bound, the teacher the upper one. Tokenising took "
-            f"{tokenize_seconds:.0f} s, once; this is not part of the pre-training seconds.",
-            rows,
-            charts=[bars({name: accuracy["top1"] for name, accuracy in accuracies.items()}, "k-NN top-1 %")],
-        ),
-        Section(
-            f"What is predicted: {PAPER}",
-            "Features as colours: the first three principal components of the stored features. The encoder saw the "
-            "visible patches; the decoder predicts the others.",
-            picture=predictions_png(runs[PAPER], store_of_runs, PICTURES, seed),
-        ),
-        Section(
-            f"What is predicted: {BEYOND}",
-            "In training the encoder sees as many patches as in the second column, and its last layer predicts their "
-            "features. Here it saw the whole view.",
-            picture=predictions_png(runs[BEYOND], store_of_runs, PICTURES, seed),
-        ),
-        Section(
-            "Losses during training",
-            "The losses of different methods can't be compared with each other.",
-            charts=[_losses(method, entries) for method, entries in logs.items()],
-        ),
-    ]
+START_SECONDS = 25.0
+"""Imports, pictures, and what else doesn't depend on the amount of work."""
+STEP_WORK, IMAGE_WORK, EMBED_WORK = 16.0, 1.0, 1.6
+"""Work of one step of both methods, of tokenising an image, and of all features of an image that is compared; in units
+of `_block_seconds`, on one core."""
+BLOCK_ROUNDS = 20
 
 
-def _losses(method: str, entries: list[dict[str, Any]]) -> Svg:
-    """The terms of a run's loss over time."""
-    terms = {
-        label: [{"s": entry["seconds"], "loss": entry.get(term)} for entry in entries]
-        for term, label in LOSS_TERMS.items()
-        if term in entries[-1]
+def _block_seconds() -> float:
+    """Seconds in which one thread computes the products of a student's block on a batch, forward and backward."""
+    products = BlockProducts(BATCH_SIZE, 16, 128, torch.device("cpu"), torch.float32).implementations()["torch's own"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        products()
+        start = time.perf_counter()
+        for _ in range(BLOCK_ROUNDS):
+            products()
+        return (time.perf_counter() - start) / BLOCK_ROUNDS
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _pretrain(config: DemoConfig, images: DemoImages, number: int) -> dict[str, Path]:
+    """Pre-train both methods at the same time, each in a process with one thread; method -> run.
+
+    Raises:
+        InputError: one of them can't train.
+        InterruptedRunError: a signal has come; both have saved.
+    """
+    folder = config.out.absolute()
+    runs = {FASTMAE: folder / "fastmae", BASELINE: folder / "mae"}
+    jobs, total = [], 0
+    for method, run in runs.items():
+        steps = max(1, round(config.steps * SHARES[method]))
+        total += steps
+        file = folder / "jobs" / run.name / JOB_FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        job = {"kind": PRETRAIN, "pretrain": as_json(_options(config, images, method, run, steps, number))}
+        if (run / RUN_FILE).exists() and file.exists() and read_json(file, dict[str, Any], way_out=WAY_OUT) != job:
+            raise InputError(f"{config.out}: holds a demo with other images, --steps, --seed or --device; {WAY_OUT}")
+        write_json(file, job)
+        jobs.append(Job(method, file, 0.0))
+
+    def finished(job: Job, outcome: Outcome) -> list[Job]:
+        if outcome.code == INTERRUPTED:
+            raise InterruptedRunError(outcome.message)
+        if outcome.code != DONE:
+            raise InputError(f"{job.name}: {outcome.message} (see {job.file.with_name(LOG_FILE)})")
+        return []
+
+    with (
+        contextlib.closing(Workers(len(jobs), threads=1)) as workers,
+        Progress("train", "steps", total, done=_steps_done(runs)) as progress,
+    ):
+        run_jobs(workers, jobs, finished, idle=_Look(runs, progress))
+        progress.advance(total - progress.done)
+    return runs
+
+
+def _options(config: DemoConfig, images: DemoImages, method: str, run: Path, steps: int, number: int) -> PretrainConfig:
+    options = PretrainConfig(
+        stores=(str((config.out / "demo.tokens").absolute()),),
+        run=run,
+        recipe=RECIPES[method],
+        batch_size=BATCH_SIZE,
+        flip=images.flip,
+        seed=config.seed,
+        device=config.device,
+        workers=0,
+        log_every=5,
+        knn_data=images.labelled and images.labelled.absolute(),
+    ).with_epochs(_epochs(steps, number))
+    return replace(options, knn_every=_epochs(-(-steps // POINTS), number)) if images.labelled else options
+
+
+def _epochs(steps: int, images: int) -> float:
+    """Epochs of exactly so many steps: a little less, as a begun step counts whole."""
+    return round((steps - 0.01) * BATCH_SIZE / images, 9)
+
+
+class _Look:
+    """Looks now and then how far the runs are, and moves the progress bar on."""
+
+    def __init__(self, runs: dict[str, Path], progress: Progress):
+        self.runs, self.progress, self.last = runs, progress, time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self.last >= SECONDS_BETWEEN_LOOKS:
+            self.last = time.monotonic()
+            self.progress.advance(max(0, _steps_done(self.runs) - self.progress.done))
+
+
+def _steps_done(runs: dict[str, Path]) -> int:
+    return sum(entries[-1]["step"] for run in runs.values() if (entries := read_metrics(run)))
+
+
+def _accuracies(
+    config: DemoConfig, data: Path, runs: dict[str, Path], curves: dict[str, list[dict[str, Any]]]
+) -> dict[str, float]:
+    """k-NN top-1 of both methods, as measured at their ends, and of what lies below and above."""
+    bounds: dict[str, Any] = {RANDOM: "random", TEACHER: "teacher"}
+    options: dict[str, Any] = {"data": data, "seed": config.seed, "device": config.device, "run": str(runs[FASTMAE])}
+    return {
+        **{method: round(entries[-1]["knn_top1"], 2) for method, entries in curves.items()},
+        **{name: round(knn(KnnConfig(**options, features=kind))["top1"], 2) for name, kind in bounds.items()},
     }
-    return Curves(terms, "s", "loss", f"{method}: seconds of training", "loss").svg()

@@ -217,10 +217,11 @@ class Workers:
 
     Args:
         at_once: how many there are at most.
+        threads: CPU threads of each. Default: its share of the cores.
     """
 
-    def __init__(self, at_once: int):
-        self.at_once, self.threads = at_once, threads_of_a_job(at_once)
+    def __init__(self, at_once: int, threads: int | None = None):
+        self.at_once, self.threads = at_once, threads or threads_of_a_job(at_once)
         self.all: list[Worker] = []
         self.free: list[Worker] = []
         self.outcomes: queue.SimpleQueue[tuple[Worker, Outcome]] = queue.SimpleQueue()

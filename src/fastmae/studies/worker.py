@@ -13,13 +13,16 @@ import os
 import queue
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from fastmae.config import PretrainConfig
 from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
 from fastmae.outside.documents import read_json
+from fastmae.pretraining.pretrain import pretrain
 from fastmae.runtime import console
 from fastmae.runtime.ending import heed_signals
 from fastmae.studies.measure import train_and_measure
@@ -29,8 +32,12 @@ log = logging.getLogger(__name__)
 DONE, FAILED_CHECK, BAD_INPUT, CRASHED, INTERRUPTED = 0, 1, 2, 3, 130
 LOG_FILE = "log.txt"
 LOCK_FILE = "lock"
-SPEEDS, RUN = "speeds", "run"
-KINDS = {SPEEDS: measure_speeds, RUN: train_and_measure}
+SPEEDS, RUN, PRETRAIN = "speeds", "run", "pretrain"
+KINDS: dict[str, Callable[[dict[str, Any], Path], object]] = {
+    SPEEDS: measure_speeds,
+    RUN: train_and_measure,
+    PRETRAIN: lambda job, _: pretrain(PretrainConfig(**job["pretrain"])),
+}
 
 
 def main() -> None:
