@@ -29,6 +29,7 @@ from fastmae.images.sources import Source, open_source
 from fastmae.images.views import ViewDraws
 from fastmae.offline.fill import LoaderOptions
 from fastmae.runtime.device import own_device
+from fastmae.runtime.progress import counted_through
 from fastmae.student.encoder import visible_patches
 from fastmae.teachers import Teacher, load_teacher
 from fastmae.tokens import TokenStore
@@ -104,7 +105,7 @@ def _decodable(source: Source, entries: list[bytes]) -> list[bytes]:
     """The images that both sides can decode."""
     mae = MaeImages.of(source, entries, size=1)
     decodable = []
-    for index, entry in enumerate(entries):
+    for index, entry in enumerate(counted_through(entries, "check the images", "images", len(entries))):
         try:
             with source.open(entry) as file:
                 decode_image(file)
@@ -155,7 +156,7 @@ def _measure(
         store_turns = StoreTurns(store, draws, batches)
         delivery = store_turns.delivery(1 + config.rounds)  # the first warms up
         turns |= {(name, work): turn for work, turn in (store_turns.turns() | delivery.turns()).items()}
-    return interleave(turns, config.rounds), delivery.views_per_round
+    return interleave(turns, config.rounds, "bench loader"), delivery.views_per_round
 
 
 def _rows(seconds: Seconds, images: int, delivered: int, stores: list[str]) -> list[dict[str, Any]]:

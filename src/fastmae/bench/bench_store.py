@@ -36,7 +36,7 @@ from fastmae.offline.sample import sample_tokens, tokens_on_cpu
 from fastmae.offline.settle import fastest, first_pixels
 from fastmae.probes.neighbours import knn_accuracy
 from fastmae.runtime.device import own_device, resolve_device
-from fastmae.runtime.progress import Progress
+from fastmae.runtime.progress import Progress, counted_through
 from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher, load_teacher
 from fastmae.teachers.precision import precision_cosines
@@ -169,8 +169,9 @@ def _middle_images(
 
 def _settle_precision(config: BenchStoreConfig, images: MiddleImages, teacher: Teacher) -> dict[str, float]:
     """Set the teacher's precision; returns the cosine of each precision's tokens to fp32's, by its name."""
-    pixels = first_pixels(images, config.batch_size).to(teacher.mean.device)
-    cosines = precision_cosines(teacher, pixels) if len(pixels) else {}
+    with Progress("compare precisions", minor=True):
+        pixels = first_pixels(images, config.batch_size).to(teacher.mean.device)
+        cosines = precision_cosines(teacher, pixels) if len(pixels) else {}
     automatic = config.precision == "auto"
     teacher.precision = fastest(cosines, teacher.mean.device) if automatic else config.precision
     return {name: round(cosine, 6) for name, cosine in cosines.items()}
@@ -251,11 +252,9 @@ def _mean_pixel_bytes(images: MiddleImages, quality: int, loading: LoaderOptions
     """Mean bytes of a held-out image's JPEG at another quality."""
     recoded = MiddleImages(replace(images.info, jpeg_quality=quality), images.lists, images.sources)
     ranges = _ranges(recoded, HELD_OUT, loading.batch_size)
-    sizes = [
-        size
-        for batch in recoded.load(ranges, min(worker_count(loading.workers), len(ranges)))
-        for size in batch.jpeg_sizes
-    ]
+    batches = recoded.load(ranges, min(worker_count(loading.workers), len(ranges)))
+    counted = counted_through(batches, f"JPEG quality {quality}", "batches", len(ranges))
+    sizes = [size for batch in counted for size in batch.jpeg_sizes]
     return sum(sizes) / len(sizes)
 
 

@@ -9,6 +9,7 @@ from fastmae.bench.methods import Method, Steps, methods
 from fastmae.bench.table import Table, machine
 from fastmae.config import BenchStepConfig
 from fastmae.errors import InputError
+from fastmae.runtime.progress import counted_through
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def count_steps(config: BenchStepConfig) -> dict[str, Any]:
     steps = Steps.launched(replace(config, device="cpu", precision=precision, batch_size=batch_size, compile=False))
     table_methods = methods(config)
     rows = []
-    for method in table_methods:
+    for method in counted_through(table_methods, "count", "rows", len(table_methods)):
         log.info(f"counting {method.name}")
         rows.append(_row(method, count_step(steps.step(method).run), batch_size))
     settings = machine() | {

@@ -20,7 +20,7 @@ from fastmae.offline.options import build_teacher, describe_store
 from fastmae.offline.sample import tokens_on_cpu
 from fastmae.offline.settle import begun_store, settle
 from fastmae.runtime.device import own_device
-from fastmae.runtime.progress import duration
+from fastmae.runtime.progress import Progress, counted_through, duration
 from fastmae.teachers import Teacher
 from fastmae.tokens.codec import code_layout, keeps_means, learnt_shapes
 from fastmae.tokens.format import StoreInfo
@@ -120,7 +120,8 @@ def measure_sample(
     ranges = images.evenly_spaced(num_images, min(options.batch_size, max(1, num_images // 4)))
     start, untimed = time.monotonic(), 0
     tried = decoded = pixel_bytes = 0
-    for batch in images.load(ranges, options.workers):
+    batches = images.load(ranges, options.workers)
+    for batch in counted_through(batches, f"measure {images.info.middle_size} px", "batches", len(ranges)):
         images.check_strict(batch, options.strict)
         tokens_on_cpu(teacher, batch)
         if not tried and len(ranges) > 1:
@@ -145,7 +146,8 @@ def check_disk(folder: Path, images: MiddleImages, num_images: int) -> None:
     """
     info = images.info
     sample_size = min(SAMPLE_IMAGES // 4, info.parts[min(images.sources)].images)
-    sample = [images[image_range] for image_range in images.evenly_spaced(sample_size, SAMPLE_IMAGES)]
+    with Progress("estimate the disk space", minor=True):
+        sample = [images[image_range] for image_range in images.evenly_spaced(sample_size, SAMPLE_IMAGES)]
     pixel_bytes = sum(batch.stored_bytes for batch in sample)
     mean_pixel_bytes = pixel_bytes / max(1, sum(len(batch.pixels) for batch in sample))
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmae.images.value_range import AUTO
+from fastmae.runtime.progress import counted_through
 from fastmae.tokens import TokenStore
 
 FIRST, SPREAD = 512, 512
@@ -65,7 +66,7 @@ def look_at(store: TokenStore) -> Quality:
     first = min(FIRST, len(store))
     numbers = sorted({*range(first), *_spread(len(store), SPREAD)})
     one_colour, few_levels, thumbnails = [], [], []
-    for number in numbers:
+    for number in counted_through(numbers, "look at the store", "images", len(numbers)):
         pixels = store.pixels(number).contiguous()  # a JPEG is decoded with channels last, which is slow to search
         channels = pixels.flatten(1)
         darkest, brightest = channels.amin(1).int(), channels.amax(1).int()

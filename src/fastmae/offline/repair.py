@@ -20,7 +20,7 @@ from fastmae.offline.listing import restore_list
 from fastmae.offline.middle_images import DecodedBatch, ImageRange, LoaderOptions, MiddleImages
 from fastmae.runtime.device import own_device
 from fastmae.runtime.durable import write_whole
-from fastmae.runtime.progress import Progress
+from fastmae.runtime.progress import Progress, counted_through
 from fastmae.teachers.factory import teacher_of_store
 from fastmae.tokens.audit import Damage, description_of
 from fastmae.tokens.format import (
@@ -127,7 +127,8 @@ def _check_images(images: MiddleImages, folder: Path, shards: list[int], options
             expected |= checksums
             ranges += images.batches_of(shard, options.batch_size)
     changed: list[str] = []
-    for batch in images.load(ranges, options.workers):
+    batches = images.load(ranges, options.workers)
+    for batch in counted_through(batches, "compare the images", "batches", len(ranges)):
         actual = _checksums_of(batch)
         changed += [image.key for image in batch.images if actual.get(image.key) != expected[image.key]]
     if changed:

@@ -82,9 +82,10 @@ def settle(
     images, options = _images(info, listed), LoaderOptions(config.batch_size, config.workers, config.strict)
     num_images = min(config.codec_images, info.parts[0].images)
     total = sum(len(positions) for _, positions in images.evenly_spaced(num_images, options.batch_size))
-    with Progress("choose a codec", "images", total=total) as progress:
+    with Progress("sample tokens", "images", total=total) as progress:
         sample = sample_tokens(images, teacher, options, num_images, config.seed, progress, HELD_OUT_EVERY)
-    codec, _ = choose_codec(sample, config.seed)
+    with Progress("choose a codec", minor=True) as progress:
+        codec, _ = choose_codec(sample, config.seed, progress.now)
     return replace(info, codec=codec.name), codec
 
 
@@ -161,5 +162,6 @@ def fastest(cosines: Mapping[str, float], device: torch.device) -> str:
 def _fastest_for(images: MiddleImages, teacher: Teacher, batch_size: int) -> str:
     """The fastest precision for a teacher, measured on the first images unless it is on a CPU."""
     device = teacher.mean.device
-    pixels = torch.empty(0) if device.type == "cpu" else first_pixels(images, batch_size).to(device)
-    return fastest(precision_cosines(teacher, pixels) if len(pixels) else {}, device)
+    with Progress("compare precisions", minor=True):
+        pixels = torch.empty(0) if device.type == "cpu" else first_pixels(images, batch_size).to(device)
+        return fastest(precision_cosines(teacher, pixels) if len(pixels) else {}, device)

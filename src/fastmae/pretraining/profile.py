@@ -16,6 +16,7 @@ from fastmae.runtime.arithmetic import computes_as_asked
 from fastmae.runtime.device import synchronise
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import bare
+from fastmae.runtime.progress import counted_through
 from fastmae.runtime.workers import worker_count
 from fastmae.student.encoder import EncodedLayers
 from fastmae.student.loss import Prediction
@@ -87,7 +88,8 @@ def profile(config: PretrainConfig, plan: Plan, task: Task, timed_steps: int = T
     batches = task.wrap_batches(loader(run, step_sampler), step_sampler)
     optimizer = bare(run.state.optimizer)  # the gradients are not scaled here, and Fabric's would unscale them
     clock, start = StageClock(fabric.device), time.perf_counter()
-    for step in range(warmup_steps + timed_steps):
+    steps = warmup_steps + timed_steps
+    for step in counted_through(range(steps), "profile", "steps", steps):
         if step == warmup_steps:
             clock, start = StageClock(fabric.device), time.perf_counter()
         for _ in range(grad_accum_steps):

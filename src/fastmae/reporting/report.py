@@ -18,6 +18,7 @@ from fastmae.reporting.study_page import PAGE_FILE, STUDY_FILE, read_study, writ
 from fastmae.runs.encoder import open_encoder
 from fastmae.runs.folder import CHECKPOINT_FILE, read_evaluations, read_inputs, read_metrics, read_run
 from fastmae.runtime.durable import remove_parts
+from fastmae.runtime.progress import Progress
 from fastmae.runtime.wording import counted
 from fastmae.tokens import TokenStore
 from fastmae.tokens.reader import open_scales
@@ -136,24 +137,28 @@ def _training_curves(entries: list[Entry], evaluations: list[Entry]) -> Section:
 
 def _pictures(config: ReportConfig, store: TokenStore, target: str) -> list[Section]:
     images = min(config.images, len(store))
-    opened = open_encoder(str(config.run))
+    with Progress("report", minor=True) as progress:
+        progress.now("loading the encoder")
+        opened = open_encoder(str(config.run))
+        progress.now("drawing predictions")
+        predictions = predictions_png(config.run, store, images, config.seed)
+        progress.now("drawing attention")
+        attention = _attention(opened.network, store, images)
+        progress.now("finding nearest neighbours")
+        neighbours = nearest_neighbours_png(opened.network, opened.image_size, store, images, config.gallery)
+    what_was_predicted = (
+        "Each predicted patch is shown with the mean and std of the original patch."
+        if target == "pixels"
+        else "Features are shown as colours: the first three principal components of the target features."
+    )
+    gallery = min(config.gallery, len(store))
     return [
-        Section(
-            "Predictions",
-            _what_was_seen(read_run(config.run))
-            + (
-                "Each predicted patch is shown with the mean and std of the original patch."
-                if target == "pixels"
-                else "Features are shown as colours: the first three principal components of the target features."
-            ),
-            picture=predictions_png(config.run, store, images, config.seed),
-        ),
-        _attention(opened.network, store, images),
+        Section("Predictions", _what_was_seen(read_run(config.run)) + what_was_predicted, picture=predictions),
+        attention,
         Section(
             "Nearest neighbours",
-            f"By the cosine of mean patch tokens, among {min(config.gallery, len(store)):,} images of the store. "
-            "No labels were used.",
-            picture=nearest_neighbours_png(opened.network, opened.image_size, store, images, config.gallery),
+            f"By the cosine of mean patch tokens, among {gallery:,} images of the store. No labels were used.",
+            picture=neighbours,
         ),
     ]
 
