@@ -57,7 +57,9 @@ def _bench_accuracy(config: BenchAccuracyConfig) -> dict[str, Any]:
     check_decodable(data, options, "images")
     tokenize_seconds = tokenize_timed(options, config.out / "tokenizing.json")[1]
     write_json(config.out / RECORD_FILE, _settings(config))
-    points = {method.name: runs.points(method) for method in runs.methods}
+    runs.begin()
+    with runs.progress:
+        points = {method.name: runs.points(method) for method in runs.methods}
     ratios = {
         name: {key: time_ratio(points[MAE], curve, key, tokenize_seconds) for key in LABELS}
         for name, curve in points.items()

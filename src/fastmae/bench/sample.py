@@ -8,6 +8,7 @@ from fastmae.errors import InputError
 from fastmae.images.entries import entry_of
 from fastmae.images.image_list import ImageList, write_list
 from fastmae.images.sources import Source, labelled_split
+from fastmae.runtime.progress import Progress
 
 IMAGENET_IMAGES = 1_281_167
 """Training images of ImageNet-1k, for the disk space that its store would take."""
@@ -73,8 +74,9 @@ def split_images(source: Source, limit: int, codec_images: int, folder: Path) ->
     Raises:
         InputError: one of the two groups would be empty.
     """
-    labelled, why_unlabelled = _labelled_entries(source)
-    images: ImageList | list[bytes] = labelled or list_images(source, folder)
+    with Progress("list", minor=True):
+        labelled, why_unlabelled = _labelled_entries(source)
+        images: ImageList | list[bytes] = labelled or list_images(source, folder)
     chosen = evenly_spaced(images, limit or len(images))
     if labelled:
         learning = [entry for entry in chosen if entry.startswith(b"train/")]

@@ -129,7 +129,7 @@ class Timetable:
         self.left[name] -= 1
 
     def seconds_left(self) -> float | None:
-        """None until two contenders are known, or the only one. Those that aren't are taken for the mean of the others."""
+        """None until two contenders are known, or the only one. Others are taken for the mean of those that are."""
         if len(self.seconds) < min(2, len(self.left)):
             return None
         mean = statistics.fmean(self.seconds.values())

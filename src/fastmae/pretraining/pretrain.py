@@ -36,6 +36,14 @@ SHARDED_BLOCKS = (Block, EvaBlock)
 Measure = Callable[[AnyStudent], Mapping[str, float]]
 
 
+def pretrain_command(config: PretrainConfig) -> dict[str, Any] | None:
+    """`pretrain`, and a hint at what comes next. Commands that pre-train on the way don't give it."""
+    result = pretrain(config)
+    if result is not None and not config.profile:
+        log.info(f"next: fastmae knn {config.run} DATA")
+    return result
+
+
 def pretrain(config: PretrainConfig, measure: Measure | None = None) -> dict[str, Any] | None:
     """Train a run to its end, or continue it; the command's JSON (None in all processes but the first).
 
@@ -50,8 +58,7 @@ def pretrain(config: PretrainConfig, measure: Measure | None = None) -> dict[str
     result = train(config, pretraining_task(config, plan, measure), plan.settings)
     if result is not None:
         log.info(
-            f"{config.run}: {counted(result['steps'], 'step')}, loss {result['loss']:.4f}, {result['seconds']:.0f} s; "
-            f"next: fastmae knn {config.run} DATA"
+            f"{config.run}: {counted(result['steps'], 'step')}, loss {result['loss']:.4f}, {result['seconds']:.0f} s"
         )
     return result
 
