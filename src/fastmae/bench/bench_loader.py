@@ -30,6 +30,7 @@ from fastmae.images.views import ViewDraws
 from fastmae.offline.fill import LoaderOptions
 from fastmae.runtime.device import own_device
 from fastmae.runtime.progress import counted_through
+from fastmae.runtime.wording import counted
 from fastmae.student.encoder import visible_patches
 from fastmae.teachers import Teacher, load_teacher
 from fastmae.tokens import TokenStore
@@ -92,8 +93,8 @@ def bench_loader(config: BenchLoaderConfig) -> dict[str, Any]:
     settings = machine() | {
         "images": f"{len(entries)} of {config.images}",
         "sizes": f"views of {config.image_size} px out of {config.middle_size}, patches of {config.patch_size}",
-        "batches": f"{config.batch_size} views",
-        "tokens": f"{config.teacher}, {teacher.token_dim} channels",
+        "batches": counted(config.batch_size, "view"),
+        "tokens": f"{config.teacher}, {counted(teacher.token_dim, 'channel')}",
         "pixels": f"JPEG quality {TokenizeConfig.jpeg_quality}, or raw",
         "rounds": str(config.rounds),
     }

@@ -42,6 +42,7 @@ from fastmae.config import BenchStepConfig
 from fastmae.runtime.arithmetic import computes_as_asked
 from fastmae.runtime.device import device_name, memory_hint
 from fastmae.runtime.progress import Progress, counted_through
+from fastmae.runtime.wording import counted
 
 FP16_BYTES = 2
 """Bytes of a stored number, as in Table 2."""
@@ -248,7 +249,7 @@ def _settings(config: BenchStepConfig, steps: Steps, gemm_rates: dict[str, float
         "precision": steps.precision,
         "encoder": f"{config.encoder}{changed_sizes}",
         "sizes": f"views of {config.image_size} px, patches of {config.patch_size}",
-        "batch": f"{steps.batch_size} views",
+        "batch": counted(steps.batch_size, "view"),
         "online teachers see": teacher_input[config.online],
         "matrix products": ", ".join(f"{rate / 1e9:.0f} GFLOP/s {variant}" for variant, rate in gemm_rates.items()),
         "rounds": str(config.rounds),

@@ -37,6 +37,7 @@ from fastmae.offline.settle import fastest, first_pixels
 from fastmae.probes.neighbours import knn_accuracy
 from fastmae.runtime.device import own_device, resolve_device
 from fastmae.runtime.progress import Progress, counted_through
+from fastmae.runtime.wording import counted
 from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher, load_teacher
 from fastmae.teachers.precision import precision_cosines
@@ -306,7 +307,7 @@ def _settings(
         f"of val/; {len(split.learning)} of train/ vote" if split.labelled else f"no labels: {split.why_unlabelled}"
     )
     measured = f"measured on {len(measurement.held_out.keys)} ({labels})"
-    grid = f"{teacher.grid} x {teacher.grid} tokens of {teacher.token_dim} channels"
+    grid = f"{teacher.grid} x {teacher.grid} tokens of {counted(teacher.token_dim, 'channel')}"
     return machine() | {
         "torch threads": str(torch.get_num_threads()),
         "device": str(teacher.mean.device),
@@ -314,7 +315,7 @@ def _settings(
         "sizes": f"middle images of {config.middle_size} px, patches of {config.patch_size}",
         "teacher": f"{config.teacher}, block {teacher.block}, {grid}",
         "precision": teacher.precision,
-        "batches": f"{config.batch_size} images",
+        "batches": counted(config.batch_size, "image"),
         "rounds": str(config.rounds),
     }
 
@@ -348,8 +349,8 @@ def _publish(
 
 def _building_note(building: dict[str, Any]) -> str:
     teacher, store = (format_rate(building[f"{name}_images_per_second"]) for name in ("teacher", "tokenize"))
-    work = f"decoded by {building['workers']} workers, stored as {building['codec']} and written"
-    ratio = f"{building['ratio']:.2f} of the teacher's rate ({building['images']} images a round)"
+    work = f"decoded by {counted(building['workers'], 'worker')}, stored as {building['codec']} and written"
+    ratio = f"{building['ratio']:.2f} of the teacher's rate ({counted(building['images'], 'image')} a round)"
     return f"Building: the teacher alone does {teacher} images/s, a whole store ({work}) {store}: {ratio}."
 
 

@@ -10,6 +10,7 @@ from fastmae.bench.table import Table, machine
 from fastmae.config import BenchStepConfig
 from fastmae.errors import InputError
 from fastmae.runtime.progress import counted_through
+from fastmae.runtime.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def count_steps(config: BenchStepConfig) -> dict[str, Any]:
         "counted as": f"a GPU in {precision}",
         "encoder": config.encoder,
         "sizes": f"views of {config.image_size} px, patches of {config.patch_size}",
-        "batch": f"{batch_size} views",
+        "batch": counted(batch_size, "view"),
     }
     Table("What a pre-training step does", settings, [_cells(row) for row in rows], NOTES).publish(config.out)
     ours = next((row for row, method in zip(rows, table_methods, strict=True) if method.objective == "paper"), rows[0])

@@ -14,6 +14,7 @@ from fastmae.images.image_list import ImageList, ListInfo, new_entries, write_li
 from fastmae.images.sources import Source, open_source
 from fastmae.runtime.durable import write_whole
 from fastmae.runtime.progress import Progress
+from fastmae.runtime.wording import counted
 from fastmae.tokens.format import (
     LISTS_FOLDER,
     STORE_FILE,
@@ -74,7 +75,7 @@ def listed_images(images: Path, add: bool, folder: Path) -> Iterator[ListedImage
             )
         if add:
             known = next(counter) - info.images - info.repeated
-            log.info(f"{images}: {info.images} new images; {known} are in the store already, by their names")
+            log.info(f"{images}: {counted(info.images, 'new image')}; {known} are in the store already, by their names")
         elif not info.images:
             raise InputError(
                 f"{images}: no image in it; give a folder, a list, tar shards or a datasets folder with images"

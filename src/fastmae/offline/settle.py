@@ -28,6 +28,7 @@ from fastmae.offline.middle_images import LoaderOptions, MiddleImages
 from fastmae.offline.options import AUTO, SET
 from fastmae.offline.sample import sample_tokens
 from fastmae.runtime.progress import Progress
+from fastmae.runtime.wording import counted
 from fastmae.teachers import Teacher
 from fastmae.teachers.precision import FULL_PRECISION, MIN_COSINE, precision_cosines
 from fastmae.tokens.codec import Codec
@@ -111,7 +112,8 @@ def _range_of_set(info: StoreInfo, listed: ListedImages) -> str:
     if low < high:
         value_range = text_of(*(float(f"{value:.6g}") for value in (low, high)))
         low_percent, high_percent = PERCENTILES
-        log.info(f"value range {value_range}: percentiles {low_percent} and {high_percent} of {len(samples)} images")
+        measured = counted(len(samples), "image")
+        log.info(f"value range {value_range}: percentiles {low_percent} and {high_percent} of {measured}")
         return value_range
     if skipped and len(skipped) == len(ranges):
         raise InputError(f"{images.origin}: none of the {len(ranges)} images tried could be decoded ({skipped[0]})")

@@ -17,6 +17,7 @@ from fastmae.runtime.device import synchronise
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import bare
 from fastmae.runtime.progress import counted_through
+from fastmae.runtime.wording import counted
 from fastmae.runtime.workers import worker_count
 from fastmae.student.encoder import EncodedLayers
 from fastmae.student.loss import Prediction
@@ -147,7 +148,9 @@ def _outcome(config: PretrainConfig, clock: StageClock, seconds: float, steps: i
     shares = {stage: spent / total for stage, spent in clock.seconds.items()}
     advice = advise(shares, config)
     rate = config.batch_size / seconds
-    log.info(f"{steps} steps of {config.batch_size} views, {seconds:.3f} s each: {rate:.1f} images/s")
+    log.info(
+        f"{counted(steps, 'step')} of {counted(config.batch_size, 'view')}, {seconds:.3f} s each: {rate:.1f} images/s"
+    )
     for stage, share in shares.items():
         log.info(f"  {stage:10} {100 * share:5.1f} %  {'#' * round(40 * share):40}  {STAGES[stage]}")
     log.info(advice)

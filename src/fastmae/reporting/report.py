@@ -128,7 +128,9 @@ def _training_curves(entries: list[Entry], evaluations: list[Entry]) -> Section:
     charts = [Curves(losses, "epoch", "loss", "epoch", "loss").svg()]
     measured = [entry for entry in evaluations if "knn_top1" in entry]
     if measured:
-        accuracies = {"top-1": measured, "top-5": [{**entry, "knn_top1": entry.get("knn_top5")} for entry in measured]}
+        accuracies = {"top-1": measured}
+        if any(entry.get("knn_top5") != 100 for entry in measured):  # with five classes or fewer, it says nothing
+            accuracies["top-5"] = [{**entry, "knn_top1": entry.get("knn_top5")} for entry in measured]
         charts.append(Curves(accuracies, "epoch", "knn_top1", "epoch", "k-NN accuracy (%)").svg())
     others = {"lr": "learning rate", "images_per_second": "images per second", "grad_norm": "gradient norm"}
     charts += [Curves({label: thinned}, "epoch", key, "epoch", label).svg() for key, label in others.items()]

@@ -145,7 +145,7 @@ def _compare_images(source: str, name: str, location: str, images: int) -> None:
     """A store with another number of images than train/ may be of other images; that is for the reader to judge."""
     listed = open_scales(location, Path(), 0)[0].info.images
     if listed != images:
-        log.warning(f"{source}: {name}: {location} was made of {listed} images, and train/ has {images}")
+        log.warning(f"{source}: {name}: {location} was made of {counted(listed, 'image')}, and train/ has {images}")
 
 
 def _speeds(runs: Runs, workers: Workers) -> dict[str, dict[str, Any]]:

@@ -63,7 +63,7 @@ class StudyCall:
                 with self.progress:
                     run_jobs(workers, first, self.finished, self.begin, self.tick)
             except InterruptedRunError as error:
-                done = f"{self.progress.done} of {self.progress.total} runs are done"
+                done = f"{self.progress.done} of {counted(self.progress.total or 0, 'run')} done"
                 raise InterruptedRunError(f"{done}; {error}") from None
         return self._publish()
 

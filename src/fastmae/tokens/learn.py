@@ -15,6 +15,7 @@ import torch
 
 from fastmae.errors import InputError
 from fastmae.runtime.progress import counted_through
+from fastmae.runtime.wording import counted
 from fastmae.tokens.codec import Codec, check_finite, code_layout, keeps_means, load_codec, parse_codec
 from fastmae.tokens.quantisers import ENTRIES, ProductQuantiser, ScalarQuantiser
 
@@ -63,7 +64,7 @@ def learn_codec(name: str, sample: torch.Tensor, seed: int) -> Codec:
         return load_codec(name, token_dim, {})
     least = LEAST_SAMPLE[codec.family]
     if len(sample) < least:
-        problem = f"{len(sample)} tokens are too few to learn from ({least} at least)"
+        problem = f"{counted(len(sample), 'token')}: too few to learn from ({least} at least)"
         raise InputError(f"--codec {name}: {problem}; use --codec fp16")
     check_finite(sample)
     if codec.family == "int8":
