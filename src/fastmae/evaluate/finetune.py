@@ -69,7 +69,8 @@ def finetune(config: FinetuneConfig, data: LabelledFolder | None = None) -> dict
         log.info(
             f"{config.out}: {accuracies(result['top1'], result['top5'], len(data.classes))} "
             f"({counted(len(data.val), 'image')}, {len(data.classes)} classes); "
-            f"best evaluation {result['best_top1']:.1f} % at epoch {result['best_epoch']:g}; see {config.out}/confusion.png"
+            f"best evaluation {result['best_top1']:.1f} % at epoch {result['best_epoch']:g}; "
+            f"see {config.out}/confusion.png"
         )
     return result
 

@@ -179,10 +179,10 @@ def _describe_setup(train: Split, val: Split, opened: OpenedEncoder, limits: Siz
     lines = []
     for split in (train, val):
         num_crowds = int(split.is_crowd.sum())
+        classes = counted(len(split.classes), "class", "classes")
         lines.append(
             f"{split.files.annotations}: {counted(len(split), 'image')}, "
-            f"{counted(len(split.labels) - num_crowds, 'object')} of {counted(len(split.classes), 'class', 'classes')}, "
-            f"{counted(num_crowds, 'crowd')}; "
+            f"{counted(len(split.labels) - num_crowds, 'object')} of {classes}, {counted(num_crowds, 'crowd')}; "
             f"{split.dropped} dropped for having no width, no height or no polygon of three points"
         )
     sizes = f"images of {limits.short} px on the short side, at most {limits.long} px on the long side"
