@@ -17,12 +17,13 @@ from typing import Any, Literal
 import torch
 
 from fastmae.bench.loading import Batches, MaeImages, StoreTurns
-from fastmae.bench.options import check_codecs_fit, check_out, check_sizes, codec_names
+from fastmae.bench.options import check_codecs_fit
 from fastmae.bench.sample import evenly_spaced, list_images
 from fastmae.bench.stores import CachedTeacher, begin_store, build_store, store_info
 from fastmae.bench.table import Table, machine
 from fastmae.bench.timing import Rate, Turn, format_rate, format_spread, interleave, one_thread
 from fastmae.config import BenchLoaderConfig, PretrainConfig, TokenizeConfig
+from fastmae.config.codec_names import codec_names
 from fastmae.errors import InputError
 from fastmae.images.decode import UndecodableError, decode_image
 from fastmae.images.sources import Source, open_source
@@ -75,9 +76,7 @@ def bench_loader(config: BenchLoaderConfig) -> dict[str, Any]:
     Returns:
         The command's JSON.
     """
-    check_sizes(config.patch_size, config.middle_size, config.image_size)
     codecs = codec_names(config.codecs)
-    check_out(config.out)
     source = open_source(config.images)
     with tempfile.TemporaryDirectory(prefix="fastmae-") as temporary, torch.random.fork_rng(devices=[]):
         folder = Path(temporary)

@@ -33,7 +33,6 @@ import torch
 from fastmae.bench.gemm import BlockProducts, flops_of
 from fastmae.bench.memory import FreshProcesses, peak_memory_of
 from fastmae.bench.methods import BEYOND_PAPER, MAE, PUBLISHED, Method, Step, Steps, methods
-from fastmae.bench.options import check_out, check_sizes
 from fastmae.bench.sample import IMAGENET_IMAGES
 from fastmae.bench.step_counts import count_steps
 from fastmae.bench.table import Table, machine
@@ -91,8 +90,6 @@ def bench_step(config: BenchStepConfig) -> dict[str, Any]:
     Returns:
         The command's JSON.
     """
-    check_sizes(config.patch_size, config.middle_size, config.image_size)
-    check_out(config.out)
     if config.count:
         return count_steps(config)
     table_methods = methods(config)

@@ -10,21 +10,20 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
 from fastmae.bench.building import building_rate
 from fastmae.bench.codecs import VIEWS, RoundTrip, time_codecs, view_size
 from fastmae.bench.host_cost import host_costs
-from fastmae.bench.options import check_codecs_fit, check_out, check_sizes, codec_names
+from fastmae.bench.options import check_codecs_fit
 from fastmae.bench.sample import IMAGENET_IMAGES, Split, split_images
 from fastmae.bench.stores import part_of, store_info
 from fastmae.bench.table import Table, machine
 from fastmae.bench.timing import Rate, format_rate, format_spread
 from fastmae.config import BenchStoreConfig, KnnConfig
-from fastmae.config.ranges import JPEG_QUALITY
-from fastmae.config.resolve import numbers
+from fastmae.config.codec_names import codec_names
 from fastmae.errors import InputError
 from fastmae.images.image_list import ImageList, write_list
 from fastmae.images.sources import Source, open_source
@@ -105,9 +104,7 @@ def bench_store(config: BenchStoreConfig) -> dict[str, Any]:
     Returns:
         The command's JSON.
     """
-    check_sizes(config.patch_size, config.middle_size)
-    names, qualities = codec_names(config.codecs), _jpeg_qualities(config.jpeg_qualities)
-    check_out(config.out)
+    names, qualities = codec_names(config.codecs), list(config.qualities)
     check_precision(config.precision, resolve_device(config.device))
     source, loading = open_source(config.images), LoaderOptions(config.batch_size, config.workers)
     with tempfile.TemporaryDirectory(prefix="fastmae-") as temporary:
@@ -149,11 +146,6 @@ def recommended(rows: Sequence[dict[str, Any]]) -> str | None:
 
     candidates = [row for row in rows if keeps_accuracy(row)]
     return min(candidates, key=lambda row: row["bytes_per_image"])["codec"] if candidates else None
-
-
-def _jpeg_qualities(option: str) -> list[int]:
-    """The value of `--jpeg-qualities`: numbers separated by commas."""
-    return list(dict.fromkeys(numbers(Annotated[int, JPEG_QUALITY], option, "--jpeg-qualities")))
 
 
 def _middle_images(

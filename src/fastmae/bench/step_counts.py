@@ -8,7 +8,6 @@ from fastmae.bench.counting import Counts, count_step
 from fastmae.bench.methods import Method, Steps, methods
 from fastmae.bench.table import Table, machine
 from fastmae.config import BenchStepConfig
-from fastmae.errors import InputError
 from fastmae.runtime.progress import counted_through
 from fastmae.runtime.wording import counted
 
@@ -33,12 +32,7 @@ def count_steps(config: BenchStepConfig) -> dict[str, Any]:
     Returns:
         The command's JSON: a row for each method; and the `kernels`, `bytes_per_image` and `flops_per_image` of the
         first row that is FastMAE's.
-
-    Raises:
-        InputError: a precision that scales the loss, for which a step waits.
     """
-    if config.precision == "16-mixed":
-        raise InputError("--count: give --precision bf16-mixed or 32-true; what 16-mixed does depends on the gradients")
     precision = "bf16-mixed" if config.precision == "auto" else config.precision
     batch_size = config.batch_size or BATCH_SIZE
     steps = Steps.launched(replace(config, device="cpu", precision=precision, batch_size=batch_size, compile=False))

@@ -6,6 +6,10 @@ from typing import Annotated, Literal
 from fastmae.config.common import BLOCK, PIXELS, Common, Precision
 from fastmae.config.options import options
 from fastmae.config.ranges import BATCH, WORKERS
+from fastmae.errors import InputError
+
+SUFFIXES = (".safetensors", ".parquet")
+"""Of the files that can be written."""
 
 
 @options
@@ -42,3 +46,18 @@ class FeaturesConfig(Common):
     """Weights file for a timm/NAME, instead of the hub's."""
     pretrained: bool = True
     """--no-pretrained takes the same architecture with random weights."""
+
+    inputs = ("images",)
+
+    def check(self) -> None:
+        """See `Options`."""
+        if self.print_config:  # OUT need not be named
+            return
+        if self.out.suffix not in SUFFIXES:
+            raise InputError(f"{self.out}: give a file name that ends in {' or '.join(SUFFIXES)}")
+        if self.out.is_dir():
+            raise InputError(f"{self.out}: is a folder; give a file in it")
+        if self.dense and self.out.suffix == ".parquet":
+            raise InputError(
+                f"{self.out}: --dense gives a grid of vectors per image, which a table holds badly; use .safetensors"
+            )

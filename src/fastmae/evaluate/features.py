@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from fastmae import __version__
 from fastmae.config import FeaturesConfig
 from fastmae.errors import InputError
-from fastmae.evaluate.feature_files import DTYPES, FeatureFile, check_file, open_feature_file
+from fastmae.evaluate.feature_files import DTYPES, FeatureFile, open_feature_file
 from fastmae.images.entries import key_of
 from fastmae.images.image_list import ImageList
 from fastmae.images.middle import resized_pixels
@@ -139,7 +139,6 @@ def features(config: FeaturesConfig) -> dict[str, Any]:
         InputError: options, images or a file that can't be used; no image that can be decoded; or another process that
             writes the file.
     """
-    check_file(config.out, config.dense)
     with owned_place(config.out, "features"):
         return _features(config)
 

@@ -53,7 +53,7 @@ def linear(config: LinearConfig) -> dict[str, Any] | None:
     Raises:
         InputError: data or options that can't be used.
     """
-    if config.augment == "none" and (config.devices > 1 or this_process().world_size > 1):
+    if config.augment == "none" and this_process().world_size > 1:
         raise InputError("--augment none: features are computed once, in one process; give --devices 1")
     data = open_labelled(config.data)
     settings = settle(config, IMAGENET, len(data.train))

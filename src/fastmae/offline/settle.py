@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fastmae.config import TokenizeConfig
+from fastmae.config.tokenize import AUTO
 from fastmae.errors import InputError
 from fastmae.images.decode import wide_values
 from fastmae.images.entries import key_of
@@ -25,7 +26,7 @@ from fastmae.images.value_range import PERCENTILES, bounds_of, percentiles, samp
 from fastmae.offline.codec_choice import HELD_OUT_EVERY, choose_codec
 from fastmae.offline.listing import ListedImages
 from fastmae.offline.middle_images import LoaderOptions, MiddleImages
-from fastmae.offline.options import AUTO, SET
+from fastmae.offline.options import SET
 from fastmae.offline.sample import sample_tokens
 from fastmae.runtime.progress import Progress
 from fastmae.runtime.wording import counted

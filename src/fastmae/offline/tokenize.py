@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from fastmae.config import TokenizeConfig
+from fastmae.config.tokenize import middle_sizes
 from fastmae.errors import InputError, InterruptedRunError
 from fastmae.images.image_list import ImageList
 from fastmae.offline.estimate import check_disk, dry_run
@@ -31,7 +32,7 @@ from fastmae.offline.fill import build_shards, count_images, stored_codec
 from fastmae.offline.inspect import store_summary, summary_over_scales
 from fastmae.offline.listing import ListedImages, check_lists, keep_list, listed_images, sources_of
 from fastmae.offline.middle_images import LoaderOptions, MiddleImages
-from fastmae.offline.options import Share, build_teacher, check_options, describe_store, middle_sizes, process_share
+from fastmae.offline.options import Share, build_teacher, check_options, describe_store, process_share
 from fastmae.offline.quality import as_json, as_lines, look_at
 from fastmae.offline.sample import sample_tokens
 from fastmae.offline.settle import begun_store, settle
