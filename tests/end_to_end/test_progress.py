@@ -21,7 +21,6 @@ base: {epochs: 1, encoder_depth: 2, encoder_width: 64, encoder_heads: 2, decoder
   batch_size: 8}
 teachers: {cnn: efficientnet-lite0}
 arms: {patch: {norm: patch}, channel: {norm: channel}}
-metrics: [knn]
 """
 
 
