@@ -185,7 +185,10 @@ def _do(command: str, args: list[str]) -> None:
         # With --json, the messages for people move to standard error, so that the last line of standard output is JSON.
         with contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext():
             config.check_inputs()
-            work = COMMANDS[command].load()
+            from fastmae.runtime.progress import Progress
+
+            with Progress("start", minor=True, draws=False):  # imports: seconds, or many on a busy machine
+                work = COMMANDS[command].load()
             startup.begin()
             result = work(config)
     except (Exception, KeyboardInterrupt) as error:
