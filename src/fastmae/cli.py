@@ -20,13 +20,14 @@ from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TextIO, get_args, get_origin, get_type_hints
 
 import yaml
 
 from fastmae.config.commands import COMMANDS
 from fastmae.config.common import Common
 from fastmae.config.options import help_texts, positionals
+from fastmae.config.parser import Added, Parser
 from fastmae.config.ranges import COMMAS
 from fastmae.config.resolve import CALLER_ONLY, converted, flag, label, placeholder, range_of, words_or_numbers
 from fastmae.errors import (
@@ -49,12 +50,6 @@ EXIT_CODES: dict[type[BaseException], int] = {
     InterruptedRunError: 130,
     KeyboardInterrupt: 130,
 }
-ARGPARSE_ERRORS = {
-    r"argument (--\S+): expected one argument": r"\1: give a value",
-    r"argument (--\S+): expected (\d+) arguments": r"\1: give \2 values",
-    r"argument (--[^\s/]+)/--no-\S+: ignored explicit argument .*": r"\1: takes no value",
-}
-"""What argparse says -> what is said."""
 SIMILAR = 0.7
 """Of two words of which one may be meant by the other: difflib's ratio."""
 LONGEST_CRASH = 300
@@ -187,7 +182,7 @@ def _do(command: str, args: list[str]) -> None:
             config.check_inputs()
             from fastmae.runtime.progress import Progress
 
-            with Progress("start", minor=True, draws=False):  # imports: seconds, or many on a busy machine
+            with Progress("start", minor=True, style="lines"):  # imports: seconds, or many on a busy machine
                 work = COMMANDS[command].load()
             startup.begin()
             result = work(config)
@@ -219,27 +214,10 @@ def _close(stream: TextIO) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        for pattern, what in ARGPARSE_ERRORS.items():
-            message = re.sub(pattern, what, message)
-        raise InputError(f"{message}; see --help")
-
-
-class _Added(argparse.Action):
-    """An option of values with commas between them: given again, its values are added."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        before = getattr(namespace, self.dest, None)
-        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
-
-
 def _typed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The flags that were typed, as option -> value, and the words among them."""
     kind = COMMANDS[command].kind
-    parser = _Parser(
+    parser = Parser(
         usage=_usage(command),
         description=inspect.cleandoc(kind.__doc__ or ""),
         argument_default=argparse.SUPPRESS,
@@ -302,7 +280,7 @@ def _add_flag(parser: argparse._ArgumentGroup, name: str, hint: Any, default: An
     notes = [*([str(span)] if span else []), *([f"default: {_shown(default)}"] if default not in (None, "") else [])]
     parser.add_argument(
         flag(name),
-        action=_Added if COMMAS in getattr(hint, "__metadata__", ()) else "store",
+        action=Added if COMMAS in getattr(hint, "__metadata__", ()) else "store",
         metavar=metavar,
         nargs=len(kinds) if get_origin(plain) is tuple else None,
         help=f"{text} ({'; '.join(notes)})" if notes else text,

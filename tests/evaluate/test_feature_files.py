@@ -28,4 +28,4 @@ def test_a_safetensors_file_grows_row_by_row_to_any_number_of_rows(rows, read_fe
 def test_a_file_that_cannot_hold_the_features_is_named(name, dense, named, tmp_path):
     (tmp_path / "folder.parquet").mkdir()
     with pytest.raises(InputError, match=named):
-        FeaturesConfig(run="run", images=tmp_path, out=tmp_path / name, dense=dense)
+        FeaturesConfig(run="run", images=tmp_path, out=tmp_path / name, dense=dense).check_out()

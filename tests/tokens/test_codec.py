@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from fastmae.config.codec_names import parse_codec
 from fastmae.errors import InputError
+from fastmae.outside.codec_names import parse_codec
 from fastmae.tokens.codec import code_layout, learns, load_codec, peak_of
 from fastmae.tokens.learn import deal, learn_codec, learn_from, share_variance
 

@@ -23,12 +23,12 @@ from fastmae.bench.stores import CachedTeacher, begin_store, build_store, store_
 from fastmae.bench.table import Table, machine
 from fastmae.bench.timing import Rate, Turn, format_rate, format_spread, interleave, one_thread
 from fastmae.config import BenchLoaderConfig, PretrainConfig, TokenizeConfig
-from fastmae.config.codec_names import codec_names
 from fastmae.errors import InputError
 from fastmae.images.decode import UndecodableError, decode_image
 from fastmae.images.sources import Source, open_source
 from fastmae.images.views import ViewDraws
 from fastmae.offline.fill import LoaderOptions
+from fastmae.outside.codec_names import codec_names
 from fastmae.runtime.device import own_device
 from fastmae.runtime.progress import counted_through
 from fastmae.runtime.wording import counted

@@ -23,7 +23,6 @@ from fastmae.bench.stores import part_of, store_info
 from fastmae.bench.table import Table, machine
 from fastmae.bench.timing import Rate, format_rate, format_spread
 from fastmae.config import BenchStoreConfig, KnnConfig
-from fastmae.config.codec_names import codec_names
 from fastmae.errors import InputError
 from fastmae.images.image_list import ImageList, write_list
 from fastmae.images.sources import Source, open_source
@@ -33,6 +32,7 @@ from fastmae.offline.middle_images import ImageRange, LoaderOptions, MiddleImage
 from fastmae.offline.options import check_precision
 from fastmae.offline.sample import sample_tokens, tokens_on_cpu
 from fastmae.offline.settle import fastest, first_pixels
+from fastmae.outside.codec_names import codec_names
 from fastmae.probes.neighbours import knn_accuracy
 from fastmae.runtime.device import own_device, resolve_device
 from fastmae.runtime.progress import Progress, counted_through

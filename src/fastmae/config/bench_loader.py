@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 from fastmae.config.bench_checks import check_out, check_sizes
-from fastmae.config.codec_names import codec_names
 from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common
 from fastmae.config.options import options
 from fastmae.config.ranges import BATCH, COMMAS, COUNT, PATCH, ROUNDS, WORKERS
+from fastmae.outside.codec_names import codec_names
 
 
 @options

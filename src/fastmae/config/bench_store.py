@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 from fastmae.config.bench_checks import check_out, check_sizes
-from fastmae.config.codec_names import codec_names
 from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common, Precision
 from fastmae.config.options import options
 from fastmae.config.ranges import BATCH, COMMAS, COUNT, COUNT_OR_0, JPEG_QUALITY, PATCH, ROUNDS, WORKERS
 from fastmae.config.resolve import numbers
+from fastmae.outside.codec_names import codec_names
 
 
 @options

@@ -49,10 +49,17 @@ class FeaturesConfig(Common):
 
     inputs = ("images",)
 
-    def check(self) -> None:
+    def check_inputs(self) -> None:
         """See `Options`."""
-        if self.print_config:  # OUT need not be named
-            return
+        super().check_inputs()
+        self.check_out()
+
+    def check_out(self) -> None:
+        """Check that features can be written to a file of this name.
+
+        Raises:
+            InputError: another kind of file, a folder, or a grid for Parquet.
+        """
         if self.out.suffix not in SUFFIXES:
             raise InputError(f"{self.out}: give a file name that ends in {' or '.join(SUFFIXES)}")
         if self.out.is_dir():

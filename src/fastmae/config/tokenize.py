@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastmae.config.codec_names import parse_codec
 from fastmae.config.common import BLOCK, DEFAULT_TEACHER, PIXELS, Common, Precision
 from fastmae.config.options import options
 from fastmae.config.ranges import BATCH, COUNT, DEPTH, JPEG_QUALITY, PATCH, PROCESSES, VALUES, WORKERS, Range
 from fastmae.config.resolve import numbers, shown
 from fastmae.errors import InputError
+from fastmae.outside.codec_names import parse_codec
 
 AUTO = "auto"
 """The value of an option that is settled by measuring (`offline.settle`)."""

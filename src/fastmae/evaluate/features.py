@@ -139,6 +139,7 @@ def features(config: FeaturesConfig) -> dict[str, Any]:
         InputError: options, images or a file that can't be used; no image that can be decoded; or another process that
             writes the file.
     """
+    config.check_out()
     with owned_place(config.out, "features"):
         return _features(config)
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastmae.config.codec_names import parse_codec
 from fastmae.errors import InputError
 from fastmae.offline.sample import TokenSample
+from fastmae.outside.codec_names import parse_codec
 from fastmae.teachers.precision import mean_cosine
 from fastmae.tokens.codec import Codec
 from fastmae.tokens.learn import LEAST_SAMPLE, learn_from

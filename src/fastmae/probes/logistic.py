@@ -76,10 +76,11 @@ def scores_by_scikit_learn(train: torch.Tensor, train_labels: torch.Tensor, val:
     Raises:
         InputError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - an extra, and slow to import
-    except ImportError as error:
-        raise InputError("the linear classifier needs scikit-learn; pip install 'fastmae[demo]'") from error
+    with Progress(LABEL, minor=True):
+        try:
+            from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - an extra, and slow to import
+        except ImportError as error:
+            raise InputError("the linear classifier needs scikit-learn; pip install 'fastmae[demo]'") from error
     data = train.numpy(), train_labels.numpy()
     with warnings.catch_warnings(), Progress(LABEL, minor=True) as progress:
         warnings.simplefilter("ignore")  # if it has not converged by then, that is where the probe stops

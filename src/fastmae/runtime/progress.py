@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
@@ -68,6 +68,11 @@ class Rate:
                 start, done_at_start = first, done_at_first
         return (done_at_end - done_at_start) / (end - start) if end > start else 0.0
 
+    @property
+    def since_last(self) -> float:
+        """Seconds since units were counted."""
+        return self.clock() - self.marks[-1][0]
+
     def seconds_for(self, units: float) -> float | None:
         """Time that this many units take at the current rate; None while no more than the first ones are known."""
         return units / self.per_second if len(self.marks) > 2 and self.per_second > 0 else None
@@ -86,7 +91,7 @@ class Progress:
         scale: number of rate units per unit ('images' per step, say).
         rate_unit: name of the rate's units. Default: `unit`.
         minor: a step beside the command's work: shown only while it lasts, and in a log only if that is long.
-        draws: False where another library draws a bar of its own on a terminal.
+        style: what is shown on a terminal: a bar; lines, as in a log; or nothing, where another library draws a bar.
     """
 
     def __init__(
@@ -99,11 +104,11 @@ class Progress:
         scale: int = 1,
         rate_unit: str = "",
         minor: bool = False,
-        draws: bool = True,
+        style: Literal["bar", "lines", "nothing"] = "bar",
     ):
         self.label, self.unit, self.total, self.done = label, unit, total, done
         self.quiet = quiet or (total is not None and done >= total)
-        self.scale, self.rate_unit, self.minor, self.draws = scale, rate_unit or unit, minor, draws
+        self.scale, self.rate_unit, self.minor, self.style = scale, rate_unit or unit, minor, style
         self.rate = Rate()
         self.fields = self.doing = ""
         self.expected: tuple[float, float] | None = None
@@ -119,11 +124,11 @@ class Progress:
         _entered.append(self)
         # From Python, nothing is drawn: the package only logs there.
         if _entered[0] is self and console.is_shown():
-            if not sys.stderr.isatty():
-                self.ticker = _Ticker(self)
-            elif self.draws:
+            if self.style == "bar" and sys.stderr.isatty():
                 self.bar = _bar(self)
                 self.bar.start()
+            else:
+                self.ticker = _Ticker(self)
         return self
 
     def __exit__(
@@ -169,7 +174,8 @@ class Progress:
         """None while it is not known. Less than nothing, if what was expected is over."""
         if self.is_estimated:
             return None if self.expected is None else self.expected[1] - (time.monotonic() - self.expected[0])
-        return None if self.total is None else self.rate.seconds_for(self.total - self.done)
+        seconds = None if self.total is None else self.rate.seconds_for(self.total - self.done)
+        return None if seconds is None else seconds - self.rate.since_last
 
     def rate_text(self) -> str:
         """Rate, time left and fields: `32.0 images/s  left 18 s  loss 0.31`."""
@@ -201,9 +207,9 @@ class Progress:
         if self.total is None and self.expected is None:
             return so_far
         seconds = self.seconds_left()
-        if seconds is not None and seconds < 0:
+        if seconds is not None and seconds <= -1:
             return f"{so_far}, {duration(-seconds)} more than expected"
-        return f"left {duration(seconds)}" if seconds is not None else f"left ?, {so_far}"
+        return f"left {duration(max(0.0, seconds))}" if seconds is not None else f"left ?, {so_far}"
 
     def _shown(self) -> None:
         """Log a line if it is time. A bar draws itself."""
@@ -218,7 +224,7 @@ class Progress:
 
     @property
     def _is_logged(self) -> bool:
-        return self.bar is None and (self.draws or not sys.stderr.isatty())
+        return self.bar is None and not (self.style == "nothing" and sys.stderr.isatty())
 
     def _log(self) -> None:
         self.last_logged = time.monotonic()

@@ -198,7 +198,7 @@ def _load_from_hub(spec: str, name: str, **extra: Any) -> nn.Module:
 
 def _loading(spec: str) -> Progress:
     """In a log. On a terminal, the hub's client draws a bar of what it downloads."""
-    return Progress(f"load {spec}", minor=True, draws=False)
+    return Progress(f"load {spec}", minor=True, style="nothing")
 
 
 def _stay_offline_without_a_hub() -> bool:

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmae.config.codec_names import parse_codec
 from fastmae.errors import InputError
+from fastmae.outside.codec_names import parse_codec
 from fastmae.tokens.quantisers import ENTRIES, FloatCast, ProductQuantiser, Quantiser, ScalarQuantiser
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.uint8, "pq": np.uint8}

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmae.config.codec_names import parse_codec
 from fastmae.errors import InputError
+from fastmae.outside.codec_names import parse_codec
 from fastmae.runtime.progress import counted_through
 from fastmae.runtime.wording import counted
 from fastmae.tokens.codec import Codec, check_finite, code_layout, keeps_means, load_codec

@@ -1,4 +1,4 @@
-"""The names of codecs, as options give them. What the codecs do is in `tokens.codec`."""
+"""The names of codecs, as options and stores give them. What the codecs do is in `tokens.codec`."""
 
 import re
 from dataclasses import dataclass
