@@ -116,11 +116,8 @@ def _measure_memory(config: BenchStepConfig, table_methods: list[Method]) -> tup
     with Progress("bench step, memory", "rows", len(table_methods)) as progress:
         for method in table_methods:
             left = timetable.seconds_left()
-            if left is not None and seconds:
-                progress.expect(left + steps_to_come * fmean(seconds.values()))
-            else:
-                progress.expect(None)
-            progress.now(f"{method.name}; the time left is that of the whole bench")
+            progress.expect(None if left is None else left + steps_to_come * fmean(seconds.values()))
+            progress.now(method.name + ("" if left is None else "; the time left is that of the whole bench"))
             with timetable.turn(method.name):
                 memory[method.name], seconds[method.name] = processes.run(step_memory, config, method)
             progress.advance(1)
