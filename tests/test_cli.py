@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import fastmae
 from fastmae import cli
 from fastmae.cli import parse, run
 from fastmae.config.commands import COMMANDS, Command
@@ -24,9 +25,27 @@ BAD_USAGE = [
     (["pretrain", "a.tokens", "run", "--epochs", "many"], "--epochs"),
     (["pretrain", "a.tokens", "run", "--norm", "patc"], "'patch'"),
     (["pretrain", "a.tokens", "run", "--recipe", "vit_tiny_cpuu"], "did you mean 'vit_tiny_cpu'"),
-    (["pretrain", "no-such.tokens", "run"], "no-such.tokens: not a token store"),
+    (["pretrain", "no-such.tokens", "run"], "no-such.tokens: does not exist; STORE is: "),
     (["tokenize", "no-such-folder", "out"], "no-such-folder: does not exist"),
-    (["knn", "no-such-run", "data", "--device", "cpu"], "no folder 'train'"),
+    (["knn", "no-such-run", "data", "--device", "cpu"], "data: does not exist; DATA is: Folder with train/"),
+    (["knn", "run", ".", "--k"], "--k: give a value"),
+    (["pretrain", "a", "b", "--betas", "0.9"], "--betas: give 2 values"),
+    (["inspect", "a", "--quality=3"], "--quality: takes no value"),
+    (["knn", "run", ".", "--device", "cud"], "did you mean 'cuda'"),
+    (["features", "run", ".", "out.csv"], "out.csv: give a file name that ends in .safetensors or .parquet"),
+    (["features", "run", ".", "out.parquet", "--dense"], "--dense"),
+    (["tokenize", ".", "out", "--middle-size", "100"], "--middle-size 100"),
+    (["tokenize", ".", "out", "--codec", "zip"], "--codec zip"),
+    (["tokenize", ".", "out", "--rank", "1"], "--world-size"),
+    (["bench", "loader", ".", "--codecs", "fp16,fp16"], "--codecs fp16,fp16"),
+    (["bench", "store", ".", "--jpeg-qualities", "90,x"], "--jpeg-qualities"),
+    (["bench", "step", "--image-size", "100"], "--image-size 100"),
+    (["bench", "step", "--teachers", "a", "--teachers", "a"], "--teachers a,a: a name is given twice"),
+    (["linear", "run", ".", "--devices", "2"], "--augment none"),
+    (["export", "run", "out", "--classifier", "--format", "transformers"], "--classifier"),
+    (["bench"], "give what to do: bench step, bench loader, "),
+    (["bench", "stepp"], "did you mean 'bench step'? fastmae --help lists all"),
+    (["help", "knnn"], "did you mean 'knn'?"),
     (["inspect", "."], "not a token store"),
     (["pretrain", "a", "b", "--config", "no-such.yaml"], "no-such.yaml"),
     (["inspect", "a", "--device"], "--device"),
@@ -43,6 +62,46 @@ def test_bad_usage_is_one_line_and_code_2(args, named, capsys, tmp_path, monkeyp
     assert len(err.splitlines()) == 1
     assert named in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_arguments_tell_is_refused_before_torch_is_imported(fastmae_command, tmp_path):
+    """All calls of BAD_USAGE but those that need to look into a file, in one process."""
+    calls = [args for args, named in BAD_USAGE if named != "not a token store"]
+    code = f"""
+import sys
+from fastmae.cli import run
+assert [run(args) for args in {calls}] == {len(calls)} * [2]
+sys.exit("torch" in sys.modules or "timm" in sys.modules)
+"""
+    done = subprocess.run([fastmae_command[0], "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(calls)
+
+
+@pytest.mark.parametrize("args", [["help"], ["-h"], ["bench", "-h"], ["help", "bench"], ["bench", "--help"]])
+def test_help_lists_the_commands(args, capsys):
+    assert run(args) == 0
+    out = capsys.readouterr().out
+    assert "  bench accuracy  " in out
+    assert ("  knn  " in out) == ("bench" not in args)
+
+
+def test_help_with_a_command_is_the_commands_own(capsys):
+    for args in (["help", "knn"], ["knn", "-h"], ["help", "bench", "step"]):
+        with pytest.raises(SystemExit) as end:
+            run(args)
+        assert end.value.code == 0
+        assert "usage: fastmae knn RUN DATA" in (out := capsys.readouterr().out) or "usage: fastmae bench step" in out
+
+
+def test_both_flags_print_the_version(capsys):
+    assert [run(["-V"]), run(["--version"])] == [0, 0]
+    assert capsys.readouterr().out.splitlines() == 2 * [fastmae.__version__]
+
+
+def test_the_values_of_an_option_that_takes_several_add_up():
+    assert parse("report", ["run", "--also", "a,b", "--also", "c"]).also == "a,b,c"
+    assert parse("knn", ["run", "data", "--k", "3", "--k", "4"]).k == 4  # as usual, the last one
 
 
 def failing(error):
@@ -65,16 +124,16 @@ def failing(error):
         (InputError("photo.jpg: damaged"), 2, "photo.jpg: damaged; step 3 is saved"),
     ],
 )
-def test_whatever_a_command_raises_is_one_line_with_what_was_saved(error, code, line, monkeypatch, capsys):
+def test_whatever_a_command_raises_is_one_line_with_what_was_saved(error, code, line, monkeypatch, capsys, tmp_path):
     add_note(error, "step 3 is saved")
     monkeypatch.setattr(Command, "load", failing(error))
-    assert run(["knn", "r", "data"]) == code
+    assert run(["knn", "r", str(tmp_path)]) == code
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert err.startswith(f"fastmae knn: {line}")
     assert "step 3 is saved" in err
     assert err.rstrip().endswith("; --traceback shows all") == (code == 1)
-    assert run(["knn", "r", "data", "--traceback"]) == code
+    assert run(["knn", "r", str(tmp_path), "--traceback"]) == code
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback (most recent call last):")
     assert shown.splitlines()[-1] == err.rstrip()

@@ -20,13 +20,15 @@ from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TextIO, get_args, get_origin, get_type_hints
 
 import yaml
 
 from fastmae.config.commands import COMMANDS
 from fastmae.config.common import Common
 from fastmae.config.options import help_texts, positionals
+from fastmae.config.parser import Added, Parser
+from fastmae.config.ranges import COMMAS
 from fastmae.config.resolve import CALLER_ONLY, converted, flag, label, placeholder, range_of, words_or_numbers
 from fastmae.errors import (
     FailedCheckError,
@@ -48,6 +50,8 @@ EXIT_CODES: dict[type[BaseException], int] = {
     InterruptedRunError: 130,
     KeyboardInterrupt: 130,
 }
+SIMILAR = 0.7
+"""Of two words of which one may be meant by the other: difflib's ratio."""
 LONGEST_CRASH = 300
 """Characters of a crash that are shown in its line."""
 
@@ -76,14 +80,16 @@ def run(args: list[str]) -> int:
         0 done, 1 failed check or an error of ours, 2 bad input or usage (one line on standard error for all of them),
         130 interrupted.
     """
+    if args[:1] == ["help"]:
+        args = [*args[1:], "--help"]  # `fastmae help knn` is `fastmae knn --help`
     if not args or args[0] in {"-h", "--help"}:
         print(overview())
         return OK
-    if args[0] == "--version":
+    if args[0] in {"-V", "--version"}:
         print(import_module("fastmae").__version__)
         return OK
     command, rest = _command_name(args)
-    if _two_word_names(args[0]) and args[1:] in (["-h"], ["--help"]):
+    if _two_word_names(args[0]) and args[1:2] in (["-h"], ["--help"]):
         print(overview(_two_word_names(args[0])))
         return OK
     console.show()
@@ -111,7 +117,9 @@ def run(args: list[str]) -> int:
 def overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
     """The text of `fastmae --help`, or of `fastmae bench --help`."""
     lines = [f"  {name:15} {(COMMANDS[name].kind.__doc__ or '').splitlines()[0]}" for name in names]
-    return "\n".join(["usage: fastmae COMMAND ...; fastmae COMMAND --help for its options", "", *lines])
+    first_words = {name.partition(" ")[0] for name in names}
+    command = f"{first_words.pop()} WHAT" if len(first_words) == 1 else "COMMAND"
+    return "\n".join([f"usage: fastmae {command} ...; fastmae {command} --help for its options", "", *lines])
 
 
 def parse(command: str, args: Sequence[str]) -> Any:
@@ -122,10 +130,14 @@ def parse(command: str, args: Sequence[str]) -> Any:
         SystemExit: with code 0, after --help.
     """
     if command not in COMMANDS:
-        known = _two_word_names(command.partition(" ")[0]) or list(COMMANDS)
-        near = difflib.get_close_matches(command, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"no such command{hint}; give one of {', '.join(known)}")
+        first, _, second = command.partition(" ")
+        known = _two_word_names(first) or list(COMMANDS)
+        if known != list(COMMANDS) and not second:
+            raise InputError(f"give what to do: {', '.join(known)}; fastmae {first} --help tells them apart")
+        near = difflib.get_close_matches(command, known, 1, SIMILAR)
+        if near:
+            raise InputError(f"no such command; did you mean {near[0]!r}? fastmae --help lists all")
+        raise InputError(f"no such command; give one of {', '.join(known)}")
     kind = COMMANDS[command].kind
     typed, words = _typed(command, args)
     given = {**_assigned(kind, words), **typed}
@@ -151,7 +163,7 @@ def as_yaml(config: Common) -> str:
 
 def _command_name(args: list[str]) -> tuple[str, list[str]]:
     """The command's name, of one word or two, and what follows it."""
-    words = 2 if _two_word_names(args[0]) else 1
+    words = 2 if _two_word_names(args[0]) and args[1:] and not args[1].startswith("-") else 1
     return " ".join(args[:words]), args[words:]
 
 
@@ -167,7 +179,11 @@ def _do(command: str, args: list[str]) -> None:
     try:
         # With --json, the messages for people move to standard error, so that the last line of standard output is JSON.
         with contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext():
-            work = COMMANDS[command].load()
+            config.check_inputs()
+            from fastmae.runtime.progress import Progress
+
+            with Progress("start", minor=True, style="lines"):  # imports: seconds, or many on a busy machine
+                work = COMMANDS[command].load()
             startup.begin()
             result = work(config)
     except (Exception, KeyboardInterrupt) as error:
@@ -198,15 +214,10 @@ def _close(stream: TextIO) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
-
-
 def _typed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The flags that were typed, as option -> value, and the words among them."""
     kind = COMMANDS[command].kind
-    parser = _Parser(
+    parser = Parser(
         usage=_usage(command),
         description=inspect.cleandoc(kind.__doc__ or ""),
         argument_default=argparse.SUPPRESS,
@@ -269,6 +280,7 @@ def _add_flag(parser: argparse._ArgumentGroup, name: str, hint: Any, default: An
     notes = [*([str(span)] if span else []), *([f"default: {_shown(default)}"] if default not in (None, "") else [])]
     parser.add_argument(
         flag(name),
+        action=Added if COMMAS in getattr(hint, "__metadata__", ()) else "store",
         metavar=metavar,
         nargs=len(kinds) if get_origin(plain) is tuple else None,
         help=f"{text} ({'; '.join(notes)})" if notes else text,

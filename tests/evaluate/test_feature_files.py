@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from fastmae.config import FeaturesConfig
 from fastmae.errors import InputError
-from fastmae.evaluate.feature_files import SafetensorsFeatures, check_file
+from fastmae.evaluate.feature_files import SafetensorsFeatures
 
 
 @pytest.mark.parametrize("rows", [1, 9, 10, 101])  # the header's numbers have one to three digits
@@ -27,4 +28,4 @@ def test_a_safetensors_file_grows_row_by_row_to_any_number_of_rows(rows, read_fe
 def test_a_file_that_cannot_hold_the_features_is_named(name, dense, named, tmp_path):
     (tmp_path / "folder.parquet").mkdir()
     with pytest.raises(InputError, match=named):
-        check_file(tmp_path / name, dense)
+        FeaturesConfig(run="run", images=tmp_path, out=tmp_path / name, dense=dense).check_out()

@@ -1,6 +1,6 @@
 """Numbers in messages."""
 
-from fastmae.runtime.wording import counted, weight_count
+from fastmae.runtime.wording import accuracies, counted, tells_top5, weight_count
 
 
 def test_one_is_singular_and_all_other_numbers_are_plural():
@@ -8,6 +8,16 @@ def test_one_is_singular_and_all_other_numbers_are_plural():
         *("0 epochs", "1 epoch", "1 epoch", "0.5 epochs", "30 epochs"),
     ]
     assert counted(1_281_167, "image") == "1281167 images"
+
+
+def test_an_irregular_plural_is_given():
+    assert [counted(number, "class", "classes") for number in (1, 2)] == ["1 class", "2 classes"]
+
+
+def test_a_top_5_accuracy_of_five_classes_is_not_shown():
+    assert accuracies(40, 100, 5) == "top-1 40.0 %"
+    assert accuracies(40, 81, 6) == "top-1 40.0 %, top-5 81.0 %"
+    assert [tells_top5(classes) for classes in (2, 5, 6)] == [False, False, True]
 
 
 def test_small_networks_are_counted_in_thousands():

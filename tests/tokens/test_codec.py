@@ -11,7 +11,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from fastmae.errors import InputError
-from fastmae.tokens.codec import code_layout, learns, load_codec, parse_codec, peak_of
+from fastmae.outside.codec_names import parse_codec
+from fastmae.tokens.codec import code_layout, learns, load_codec, peak_of
 from fastmae.tokens.learn import deal, learn_codec, learn_from, share_variance
 
 C = 48

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from fastmae.probes.embed import WholeImages, embed_images, embed_with_encoder
 from fastmae.probes.labelled import LabelledFolder
 from fastmae.probes.logistic import linear_accuracy
 from fastmae.probes.neighbours import knn_accuracy
-from fastmae.runs.folder import read_evaluations
+from fastmae.runs.folder import RUN_FILE, read_evaluations, read_run
 from fastmae.runtime.device import own_device
 from fastmae.runtime.durable import write_json
-from fastmae.runtime.progress import duration
+from fastmae.runtime.forecast import Forecast
+from fastmae.runtime.progress import Progress, duration
+from fastmae.runtime.wording import counted
 from fastmae.student.student import build_student
 from fastmae.tokens import TokenStore
 
@@ -98,7 +101,7 @@ class AccuracyMeasure:
                 torch.device("cpu"),
                 DECODE_BATCH_SIZE,
                 self.config.workers,
-                f"decoding {split}",
+                f"decode {split}",
             ).to(torch.uint8)
             for split, paths in (("train", self.data.train), ("val", self.data.val))
         }
@@ -109,9 +112,7 @@ class AccuracyMeasure:
         start = time.monotonic()
         embed = embed_with_encoder(student.encoder, "mean", None, *self.store.normalisation)
         train, val = (
-            embed_images(
-                TensorDataset(pixels[split]), embed, self.device, EMBED_BATCH_SIZE, 0, f"measuring {split}", quiet=True
-            )
+            embed_images(TensorDataset(pixels[split]), embed, self.device, EMBED_BATCH_SIZE, 0, f"measure {split}")
             for split in ("train", "val")
         )
         features = (train, self.data.train_labels, val, self.data.val_labels, len(self.data.classes))
@@ -129,12 +130,18 @@ class AccuracyRuns:
         store: the token store.
         data: the labelled images.
         methods: all of them.
+        measuring: seconds of a measurement.
+        forecast: of the runs' time.
+        progress: counts the runs.
     """
 
     config: BenchAccuracyConfig
     store: Path
     data: LabelledFolder
     methods: list[Method]
+    measuring: float = 0.0
+    forecast: Forecast = field(default_factory=lambda: Forecast(0.0))
+    progress: Progress = field(default_factory=lambda: Progress("bench accuracy", "runs"))
 
     @cached_property
     def measure(self) -> AccuracyMeasure:
@@ -154,18 +161,49 @@ class AccuracyRuns:
 
     def announcement(self) -> str:
         """What will be trained, and for how long."""
-        *ours, mae = self.methods
-        seeds, count = len(self.seeds), sum(len(method.fractions) for method in ours)
+        *ours, _ = self.methods
+        seeds = len(self.seeds)
         shortest, longest = (float(ours[0].fractions[end]) * self.mae_seconds for end in (0, -1))
-        measurements = seeds * (1 + count + mae.points)
         return (
-            f"{seeds * (count + 1)} runs, {duration(60 * self.config.minutes)} of training in all: MAE for "
-            f"{duration(self.mae_seconds)}; {len(ours)} methods for {duration(shortest)} to {duration(longest)} a run"
-            f"{f'; {seeds} seeds' if seeds > 1 else ''}. Tokenising and {measurements} measurements come on top."
+            f"{counted(len(self.all()), 'run')}, {duration(60 * self.config.minutes)} of training in all: MAE for "
+            f"{duration(self.mae_seconds)}; {counted(len(ours), 'method')} for {duration(shortest)} to "
+            f"{duration(longest)} a run{f'; {seeds} seeds' if seeds > 1 else ''}. Tokenising comes first"
         )
 
+    def all(self) -> list[tuple[Method, Fraction, int]]:
+        """Method, fraction and seed of each run."""
+        return [(method, share, seed) for method in self.methods for share in method.fractions for seed in self.seeds]
+
+    def begin(self) -> None:
+        """Measure the untrained encoders, and say how long the runs will take. The store must be there."""
+        untrained = [self._untrained(seed) for seed in self.seeds]
+        self.measuring = median([figures.get("measuring", 0.0) for figures in untrained])
+        runs = self.all()
+        missing = [run for run in runs if not self._is_done(*run)]
+        self.forecast = Forecast(sum(self._seconds(method, fraction) for method, fraction, _ in missing))
+        self.progress = Progress("bench accuracy", "runs", len(runs), len(runs) - len(missing))
+        measurements = sum(method.points for method, _, _ in missing)
+        if missing:
+            log.info(
+                f"about {duration(self.forecast.seconds_left())} here: {len(missing)} of {counted(len(runs), 'run')} "
+                f"to do, with {counted(measurements, 'measurement')} of {self.measuring:.1f} s each"
+            )
+
+    def _seconds(self, method: Method, fraction: Fraction) -> float:
+        """How long a run takes, with its measurements."""
+        return float(fraction) * self.mae_seconds + method.points * self.measuring
+
+    def _is_done(self, method: Method, fraction: Fraction, seed: int) -> bool:
+        run = self._options(method, fraction, seed).run
+        if not (run / RUN_FILE).exists():
+            return False
+        description, evaluations = read_run(run), read_evaluations(run)
+        options = description["options"]
+        a_step = options["batch_size"] / description["store"]["images"]  # the last one may end before the last epoch
+        return bool(evaluations) and evaluations[-1]["epoch"] >= options["epochs"] - a_step
+
     def points(self, method: Method) -> list[Point]:
-        """Train and measure all runs of a method."""
+        """Train and measure all runs of a method. To be called within `progress`, after `begin`."""
         measurements: dict[int, list[Measurement]] = {seed: [self._untrained(seed)] for seed in self.seeds}
         for fraction in method.fractions:
             epochs = None
@@ -175,8 +213,16 @@ class AccuracyRuns:
                     epochs = fitted_to_time(options, float(fraction) * self.mae_seconds, TIMED_STEPS).epochs
                 options = options.with_epochs(epochs)
                 share = f" ({fraction} of MAE's time)" if fraction < 1 else ""
-                log.info(f"{method.name}, seed {seed}: {duration(float(fraction) * self.mae_seconds)}{share}")
+                if not (is_done := self._is_done(method, fraction, seed)):
+                    log.info(f"{method.name}, seed {seed}: {duration(float(fraction) * self.mae_seconds)}{share}")
+                    self.forecast.begin(options.run)
+                    self.progress.expect(self.forecast.seconds_left())
+                    self.progress.now(f"{method.name}, seed {seed}")
                 pretrain(replace(options, knn_every=epochs / method.points), self.measure)
+                if not is_done:
+                    self.forecast.end(options.run, self._seconds(method, fraction))
+                    self.progress.advance(1)
+                    self.progress.expect(self.forecast.seconds_left())
                 measurements[seed] += read_evaluations(options.run)
         return mean_points(list(measurements.values()))
 
@@ -192,7 +238,7 @@ class AccuracyRuns:
             plan = make_plan(options)
             torch.manual_seed(seed)
             student = build_student(options, plan.patch_size, plan.target_dim, plan.channels)
-            figures = self.measure(student.eval().to(self.measure.device))
-            log.info(f"untrained, seed {seed}: a measurement takes {duration(figures['measuring'])}")
+            with Progress("measure the untrained encoder", minor=True):
+                figures = self.measure(student.eval().to(self.measure.device))
             write_json(file, {"seconds": 0.0, "epoch": 0.0, **figures})
         return read_json(file, dict[str, float], way_out="delete it; the same call measures it again")

@@ -23,6 +23,7 @@ from fastmae.reporting.html_page import Section, write_page
 from fastmae.runtime.durable import write_json, write_whole
 from fastmae.runtime.ownership import owned
 from fastmae.runtime.table import with_std
+from fastmae.runtime.wording import counted
 
 log = logging.getLogger(__name__)
 RECORD_FILE = "accuracy.json"
@@ -57,7 +58,9 @@ def _bench_accuracy(config: BenchAccuracyConfig) -> dict[str, Any]:
     check_decodable(data, options, "images")
     tokenize_seconds = tokenize_timed(options, config.out / "tokenizing.json")[1]
     write_json(config.out / RECORD_FILE, _settings(config))
-    points = {method.name: runs.points(method) for method in runs.methods}
+    runs.begin()
+    with runs.progress:
+        points = {method.name: runs.points(method) for method in runs.methods}
     ratios = {
         name: {key: time_ratio(points[MAE], curve, key, tokenize_seconds) for key in LABELS}
         for name, curve in points.items()
@@ -114,10 +117,10 @@ def _publish(
     data: LabelledFolder,
 ) -> None:
     settings = machine() | {
-        "images": f"{len(data.train):,} train, {len(data.val):,} val, {len(data.classes)} classes",
+        "images": f"{len(data.train):,} train, {len(data.val):,} val, {counted(len(data.classes), 'class', 'classes')}",
         "recipes": f"{', '.join(config.recipes)}; {config.mae_recipe}",
         "teacher": config.teacher,
-        "training": f"{config.minutes:g} minutes in all; seeds per method: {config.seeds}",
+        "training": f"{counted(config.minutes, 'minute')} in all; seeds per method: {config.seeds}",
         "tokenising": f"{tokenize_seconds:.0f} s, once",
     }
     rows = [_cells(name, point) for name, curve in points.items() for point in curve]

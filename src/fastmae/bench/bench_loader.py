@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from fastmae.bench.loading import Batches, MaeImages, StoreTurns
-from fastmae.bench.options import check_codecs_fit, check_out, check_sizes, codec_names
+from fastmae.bench.options import check_codecs_fit
 from fastmae.bench.sample import evenly_spaced, list_images
 from fastmae.bench.stores import CachedTeacher, begin_store, build_store, store_info
 from fastmae.bench.table import Table, machine
@@ -28,7 +28,10 @@ from fastmae.images.decode import UndecodableError, decode_image
 from fastmae.images.sources import Source, open_source
 from fastmae.images.views import ViewDraws
 from fastmae.offline.fill import LoaderOptions
+from fastmae.outside.codec_names import codec_names
 from fastmae.runtime.device import own_device
+from fastmae.runtime.progress import counted_through
+from fastmae.runtime.wording import counted
 from fastmae.student.encoder import visible_patches
 from fastmae.teachers import Teacher, load_teacher
 from fastmae.tokens import TokenStore
@@ -73,9 +76,7 @@ def bench_loader(config: BenchLoaderConfig) -> dict[str, Any]:
     Returns:
         The command's JSON.
     """
-    check_sizes(config.patch_size, config.middle_size, config.image_size)
     codecs = codec_names(config.codecs)
-    check_out(config.out)
     source = open_source(config.images)
     with tempfile.TemporaryDirectory(prefix="fastmae-") as temporary, torch.random.fork_rng(devices=[]):
         folder = Path(temporary)
@@ -91,8 +92,8 @@ def bench_loader(config: BenchLoaderConfig) -> dict[str, Any]:
     settings = machine() | {
         "images": f"{len(entries)} of {config.images}",
         "sizes": f"views of {config.image_size} px out of {config.middle_size}, patches of {config.patch_size}",
-        "batches": f"{config.batch_size} views",
-        "tokens": f"{config.teacher}, {teacher.token_dim} channels",
+        "batches": counted(config.batch_size, "view"),
+        "tokens": f"{config.teacher}, {counted(teacher.token_dim, 'channel')}",
         "pixels": f"JPEG quality {TokenizeConfig.jpeg_quality}, or raw",
         "rounds": str(config.rounds),
     }
@@ -104,7 +105,7 @@ def _decodable(source: Source, entries: list[bytes]) -> list[bytes]:
     """The images that both sides can decode."""
     mae = MaeImages.of(source, entries, size=1)
     decodable = []
-    for index, entry in enumerate(entries):
+    for index, entry in enumerate(counted_through(entries, "check the images", "images", len(entries))):
         try:
             with source.open(entry) as file:
                 decode_image(file)
@@ -155,7 +156,7 @@ def _measure(
         store_turns = StoreTurns(store, draws, batches)
         delivery = store_turns.delivery(1 + config.rounds)  # the first warms up
         turns |= {(name, work): turn for work, turn in (store_turns.turns() | delivery.turns()).items()}
-    return interleave(turns, config.rounds), delivery.views_per_round
+    return interleave(turns, config.rounds, "bench loader"), delivery.views_per_round
 
 
 def _rows(seconds: Seconds, images: int, delivered: int, stores: list[str]) -> list[dict[str, Any]]:

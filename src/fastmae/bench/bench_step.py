@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -33,14 +33,15 @@ import torch
 from fastmae.bench.gemm import BlockProducts, flops_of
 from fastmae.bench.memory import FreshProcesses, peak_memory_of
 from fastmae.bench.methods import BEYOND_PAPER, MAE, PUBLISHED, Method, Step, Steps, methods
-from fastmae.bench.options import check_out, check_sizes
 from fastmae.bench.sample import IMAGENET_IMAGES
 from fastmae.bench.step_counts import count_steps
 from fastmae.bench.table import Table, machine
-from fastmae.bench.timing import format_rate, interleave, same_every_round
+from fastmae.bench.timing import Timetable, format_rate, interleave, same_every_round, seconds_of
 from fastmae.config import BenchStepConfig
 from fastmae.runtime.arithmetic import computes_as_asked
 from fastmae.runtime.device import device_name, memory_hint
+from fastmae.runtime.progress import Progress, counted_through
+from fastmae.runtime.wording import counted
 
 FP16_BYTES = 2
 """Bytes of a stored number, as in Table 2."""
@@ -89,16 +90,14 @@ def bench_step(config: BenchStepConfig) -> dict[str, Any]:
     Returns:
         The command's JSON.
     """
-    check_sizes(config.patch_size, config.middle_size, config.image_size)
-    check_out(config.out)
     if config.count:
         return count_steps(config)
     table_methods = methods(config)
     steps = Steps.launched(config)
     products = steps.products()
     with memory_hint("give a smaller --batch-size or fewer --rows"):
-        memory = _measure_memory(config, table_methods)
-        measurements, gemm_rates = _measure(table_methods, steps, products, memory)
+        memory, expected = _measure_memory(config, table_methods)
+        measurements, gemm_rates = _measure(table_methods, steps, products, memory, expected)
     gemm_rate = max(gemm_rates.values())
     rows = [_row(method, measurements[method.name], gemm_rate, steps) for method in table_methods]
     _add_ratios(rows, table_methods)
@@ -107,25 +106,45 @@ def bench_step(config: BenchStepConfig) -> dict[str, Any]:
     return {"rows": rows, "gemm_gflops_per_second": round(gemm_rate / 1e9, 1), "settings": settings}
 
 
-def _measure_memory(config: BenchStepConfig, table_methods: list[Method]) -> dict[str, float]:
+def _measure_memory(config: BenchStepConfig, table_methods: list[Method]) -> tuple[dict[str, float], dict[str, float]]:
+    """The peak memory of each row in MB, and the seconds of its second step, by which the bench's time is foreseen."""
     processes = FreshProcesses(__name__)
-    return {method.name: processes.run(step_memory, config, method) for method in table_methods}
+    memory: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    timetable = Timetable({method.name: 1 for method in table_methods})
+    steps_to_come = len(table_methods) * (1 + config.warmup + config.rounds)
+    with Progress("bench step, memory", "rows", len(table_methods)) as progress:
+        for method in table_methods:
+            left = timetable.seconds_left()
+            progress.expect(None if left is None else left + steps_to_come * fmean(seconds.values()))
+            progress.now(method.name + ("" if left is None else "; the time left is that of the whole bench"))
+            with timetable.turn(method.name):
+                memory[method.name], seconds[method.name] = processes.run(step_memory, config, method)
+            progress.advance(1)
+    return memory, seconds
 
 
-def step_memory(config: BenchStepConfig, method: Method) -> float:
-    """The peak memory of a row in MB. To be called in a process that has computed nothing yet."""
-    steps = Steps.launched(config)
+def step_memory(config: BenchStepConfig, method: Method) -> tuple[float, float]:
+    """The peak memory of a row in MB, and the seconds of its last step. To be called in a process that has computed
+    nothing yet.
+    """
+    steps, seconds = Steps.launched(config), 0.0
 
     def work() -> None:
+        nonlocal seconds
         step = steps.step(method)
         for _ in range(MEMORY_STEPS):
-            step.run()
+            seconds = seconds_of(step.run, steps.fabric.device)
 
-    return peak_memory_of(work, steps.fabric.device)
+    return peak_memory_of(work, steps.fabric.device), seconds
 
 
 def _measure(
-    table_methods: list[Method], steps: Steps, products: dict[str, BlockProducts], memory: dict[str, float]
+    table_methods: list[Method],
+    steps: Steps,
+    products: dict[str, BlockProducts],
+    memory: dict[str, float],
+    expected: dict[str, float],
 ) -> tuple[dict[str, StepMeasurement], dict[str, float]]:
     """Time all steps and matrix products side by side.
 
@@ -133,28 +152,33 @@ def _measure(
         The measurement of each row by its method, and the rate of each variant of the products in FLOP/s.
     """
     built_steps = {method.name: steps.step(method) for method in table_methods}
-    step_flops = {name: flops_of(step.run) for name, step in built_steps.items()}
+    named_steps = counted_through(built_steps.items(), "bench step, count operations", "rows", len(built_steps))
+    step_flops = {name: flops_of(step.run) for name, step in named_steps}
     product_flops: dict[str, int] = {}
     works: dict[str, Callable[[], object]] = {name: step.run for name, step in built_steps.items()}
     for block, block_products in products.items():
         for implementation, run in block_products.implementations().items():
             variant = f"{implementation} in the {block}"
             product_flops[variant], works[variant] = block_products.flops, run
-    seconds = _time_in_turn(works, steps)
+    seconds = _time_in_turn(works, steps, expected)
     measurements = {
         name: StepMeasurement(seconds[name], step_flops[name], step, memory[name]) for name, step in built_steps.items()
     }
     return measurements, {variant: flops / median(seconds[variant]) for variant, flops in product_flops.items()}
 
 
-def _time_in_turn(works: dict[str, Callable[[], object]], steps: Steps) -> dict[str, list[float]]:
+def _time_in_turn(
+    works: dict[str, Callable[[], object]], steps: Steps, expected: dict[str, float]
+) -> dict[str, list[float]]:
     """The seconds of each piece of work, one per round."""
     clock = time.process_time if _on_one_thread(steps) else time.perf_counter
-    for work in works.values():
-        for _ in range(steps.config.warmup - 1):  # `interleave` adds a last round of warm-up
-            work()
+    further_rounds = steps.config.warmup - 1  # `interleave` adds a last round of warm-up
+    warming_up = [work for work in works.values() for _ in range(further_rounds)]
+    for work in counted_through(warming_up, "bench step, warm up", "turns", len(warming_up)):
+        work()
     timed = partial(same_every_round, device=steps.fabric.device, clock=clock)
-    return interleave({name: timed(work) for name, work in works.items()}, steps.config.rounds)
+    turns = {name: timed(work) for name, work in works.items()}
+    return interleave(turns, steps.config.rounds, "bench step", expected)
 
 
 def _on_one_thread(steps: Steps) -> bool:
@@ -219,7 +243,7 @@ def _settings(config: BenchStepConfig, steps: Steps, gemm_rates: dict[str, float
         "precision": steps.precision,
         "encoder": f"{config.encoder}{changed_sizes}",
         "sizes": f"views of {config.image_size} px, patches of {config.patch_size}",
-        "batch": f"{steps.batch_size} views",
+        "batch": counted(steps.batch_size, "view"),
         "online teachers see": teacher_input[config.online],
         "matrix products": ", ".join(f"{rate / 1e9:.0f} GFLOP/s {variant}" for variant, rate in gemm_rates.items()),
         "rounds": str(config.rounds),

@@ -10,21 +10,19 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
 from fastmae.bench.building import building_rate
 from fastmae.bench.codecs import VIEWS, RoundTrip, time_codecs, view_size
 from fastmae.bench.host_cost import host_costs
-from fastmae.bench.options import check_codecs_fit, check_out, check_sizes, codec_names
+from fastmae.bench.options import check_codecs_fit
 from fastmae.bench.sample import IMAGENET_IMAGES, Split, split_images
 from fastmae.bench.stores import part_of, store_info
 from fastmae.bench.table import Table, machine
 from fastmae.bench.timing import Rate, format_rate, format_spread
 from fastmae.config import BenchStoreConfig, KnnConfig
-from fastmae.config.ranges import JPEG_QUALITY
-from fastmae.config.resolve import numbers
 from fastmae.errors import InputError
 from fastmae.images.image_list import ImageList, write_list
 from fastmae.images.sources import Source, open_source
@@ -34,9 +32,11 @@ from fastmae.offline.middle_images import ImageRange, LoaderOptions, MiddleImage
 from fastmae.offline.options import check_precision
 from fastmae.offline.sample import sample_tokens, tokens_on_cpu
 from fastmae.offline.settle import fastest, first_pixels
+from fastmae.outside.codec_names import codec_names
 from fastmae.probes.neighbours import knn_accuracy
 from fastmae.runtime.device import own_device, resolve_device
-from fastmae.runtime.progress import Progress
+from fastmae.runtime.progress import Progress, counted_through
+from fastmae.runtime.wording import counted
 from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher, load_teacher
 from fastmae.teachers.precision import precision_cosines
@@ -104,9 +104,7 @@ def bench_store(config: BenchStoreConfig) -> dict[str, Any]:
     Returns:
         The command's JSON.
     """
-    check_sizes(config.patch_size, config.middle_size)
-    names, qualities = codec_names(config.codecs), _jpeg_qualities(config.jpeg_qualities)
-    check_out(config.out)
+    names, qualities = codec_names(config.codecs), list(config.qualities)
     check_precision(config.precision, resolve_device(config.device))
     source, loading = open_source(config.images), LoaderOptions(config.batch_size, config.workers)
     with tempfile.TemporaryDirectory(prefix="fastmae-") as temporary:
@@ -150,11 +148,6 @@ def recommended(rows: Sequence[dict[str, Any]]) -> str | None:
     return min(candidates, key=lambda row: row["bytes_per_image"])["codec"] if candidates else None
 
 
-def _jpeg_qualities(option: str) -> list[int]:
-    """The value of `--jpeg-qualities`: numbers separated by commas."""
-    return list(dict.fromkeys(numbers(Annotated[int, JPEG_QUALITY], option, "--jpeg-qualities")))
-
-
 def _middle_images(
     config: BenchStoreConfig, source: Source, folder: Path, split: Split, teacher: Teacher, quality: int
 ) -> MiddleImages:
@@ -169,8 +162,9 @@ def _middle_images(
 
 def _settle_precision(config: BenchStoreConfig, images: MiddleImages, teacher: Teacher) -> dict[str, float]:
     """Set the teacher's precision; returns the cosine of each precision's tokens to fp32's, by its name."""
-    pixels = first_pixels(images, config.batch_size).to(teacher.mean.device)
-    cosines = precision_cosines(teacher, pixels) if len(pixels) else {}
+    with Progress("compare precisions", minor=True):
+        pixels = first_pixels(images, config.batch_size).to(teacher.mean.device)
+        cosines = precision_cosines(teacher, pixels) if len(pixels) else {}
     automatic = config.precision == "auto"
     teacher.precision = fastest(cosines, teacher.mean.device) if automatic else config.precision
     return {name: round(cosine, 6) for name, cosine in cosines.items()}
@@ -251,11 +245,9 @@ def _mean_pixel_bytes(images: MiddleImages, quality: int, loading: LoaderOptions
     """Mean bytes of a held-out image's JPEG at another quality."""
     recoded = MiddleImages(replace(images.info, jpeg_quality=quality), images.lists, images.sources)
     ranges = _ranges(recoded, HELD_OUT, loading.batch_size)
-    sizes = [
-        size
-        for batch in recoded.load(ranges, min(worker_count(loading.workers), len(ranges)))
-        for size in batch.jpeg_sizes
-    ]
+    batches = recoded.load(ranges, min(worker_count(loading.workers), len(ranges)))
+    counted = counted_through(batches, f"JPEG quality {quality}", "batches", len(ranges))
+    sizes = [size for batch in counted for size in batch.jpeg_sizes]
     return sum(sizes) / len(sizes)
 
 
@@ -307,7 +299,7 @@ def _settings(
         f"of val/; {len(split.learning)} of train/ vote" if split.labelled else f"no labels: {split.why_unlabelled}"
     )
     measured = f"measured on {len(measurement.held_out.keys)} ({labels})"
-    grid = f"{teacher.grid} x {teacher.grid} tokens of {teacher.token_dim} channels"
+    grid = f"{teacher.grid} x {teacher.grid} tokens of {counted(teacher.token_dim, 'channel')}"
     return machine() | {
         "torch threads": str(torch.get_num_threads()),
         "device": str(teacher.mean.device),
@@ -315,7 +307,7 @@ def _settings(
         "sizes": f"middle images of {config.middle_size} px, patches of {config.patch_size}",
         "teacher": f"{config.teacher}, block {teacher.block}, {grid}",
         "precision": teacher.precision,
-        "batches": f"{config.batch_size} images",
+        "batches": counted(config.batch_size, "image"),
         "rounds": str(config.rounds),
     }
 
@@ -349,8 +341,8 @@ def _publish(
 
 def _building_note(building: dict[str, Any]) -> str:
     teacher, store = (format_rate(building[f"{name}_images_per_second"]) for name in ("teacher", "tokenize"))
-    work = f"decoded by {building['workers']} workers, stored as {building['codec']} and written"
-    ratio = f"{building['ratio']:.2f} of the teacher's rate ({building['images']} images a round)"
+    work = f"decoded by {counted(building['workers'], 'worker')}, stored as {building['codec']} and written"
+    ratio = f"{building['ratio']:.2f} of the teacher's rate ({counted(building['images'], 'image')} a round)"
     return f"Building: the teacher alone does {teacher} images/s, a whole store ({work}) {store}: {ratio}."
 
 

@@ -13,7 +13,7 @@ from fastmae.bench.timing import Rate, interleave, same_every_round, seconds_of
 from fastmae.images.sources import Source
 from fastmae.offline.fill import build_shards
 from fastmae.offline.middle_images import LoaderOptions, MiddleImages
-from fastmae.runtime.progress import Progress
+from fastmae.runtime.progress import Progress, counted_through
 from fastmae.runtime.workers import worker_count
 from fastmae.teachers import Teacher
 from fastmae.tokens.codec import Codec
@@ -76,7 +76,7 @@ def building_rate(
         return seconds
 
     turns = {"teacher": same_every_round(run_teacher_alone, teacher.mean.device), "tokenize": build}
-    seconds = interleave(turns, rounds)
+    seconds = interleave(turns, rounds, "time the building")
     bare, building = (Rate.of(images, seconds[name]) for name in ("teacher", "tokenize"))
     return {
         **bare.to_json("teacher_images_per_second"),
@@ -91,8 +91,9 @@ def building_rate(
 def _images_per_round(teacher: Teacher, size: int, channels: int, batch_size: int) -> int:
     """Images that the teacher does in about `ROUND_SECONDS`: whole batches, at least two."""
     batch = torch.zeros(batch_size, channels, size, size, dtype=torch.uint8, device=teacher.mean.device)
-    seconds_of(lambda: teacher(batch), batch.device)  # warms up
-    batches = round(ROUND_SECONDS / seconds_of(lambda: teacher(batch), batch.device))
+    with Progress("time the teacher", minor=True):
+        seconds_of(lambda: teacher(batch), batch.device)  # warms up
+        batches = round(ROUND_SECONDS / seconds_of(lambda: teacher(batch), batch.device))
     return batch_size * max(2, min(batches, MAX_IMAGES // batch_size))
 
 
@@ -101,4 +102,5 @@ def _decoded_batches(images: MiddleImages, teacher: Teacher, loading: LoaderOpti
     shards = range(images.info.shards)
     ranges = [image_range for shard in shards for image_range in images.batches_of(shard, loading.batch_size)]
     loaded = images.load(ranges, min(worker_count(loading.workers), len(ranges)))
-    return [batch.pixels.to(teacher.mean.device) for batch in loaded if len(batch.pixels)]
+    decoded = counted_through(loaded, "decode", "batches", len(ranges))
+    return [batch.pixels.to(teacher.mean.device) for batch in decoded if len(batch.pixels)]

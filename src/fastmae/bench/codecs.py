@@ -90,13 +90,13 @@ def time_codecs(
     """
     size = view_size(grids)
     views = grids[torch.arange(VIEWS) % len(grids), :size, :size]
-    turns: dict[tuple[int, str], Turn] = {}
-    for index, codec in enumerate(codecs):
+    turns: dict[tuple[str, str], Turn] = {}
+    for codec in codecs:
         codes, means = (encoded.to(device) for encoded in _encode(codec, views))
-        turns[index, "encode"] = same_every_round(partial(codec.encode_grids, grids))
-        turns[index, "decode"] = same_every_round(partial(codec.decode_grids, codes, means), device)
-    seconds = interleave(turns, rounds)
-    return [(seconds[index, "encode"], seconds[index, "decode"]) for index in range(len(codecs))]
+        turns[codec.name, "encode"] = same_every_round(partial(codec.encode_grids, grids))
+        turns[codec.name, "decode"] = same_every_round(partial(codec.decode_grids, codes, means), device)
+    seconds = interleave(turns, rounds, "time the codecs")
+    return [(seconds[codec.name, "encode"], seconds[codec.name, "decode"]) for codec in codecs]
 
 
 def view_size(grids: torch.Tensor) -> int:

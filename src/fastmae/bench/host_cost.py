@@ -21,7 +21,7 @@ from fastmae.images.sources import Source
 from fastmae.offline.encoding import BatchCodes, DeviceEncoder, EncodedShard, join_codes, writers_beside_a_device
 from fastmae.offline.fill import fill_shards
 from fastmae.offline.middle_images import DecodedBatch, ImageRange, LoaderOptions, MiddleImages
-from fastmae.runtime.progress import Progress
+from fastmae.runtime.progress import Progress, counted_through
 from fastmae.runtime.workers import worker_count
 from fastmae.tokens.codec import Codec
 from fastmae.tokens.encoded import EncodedImages
@@ -85,7 +85,9 @@ class DecodedImages(MiddleImages):
     def __init__(self, images: MiddleImages, batch_size: int, workers: int):
         super().__init__(images.info, images.lists, images.sources)
         ranges = [batch for shard in range(images.info.shards) for batch in images.batches_of(shard, batch_size)]
-        loaded = images.load(ranges, min(worker_count(workers), len(ranges)))
+        loaded = counted_through(
+            images.load(ranges, min(worker_count(workers), len(ranges))), "decode", "batches", len(ranges)
+        )
         self.decoded = dict(zip(ranges, loaded, strict=True))
 
     def __getitem__(self, image_range: ImageRange) -> DecodedBatch:
@@ -126,11 +128,11 @@ def host_costs(
         MiddleImages.of_store(folder / "decoded", described, {0: source}), loading.batch_size, loading.workers
     )
 
-    def build(index: int) -> float:
-        store = folder / codecs[index].name
+    def build(codec: Codec) -> float:
+        store = folder / codec.name
         begin_store(store, source, chosen)
-        writer = StoreWriter(store, replace(described, codec=codecs[index].name))
-        encoder = ReadyCodes(codecs[index], grids, loading.batch_size, pixel_shape)
+        writer = StoreWriter(store, replace(described, codec=codec.name))
+        encoder = ReadyCodes(codec, grids, loading.batch_size, pixel_shape)
         progress = Progress("", "images", total=described.images, quiet=True)
         fill_shards(writer, encoder, list(range(described.shards)), images, loading, progress)
         assert encoder.started_at is not None
@@ -138,13 +140,13 @@ def host_costs(
         shutil.rmtree(store)
         return seconds
 
-    turns: dict[int, Any] = {index: lambda _, index=index: build(index) for index in range(len(codecs))}
-    seconds = interleave(turns, rounds)
+    turns: dict[str, Any] = {codec.name: lambda _, codec=codec: build(codec) for codec in codecs}
+    seconds = interleave(turns, rounds, "time the host")
     return [
         {
-            "host_ms_per_image": round(1e3 * statistics.median(seconds[index]) / described.images, 3),
-            "host_ms_per_image_min": round(1e3 * min(seconds[index]) / described.images, 3),
-            "host_ms_per_image_max": round(1e3 * max(seconds[index]) / described.images, 3),
+            "host_ms_per_image": round(1e3 * statistics.median(seconds[codec.name]) / described.images, 3),
+            "host_ms_per_image_min": round(1e3 * min(seconds[codec.name]) / described.images, 3),
+            "host_ms_per_image_max": round(1e3 * max(seconds[codec.name]) / described.images, 3),
         }
-        for index in range(len(codecs))
+        for codec in codecs
     ]

@@ -121,8 +121,6 @@ def teacher_names(teachers: str) -> list[str]:
                 f"--teachers {teachers}: {name or 'an empty name'} is not one of timm's vit_* names "
                 "(vit_base_patch16_224, ...)"
             )
-    if len(set(names)) < len(names):
-        raise InputError(f"--teachers {teachers}: a name is given twice")
     return names
 
 

@@ -8,6 +8,8 @@ from fastmae.errors import InputError
 from fastmae.images.entries import entry_of
 from fastmae.images.image_list import ImageList, write_list
 from fastmae.images.sources import Source, labelled_split
+from fastmae.runtime.progress import Progress
+from fastmae.runtime.wording import counted
 
 IMAGENET_IMAGES = 1_281_167
 """Training images of ImageNet-1k, for the disk space that its store would take."""
@@ -73,8 +75,9 @@ def split_images(source: Source, limit: int, codec_images: int, folder: Path) ->
     Raises:
         InputError: one of the two groups would be empty.
     """
-    labelled, why_unlabelled = _labelled_entries(source)
-    images: ImageList | list[bytes] = labelled or list_images(source, folder)
+    with Progress("list", minor=True):
+        labelled, why_unlabelled = _labelled_entries(source)
+        images: ImageList | list[bytes] = labelled or list_images(source, folder)
     chosen = evenly_spaced(images, limit or len(images))
     if labelled:
         learning = [entry for entry in chosen if entry.startswith(b"train/")]
@@ -85,7 +88,7 @@ def split_images(source: Source, limit: int, codec_images: int, folder: Path) ->
         held_out = [entry for entry in chosen if entry not in taken]
     if not (learning and held_out):
         raise InputError(
-            f"{source.path}: {len(chosen)} images are too few to learn on some and measure others; use more"
+            f"{source.path}: {counted(len(chosen), 'image')}: too few to learn on some and measure others; use more"
         )
     return Split(learning, held_out, why_unlabelled)
 

@@ -8,7 +8,8 @@ from fastmae.bench.counting import Counts, count_step
 from fastmae.bench.methods import Method, Steps, methods
 from fastmae.bench.table import Table, machine
 from fastmae.config import BenchStepConfig
-from fastmae.errors import InputError
+from fastmae.runtime.progress import counted_through
+from fastmae.runtime.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -31,25 +32,20 @@ def count_steps(config: BenchStepConfig) -> dict[str, Any]:
     Returns:
         The command's JSON: a row for each method; and the `kernels`, `bytes_per_image` and `flops_per_image` of the
         first row that is FastMAE's.
-
-    Raises:
-        InputError: a precision that scales the loss, for which a step waits.
     """
-    if config.precision == "16-mixed":
-        raise InputError("--count: give --precision bf16-mixed or 32-true; what 16-mixed does depends on the gradients")
     precision = "bf16-mixed" if config.precision == "auto" else config.precision
     batch_size = config.batch_size or BATCH_SIZE
     steps = Steps.launched(replace(config, device="cpu", precision=precision, batch_size=batch_size, compile=False))
     table_methods = methods(config)
     rows = []
-    for method in table_methods:
+    for method in counted_through(table_methods, "count", "rows", len(table_methods)):
         log.info(f"counting {method.name}")
         rows.append(_row(method, count_step(steps.step(method).run), batch_size))
     settings = machine() | {
         "counted as": f"a GPU in {precision}",
         "encoder": config.encoder,
         "sizes": f"views of {config.image_size} px, patches of {config.patch_size}",
-        "batch": f"{batch_size} views",
+        "batch": counted(batch_size, "view"),
     }
     Table("What a pre-training step does", settings, [_cells(row) for row in rows], NOTES).publish(config.out)
     ours = next((row for row, method in zip(rows, table_methods, strict=True) if method.objective == "paper"), rows[0])

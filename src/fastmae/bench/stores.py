@@ -129,6 +129,6 @@ def _learn_codec(
 ) -> Codec:
     if not learns(info.codec):
         return load_codec(info.codec, info.token_dim, {})
-    with Progress(f"learn {info.codec}", "images", total=count, quiet=True) as progress:
+    with Progress(f"sample tokens for {info.codec}", "images", total=count) as progress:
         sample = sample_tokens(images, teacher, loading, count, seed, progress)
     return learn_from(info.codec, sample.tokens, sample.means, seed)

@@ -3,13 +3,14 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from fastmae.runtime.device import synchronise
+from fastmae.runtime.progress import Progress
 
 Name = TypeVar("Name")
 CPU = torch.device("cpu")
@@ -73,23 +74,70 @@ def same_every_round(
     return lambda _: seconds_of(work, device, clock)
 
 
-def interleave(turns: Mapping[Name, Turn], rounds: int) -> dict[Name, list[float]]:
+def interleave(
+    turns: Mapping[Name, Turn], rounds: int, label: str = "measure", expected: Mapping[Name, float] | None = None
+) -> dict[Name, list[float]]:
     """Time the contenders in turn, round after round. Round 0 warms up and is not counted.
 
     Args:
         turns: each contender's turn, by its name.
         rounds: number of rounds that count.
+        label: first word of the progress line.
+        expected: seconds that the turns of some will take, for the time left in round 0.
 
     Returns:
         The seconds of each contender, one per round that counts.
     """
     names = list(turns)
     seconds: dict[Name, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:  # another contender begins each round, so none always runs first
-            seconds[name].append(turns[name](number))
+    timetable = Timetable(dict.fromkeys(names, rounds + 1), expected)
+    with Progress(label, "turns", timetable.turns) as progress:
+        for number in range(rounds + 1):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:  # another contender begins each round, so none is always first
+                progress.expect(timetable.seconds_left())
+                progress.now(f"{_shown(name)}, {f'round {number} of {rounds}' if number else 'warm-up'}")
+                with timetable.turn(name):
+                    seconds[name].append(turns[name](number))
+                progress.advance(1)
     return {name: counted for name, (_, *counted) in seconds.items()}
+
+
+class Timetable:
+    """The turns that are to come, and how long they will take by the last turn of each contender.
+
+    Args:
+        turns: number of turns of each contender.
+        expected: seconds of a turn, where that is known before the first one.
+    """
+
+    def __init__(self, turns: Mapping[Name, int], expected: Mapping[Name, float] | None = None):
+        self.left: dict[Any, int] = dict(turns)
+        self.seconds: dict[Any, float] = dict(expected or {})
+
+    @property
+    def turns(self) -> int:
+        """Number of turns to come."""
+        return sum(self.left.values())
+
+    @contextlib.contextmanager
+    def turn(self, name: Hashable) -> Iterator[None]:
+        """Time a turn, by the clock on the wall."""
+        start = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - start
+        self.left[name] -= 1
+
+    def seconds_left(self) -> float | None:
+        """None until two contenders are known, or the only one. Others are taken for the mean of those that are."""
+        if len(self.seconds) < min(2, len(self.left)):
+            return None
+        mean = statistics.fmean(self.seconds.values())
+        return sum(count * self.seconds.get(name, mean) for name, count in self.left.items())
+
+
+def _shown(name: Any) -> str:
+    return ", ".join(map(str, name)) if isinstance(name, tuple) else str(name)
 
 
 @contextlib.contextmanager

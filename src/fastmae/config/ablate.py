@@ -54,3 +54,5 @@ class AblateConfig(Common):
     """As in tokenize, instead of the file's."""
     workers: Annotated[int, WORKERS] = -1
     """Loading processes of a run; -1: its share of the cores but two, at least one."""
+
+    inputs = ("data",)

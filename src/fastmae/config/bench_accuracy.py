@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fastmae.config.options import options
-from fastmae.config.ranges import MINUTES, ROUNDS
+from fastmae.config.ranges import COMMAS, MINUTES, ROUNDS
 from fastmae.config.recipes import check_baseline
 from fastmae.config.resolve import shown
 from fastmae.config.study import StudyConfig
@@ -26,18 +26,20 @@ class BenchAccuracyConfig(StudyConfig):
     measured."""
     out: Path = Path("fastmae-accuracy")
     """Folder for the store, the runs, the figure and the table. The same call again continues."""
-    recipe: str = "visible_tiny_cpu,vit_tiny_cpu"
+    recipe: Annotated[str, COMMAS] = "visible_tiny_cpu,vit_tiny_cpu"
     """Recipes of FastMAE, separated by commas. Each is compared with MAE."""
     distillation: bool = True
     """Also train the first recipe with nothing masked: plain distillation out of the store."""
     minutes: Annotated[float, MINUTES] = 30.0
     """Training time of all runs together. Tokenising and measuring are reported separately."""
-    fractions: str = "1/80,1/40,1/20,1/10,1/5"
+    fractions: Annotated[str, COMMAS] = "1/80,1/40,1/20,1/10,1/5"
     """Training times of FastMAE's runs as fractions of MAE's, separated by commas. Each is a run of its own: its
     schedule ends with its time, and it is measured at its end."""
     points: Annotated[int, ROUNDS] = 10
     """Measurements along MAE's one long run, evenly over its epochs, besides the one before training. Its best one
     counts."""
+
+    inputs = ("images",)
 
     @property
     def recipes(self) -> list[str]:

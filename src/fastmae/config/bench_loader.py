@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Annotated
 
+from fastmae.config.bench_checks import check_out, check_sizes
 from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common
 from fastmae.config.options import options
-from fastmae.config.ranges import BATCH, COUNT, PATCH, ROUNDS, WORKERS
+from fastmae.config.ranges import BATCH, COMMAS, COUNT, PATCH, ROUNDS, WORKERS
+from fastmae.outside.codec_names import codec_names
 
 
 @options
@@ -26,7 +28,7 @@ class BenchLoaderConfig(Common):
     """Side of the stored middle images in pixels."""
     patch_size: Annotated[int, PATCH] = 16
     """Side of a patch in pixels."""
-    codecs: str = "fp16,pq48"
+    codecs: Annotated[str, COMMAS] = "fp16,pq48"
     """Codecs of the tokens, as in tokenize; several separated by commas."""
     teacher: str = OFFLINE_TEACHER
     """As in tokenize: only the width of its tokens matters here."""
@@ -38,3 +40,11 @@ class BenchLoaderConfig(Common):
     """Decoding processes while the stores are built (which is not timed); -1: all cores but two, at least one."""
     out: Path | None = None
     """Markdown file for the table."""
+
+    inputs = ("images",)
+
+    def check(self) -> None:
+        """See `Options`."""
+        check_sizes(self.patch_size, self.middle_size, self.image_size)
+        codec_names(self.codecs)
+        check_out(self.out)

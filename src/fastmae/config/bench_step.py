@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+from fastmae.config.bench_checks import check_out, check_sizes
 from fastmae.config.common import PIXELS, Common, Precision
 from fastmae.config.options import options
-from fastmae.config.ranges import BATCH_OR_0, DEPTH, HEADS, PATCH, ROUNDS, THREADS, WIDTH
+from fastmae.config.ranges import BATCH_OR_0, COMMAS, DEPTH, HEADS, PATCH, ROUNDS, THREADS, WIDTH
 from fastmae.config.resolve import near
 from fastmae.errors import InputError
 
@@ -17,7 +18,7 @@ ROWS = ("published", "mae", "offline", "online", "visible", "distil")
 class BenchStepConfig(Common):
     """Time a pre-training step of FastMAE against MAE's, with stored tokens and with online teachers (Table 2)."""
 
-    rows: str = ",".join(ROWS)
+    rows: Annotated[str, COMMAS] = ",".join(ROWS)
     """What is measured, separated by commas. published, mae: MAE, by its authors' code and by ours. offline, online:
     FastMAE as in the paper, with stored tokens and with the teacher at every step. visible: the visible patches alone,
     without a decoder, with the losses of the recipe visible_tiny_cpu. distil: the same with nothing masked, which is
@@ -30,7 +31,7 @@ class BenchStepConfig(Common):
     """As in pretrain."""
     encoder_heads: Annotated[int | None, HEADS] = None
     """As in pretrain."""
-    teachers: str = "vit_base_patch16_224,vit_large_patch16_224"
+    teachers: Annotated[str, COMMAS] = "vit_base_patch16_224,vit_large_patch16_224"
     """ViTs of timm, separated by commas, with random weights: only their size matters. (Table 2: ViT-B and ViT-L)"""
     online: Literal["view", "middle"] = "view"
     """Input of an online teacher: the view alone, which is the least work; or the whole middle image, which gives
@@ -67,8 +68,20 @@ class BenchStepConfig(Common):
 
     def check(self) -> None:
         """Refuse a row that does not exist."""
+        self._check_sizes()
         for kind in self.row_kinds:
             if kind not in ROWS:
                 raise InputError(
                     f"--rows {self.rows}: no row {kind!r}{near(kind, ROWS)}; give some of {','.join(ROWS)}"
                 )
+
+    def _check_sizes(self) -> None:
+        check_sizes(self.patch_size, self.middle_size, self.image_size)
+        check_out(self.out)
+        if self.count and self.precision == "16-mixed":
+            raise InputError(
+                "--count: give --precision bf16-mixed or 32-true; what 16-mixed does depends on the gradients"
+            )
+        names = [name.strip() for name in self.teachers.split(",")]
+        if len(set(names)) < len(names):
+            raise InputError(f"--teachers {self.teachers}: a name is given twice")

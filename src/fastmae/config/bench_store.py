@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Annotated
 
+from fastmae.config.bench_checks import check_out, check_sizes
 from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common, Precision
 from fastmae.config.options import options
-from fastmae.config.ranges import BATCH, COUNT, COUNT_OR_0, PATCH, ROUNDS, WORKERS
+from fastmae.config.ranges import BATCH, COMMAS, COUNT, COUNT_OR_0, JPEG_QUALITY, PATCH, ROUNDS, WORKERS
+from fastmae.config.resolve import numbers
+from fastmae.outside.codec_names import codec_names
 
 
 @options
@@ -15,7 +18,7 @@ class BenchStoreConfig(Common):
     images: Path
     """As in tokenize. If it has train/<class>/* and val/<class>/*, codecs learn on train/, errors are measured on val/,
     and k-NN accuracy is given."""
-    codecs: str = "fp32,fp16,int8,pq32,pq48,pq64"
+    codecs: Annotated[str, COMMAS] = "fp32,fp16,int8,pq32,pq48,pq64"
     """Codecs, as in tokenize; several separated by commas."""
     limit: Annotated[int, COUNT_OR_0] = 0
     """Number of images, spread over IMAGES, to measure on; 0: all."""
@@ -31,7 +34,7 @@ class BenchStoreConfig(Common):
     """As in tokenize."""
     precision: Precision = "auto"
     """As in tokenize. The cosine of each precision's tokens to fp32's is measured in any case."""
-    jpeg_qualities: str = "90"
+    jpeg_qualities: Annotated[str, COMMAS] = "90"
     """JPEG quality of the stored pixels. Several, separated by commas, give the bytes of each; the teacher sees the
     first."""
     codec_images: Annotated[int, COUNT] = 512
@@ -44,3 +47,17 @@ class BenchStoreConfig(Common):
     """Timed rounds; in each, every row has its turn. Medians are reported."""
     out: Path | None = None
     """Markdown file for the table."""
+
+    inputs = ("images",)
+
+    def check(self) -> None:
+        """See `Options`."""
+        check_sizes(self.patch_size, self.middle_size)
+        codec_names(self.codecs)
+        check_out(self.out)
+        self.qualities  # noqa: B018 - raises
+
+    @property
+    def qualities(self) -> tuple[int, ...]:
+        """`--jpeg-qualities` as numbers, each once."""
+        return tuple(dict.fromkeys(numbers(Annotated[int, JPEG_QUALITY], self.jpeg_qualities, "--jpeg-qualities")))

@@ -34,7 +34,7 @@ COMMANDS = {
     "tokenize": Command(configs.TokenizeConfig, "fastmae.offline.tokenize:tokenize"),
     "inspect": Command(configs.InspectConfig, "fastmae.offline.inspect:inspect"),
     "verify": Command(configs.VerifyConfig, "fastmae.offline.verify:verify"),
-    "pretrain": Command(configs.PretrainConfig, "fastmae.pretraining.pretrain:pretrain"),
+    "pretrain": Command(configs.PretrainConfig, "fastmae.pretraining.pretrain:pretrain_command"),
     "knn": Command(configs.KnnConfig, "fastmae.evaluate.knn:knn"),
     "linear": Command(configs.LinearConfig, "fastmae.evaluate.linear:linear"),
     "finetune": Command(configs.FinetuneConfig, "fastmae.evaluate.finetune:finetune"),

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from fastmae.config.common import PIXELS, Common
 from fastmae.config.options import options
 from fastmae.config.ranges import Range
+from fastmae.errors import InputError
 
 
 @options
@@ -30,3 +31,8 @@ class ExportConfig(Common):
     """Weights file for a timm/NAME, instead of the hub's."""
     pretrained: bool = True
     """--no-pretrained writes the same architecture with random weights."""
+
+    def check(self) -> None:
+        """See `Options`."""
+        if self.classifier and self.format == "transformers":
+            raise InputError("--classifier: transformers' classifiers read the class token; use --format timm or onnx")

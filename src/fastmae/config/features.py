@@ -6,6 +6,10 @@ from typing import Annotated, Literal
 from fastmae.config.common import BLOCK, PIXELS, Common, Precision
 from fastmae.config.options import options
 from fastmae.config.ranges import BATCH, WORKERS
+from fastmae.errors import InputError
+
+SUFFIXES = (".safetensors", ".parquet")
+"""Of the files that can be written."""
 
 
 @options
@@ -42,3 +46,25 @@ class FeaturesConfig(Common):
     """Weights file for a timm/NAME, instead of the hub's."""
     pretrained: bool = True
     """--no-pretrained takes the same architecture with random weights."""
+
+    inputs = ("images",)
+
+    def check_inputs(self) -> None:
+        """See `Options`."""
+        super().check_inputs()
+        self.check_out()
+
+    def check_out(self) -> None:
+        """Check that features can be written to a file of this name.
+
+        Raises:
+            InputError: another kind of file, a folder, or a grid for Parquet.
+        """
+        if self.out.suffix not in SUFFIXES:
+            raise InputError(f"{self.out}: give a file name that ends in {' or '.join(SUFFIXES)}")
+        if self.out.is_dir():
+            raise InputError(f"{self.out}: is a folder; give a file in it")
+        if self.dense and self.out.suffix == ".parquet":
+            raise InputError(
+                f"{self.out}: --dense gives a grid of vectors per image, which a table holds badly; use .safetensors"
+            )

@@ -19,6 +19,8 @@ class InspectConfig(Common):
     out: Path | None = None
     """File of the contact sheet, a PNG. Default: STORE-quality.png, beside the store."""
 
+    inputs = ("store",)
+
     def check(self) -> None:
         """See `Options`."""
         if self.out is not None and not self.quality:

@@ -38,3 +38,5 @@ class KnnConfig(Common):
     """Images per forward pass."""
     workers: Annotated[int, WORKERS] = -1
     """Decoding processes; -1: all cores but two, at least one."""
+
+    inputs = ("data",)

@@ -35,6 +35,8 @@ class LinearConfig(SupervisedConfig):
         for name in ("betas", "layer_decay", "drop_path", "checkpoint_activations"):
             if getattr(self, name) != getattr(type(self), name):
                 raise InputError(f"{flag(name)}: has no effect on a linear probe by LARS; leave it out")
+        if self.augment == "none" and self.devices > 1:
+            raise InputError("--augment none: features are computed once, in one process; give --devices 1")
         if self.out is not None and self.solver == "logistic":
             raise InputError("--out: --solver logistic writes nothing; leave it out, or use --solver lars")
         if self.augment == "crop" and self.solver == "logistic":

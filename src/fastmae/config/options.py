@@ -7,13 +7,16 @@ A class marked with `@options` is a dataclass whose constructor resolves its fie
 import ast
 import functools
 import inspect
+import os
+import re
 import sys
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from fastmae.config.resolve import Layer, resolved
+from fastmae.config.resolve import Layer, label, resolved
+from fastmae.errors import InputError
 
 if sys.version_info >= (3, 11):
     from typing import dataclass_transform
@@ -21,6 +24,8 @@ else:
     from typing_extensions import dataclass_transform
 
 Kind = TypeVar("Kind", bound=type)
+URL = r"\w+:/"
+"""How a URL begins, also as a `Path`, which has one slash after the colon."""
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(field,))
@@ -36,6 +41,7 @@ def options(kind: Kind) -> Kind:
     @functools.wraps(assign)
     def resolve_and_assign(self: Any, **given: Any) -> None:
         assign(self, **resolved(type(self), given))
+        self.check_shared()
         self.check()
 
     built.__init__ = resolve_and_assign
@@ -45,6 +51,9 @@ def options(kind: Kind) -> Kind:
 class Options:
     """The base of every command's options."""
 
+    inputs: ClassVar[tuple[str, ...]] = ()
+    """Options that name files or folders which must be there."""
+
     @classmethod
     def layers(cls, asked: Mapping[str, Any]) -> list[Layer]:
         """Named sets of values that the options ask for (a recipe), lowest first. They lie above the defaults.
@@ -53,6 +62,26 @@ class Options:
             asked: the options given in a file or by the caller.
         """
         return []
+
+    def check_inputs(self) -> None:
+        """Check that what `inputs` name is there. The command line does so before it imports what takes seconds.
+
+        Raises:
+            InputError: names what is missing.
+        """
+        for name in self.inputs:
+            value = getattr(self, name)
+            for path in value if isinstance(value, tuple) else (value,):
+                if not re.match(URL, str(path)) and not os.path.lexists(path):
+                    what = help_texts(type(self))[name].split(". ")[0].rstrip(".")
+                    raise InputError(f"{path}: does not exist; {label(type(self), name).rstrip('.')} is: {what}")
+
+    def check_shared(self) -> None:
+        """Check the options that all commands have.
+
+        Raises:
+            InputError: a value that can't be meant.
+        """
 
     def check(self) -> None:
         """Check options against each other.

@@ -136,6 +136,8 @@ class PretrainConfig(TrainingConfig):
     """Labelled images for --knn-every, train/<class>/* and val/<class>/*. Default: the store's own images, labelled by
     their folders, every fifth one held out."""
 
+    inputs = ("stores",)
+
     @property
     def lr(self) -> float:
         """Peak learning rate of a step."""

@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+COMMAS = "values with commas between them"
+"""In the annotation of a text option that holds several values: on the command line, it may be given several times."""
+
 
 @dataclass(frozen=True)
 class Range:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastmae.config.common import Common
 from fastmae.config.options import options
-from fastmae.config.ranges import GIGABYTES, Range
+from fastmae.config.ranges import COMMAS, GIGABYTES, Range
 
 
 @options
@@ -22,10 +22,12 @@ class ReportConfig(Common):
     """As in pretrain, for a remote store."""
     cache_size: Annotated[float, GIGABYTES] = 50.0
     """As in pretrain."""
-    also: str = ""
+    also: Annotated[str, COMMAS] = ""
     """More to show, separated by commas: folders of finetune, linear, segment, detect and bench accuracy; tables of
     bench (.md), each with the figure of the same name beside it."""
     images: Annotated[int, Range(ge=1, le=100)] = 6
     """Pictures of each kind."""
     gallery: Annotated[int, Range(ge=2, le=1_000_000)] = 2000
     """Number of the store's images among which nearest neighbours are searched."""
+
+    inputs = ("run",)

@@ -39,3 +39,5 @@ class SupervisedConfig(TrainingConfig):
     """Rate of stochastic depth at the last block, growing linearly from 0 at the first."""
     eval_every: Annotated[float | None, EPOCHS] = None
     """Epochs between evaluations on val/. Default: a tenth of the run, at least one."""
+
+    inputs = ("data",)

@@ -6,7 +6,12 @@ from typing import Annotated, Literal
 from fastmae.config.common import BLOCK, DEFAULT_TEACHER, PIXELS, Common, Precision
 from fastmae.config.options import options
 from fastmae.config.ranges import BATCH, COUNT, DEPTH, JPEG_QUALITY, PATCH, PROCESSES, VALUES, WORKERS, Range
+from fastmae.config.resolve import numbers, shown
 from fastmae.errors import InputError
+from fastmae.outside.codec_names import parse_codec
+
+AUTO = "auto"
+"""The value of an option that is settled by measuring (`offline.settle`)."""
 
 
 @options
@@ -82,8 +87,55 @@ class TokenizeConfig(Common):
     dry_run: bool = False
     """Measure on a few images how large the store will be and how long it will take. Nothing is written."""
 
+    inputs = ("images",)
+
     def check(self) -> None:
         """See `Options`."""
         if isinstance(self.value_range, tuple) and self.value_range[0] >= self.value_range[1]:
             low, high = self.value_range
             raise InputError(f"--value-range {low:g} {high:g}: give the smaller one first")
+        teacher_channels(self)
+        middle_sizes(self)
+        if self.pixels == "jpeg" and self.channels not in (1, 3):
+            raise InputError(f"--channels {self.channels}: a JPEG holds 1 or 3; take --pixels raw")
+        if self.codec != AUTO:
+            parse_codec(self.codec)
+        if (self.rank is None) != (self.world_size is None):
+            raise InputError("--rank and --world-size go together; give both or neither")
+        if self.rank is not None and self.world_size is not None and not 0 <= self.rank < self.world_size:
+            raise InputError(f"--rank {self.rank}: give 0 to {self.world_size - 1} for --world-size {self.world_size}")
+
+
+def middle_sizes(config: "TokenizeConfig") -> list[int]:
+    """`--middle-size` as numbers of pixels, smallest first.
+
+    Raises:
+        InputError: no whole numbers, or a size that is no multiple of the patch size.
+    """
+    sizes = sorted({*numbers(Annotated[int, PIXELS], config.middle_size, "--middle-size")})
+    patch_size = config.patch_size
+    for size in sizes:
+        if size < patch_size or size % patch_size:
+            nearest = max(1, round(size / patch_size)) * patch_size
+            raise InputError(f"--middle-size {size}: not a multiple of --patch-size {patch_size}; take {nearest}")
+    return sizes
+
+
+def teacher_channels(config: "TokenizeConfig") -> tuple[int, ...]:
+    """`--teacher-channels`: the three image channels that the teacher takes as red, green and blue.
+
+    Raises:
+        InputError: not three of the channels, or none named for images that are neither RGB nor grey.
+    """
+    if not config.teacher_channels:
+        if config.channels not in (1, 3):
+            raise InputError(
+                f"--channels {config.channels}: say which of them the teacher sees as red, green and blue: "
+                "--teacher-channels 0,1,2"
+            )
+        return (0, 1, 2) if config.channels == 3 else (0, 0, 0)
+    kind = Annotated[int, Range(ge=0, lt=config.channels)]
+    channels = numbers(kind, config.teacher_channels, "--teacher-channels")
+    if len(channels) != 3:
+        raise InputError(f"--teacher-channels {shown(config.teacher_channels)}: give three numbers, as 0,1,2")
+    return channels

@@ -20,3 +20,5 @@ class VerifyConfig(Common):
     """Images per forward pass of the teacher during a repair. The same bytes need the same size as in tokenize."""
     workers: Annotated[int, WORKERS] = -1
     """Decoding processes; -1: all cores but two, at least one."""
+
+    inputs = ("store",)

@@ -13,10 +13,16 @@ from torch import nn
 from fastmae.evaluate.drawing import label, png_bytes, text_as_it_is
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import take_first_buffers
+from fastmae.runtime.wording import tells_top5
 from fastmae.training.task import Evaluated, Picture
 
 MAX_NAMED_CLASSES = 40
 """With more classes, the picture of the confusion matrix has no names."""
+
+
+def shown_figures(classes: int) -> tuple[str, ...]:
+    """The figures that are shown after an evaluation; all of them are logged."""
+    return ("top1", "top5", "val_loss") if tells_top5(classes) else ("top1", "val_loss")
 
 
 def measure_classifier(

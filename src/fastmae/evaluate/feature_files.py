@@ -22,11 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastmae.errors import InputError
 from fastmae.outside.tensors import LENGTH_BYTES
 
 METADATA_KEY = "fastmae"
-SUFFIXES = (".safetensors", ".parquet")
 DTYPES: dict[str, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
 SAFETENSORS_DTYPES = {"fp32": "F32", "fp16": "F16"}
 ROW_GROUP = 4096
@@ -60,7 +58,7 @@ def open_feature_file(
 
     Args:
         path: the file to write.
-        suffix: one of `SUFFIXES`.
+        suffix: .safetensors or .parquet.
         rows: the largest number of rows.
         dim: D.
         grid: g, or None without a grid.
@@ -70,22 +68,6 @@ def open_feature_file(
     if suffix == ".parquet":
         return ParquetFeatures(path, dtype, metadata)
     return SafetensorsFeatures(path, rows, dim, grid, dtype, metadata)
-
-
-def check_file(out: Path, dense: bool) -> None:
-    """Check that features can be written to a file of this name.
-
-    Raises:
-        InputError: another kind of file, a folder, or a grid for Parquet.
-    """
-    if out.suffix not in SUFFIXES:
-        raise InputError(f"{out}: give a file name that ends in {' or '.join(SUFFIXES)}")
-    if out.is_dir():
-        raise InputError(f"{out}: is a folder; give a file in it")
-    if dense and out.suffix == ".parquet":
-        raise InputError(
-            f"{out}: --dense gives a grid of vectors per image, which a table holds badly; use .safetensors"
-        )
 
 
 class SafetensorsFeatures:

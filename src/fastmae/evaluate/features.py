@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from fastmae import __version__
 from fastmae.config import FeaturesConfig
 from fastmae.errors import InputError
-from fastmae.evaluate.feature_files import DTYPES, FeatureFile, check_file, open_feature_file
+from fastmae.evaluate.feature_files import DTYPES, FeatureFile, open_feature_file
 from fastmae.images.entries import key_of
 from fastmae.images.image_list import ImageList
 from fastmae.images.middle import resized_pixels
@@ -39,6 +39,7 @@ from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import launch
 from fastmae.runtime.ownership import owned_place
 from fastmae.runtime.progress import Progress
+from fastmae.runtime.wording import counted
 from fastmae.runtime.workers import as_is, batches
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def features(config: FeaturesConfig) -> dict[str, Any]:
         InputError: options, images or a file that can't be used; no image that can be decoded; or another process that
             writes the file.
     """
-    check_file(config.out, config.dense)
+    config.check_out()
     with owned_place(config.out, "features"):
         return _features(config)
 
@@ -160,7 +161,7 @@ def _features(config: FeaturesConfig) -> dict[str, Any]:
     _log_skipped(tally)
     dense = f" and {grid} x {grid} more" if grid else ""
     log.info(
-        f"{config.out}: {tally.images} images, {tally.skipped} skipped; a vector of {dim}{dense} for each, "
+        f"{config.out}: {counted(tally.images, 'image')}, {tally.skipped} skipped; a vector of {dim}{dense} for each, "
         f"{file_bytes / 1e6:.1f} MB"
     )
     return {
@@ -279,8 +280,8 @@ def _make_room(config: FeaturesConfig, dim: int, grid: int | None, images: int) 
     if needed > free:
         smaller = "; --dtype fp16 takes half" if config.dtype == "fp32" else ""
         raise InputError(
-            f"{config.out}: the features of {images} images take {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
-            f"free{smaller}; free some space, or use another disk"
+            f"{config.out}: the features of {counted(images, 'image')} take {needed / 1e9:.3g} GB, and "
+            f"{free / 1e9:.3g} GB are free{smaller}; free some space, or use another disk"
         )
     config.out.parent.mkdir(parents=True, exist_ok=True)
     remove_parts(config.out.parent)

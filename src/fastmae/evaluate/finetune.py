@@ -14,7 +14,7 @@ from torch import nn
 
 from fastmae.config import FinetuneConfig
 from fastmae.errors import InputError
-from fastmae.evaluate.classification import measure_classifier
+from fastmae.evaluate.classification import measure_classifier, shown_figures
 from fastmae.evaluate.recipe import Recipe, settle
 from fastmae.evaluate.transforms import (
     LabelledImages,
@@ -29,7 +29,7 @@ from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.batch_memory import check_batch
 from fastmae.runtime.fabric import Fabric
-from fastmae.runtime.wording import weight_count
+from fastmae.runtime.wording import accuracies, counted, weight_count
 from fastmae.student.feature_map import accepted_arguments
 from fastmae.training.driver import train
 from fastmae.training.evaluation import val_batches
@@ -67,9 +67,10 @@ def finetune(config: FinetuneConfig, data: LabelledFolder | None = None) -> dict
     result = train(config, finetuning_task(config, data, settings, opened), settings)
     if result is not None:
         log.info(
-            f"{config.out}: top-1 {result['top1']:.1f} %, top-5 {result['top5']:.1f} % ({len(data.val)} images, "
-            f"{len(data.classes)} classes); best evaluation {result['best_top1']:.1f} % at epoch "
-            f"{result['best_epoch']:g}; see {config.out}/confusion.png"
+            f"{config.out}: {accuracies(result['top1'], result['top5'], len(data.classes))} "
+            f"({counted(len(data.val), 'image')}, {len(data.classes)} classes); "
+            f"best evaluation {result['best_top1']:.1f} % at epoch {result['best_epoch']:g}; "
+            f"see {config.out}/confusion.png"
         )
     return result
 
@@ -95,6 +96,7 @@ def finetuning_task(config: FinetuneConfig, data: LabelledFolder, settings: Sett
         description={"encoder": {**opened.describe(""), "arguments": arguments}, "data": data.describe()},
         evaluate=partial(_measure, config=config, data=data, opened=opened, batch_size=settings.batch_size),
         metric="top1",
+        shown=shown_figures(len(data.classes)),
     )
 
 

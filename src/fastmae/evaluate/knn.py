@@ -17,6 +17,7 @@ from fastmae.runs.encoder import open_encoder
 from fastmae.runs.load import load_run
 from fastmae.runtime.batch_memory import check_batch
 from fastmae.runtime.device import resolve_device
+from fastmae.runtime.wording import accuracies, counted
 from fastmae.teachers import Teacher
 from fastmae.teachers.efficientnet_lite import LITES
 from fastmae.teachers.factory import load_network, teacher_of_store
@@ -88,8 +89,8 @@ def knn(config: KnnConfig) -> dict[str, Any]:
     )
     source = config.run if config.features == "encoder" else f"{config.run}, {config.features}"
     log.info(
-        f"{source}: k-NN top-1 {top1:.1f} %, top-5 {top5:.1f} % ({train_count} train, {val_count} val images, "
-        f"{features.classes} classes)"
+        f"{source}: k-NN {accuracies(top1, top5, features.classes)} ({train_count} train, "
+        f"{counted(val_count, 'val image')}, {features.classes} classes)"
     )
     return {
         "top1": round(top1, 3),

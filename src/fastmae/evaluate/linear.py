@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from fastmae.config import LinearConfig
 from fastmae.errors import InputError
-from fastmae.evaluate.classification import measure_classifier
+from fastmae.evaluate.classification import measure_classifier, shown_figures
 from fastmae.evaluate.recipe import Recipe, settle
 from fastmae.evaluate.transforms import LabelledImages, centre_crop, crop_augmentation
 from fastmae.probes.embed import EmbedNormalised, embed_images, pooled_features
@@ -27,7 +27,7 @@ from fastmae.runtime.batch_memory import check_batch
 from fastmae.runtime.device import own_device
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.processes import this_process
-from fastmae.runtime.wording import counted, weight_count
+from fastmae.runtime.wording import accuracies, counted, weight_count
 from fastmae.runtime.workers import as_is
 from fastmae.training.driver import train
 from fastmae.training.run import images_at_once
@@ -53,7 +53,7 @@ def linear(config: LinearConfig) -> dict[str, Any] | None:
     Raises:
         InputError: data or options that can't be used.
     """
-    if config.augment == "none" and (config.devices > 1 or this_process().world_size > 1):
+    if config.augment == "none" and this_process().world_size > 1:
         raise InputError("--augment none: features are computed once, in one process; give --devices 1")
     data = open_labelled(config.data)
     settings = settle(config, IMAGENET, len(data.train))
@@ -78,9 +78,9 @@ def linear(config: LinearConfig) -> dict[str, Any] | None:
     if config.out is None:
         result = {name: value for name, value in result.items() if name not in ("best", "checkpoint")}
     log.info(
-        f"{config.run}{'' if config.pretrained else ', random weights'}: linear top-1 {result['top1']:.1f} %, top-5 "
-        f"{result['top5']:.1f} % ({method}; {len(data.train)} train, {len(data.val)} val images, "
-        f"{len(data.classes)} classes)"
+        f"{config.run}{'' if config.pretrained else ', random weights'}: linear "
+        f"{accuracies(result['top1'], result['top5'], len(data.classes))} ({method}; {len(data.train)} train, "
+        f"{counted(len(data.val), 'val image')}, {len(data.classes)} classes)"
     )
     sizes = {"train": len(data.train), "val": len(data.val), "classes": len(data.classes)}
     return {**result, **sizes, "dim": features["val"].shape[1]}
@@ -126,6 +126,7 @@ def probing_task(
         description={"probed": opened.describe(), "data": data.describe()},
         evaluate=partial(_measure, data=data, features=features["val"], out=out),
         metric="top1",
+        shown=shown_figures(len(data.classes)),
         optimizer=lars,
         collate=None if augmented else as_is,
     )

@@ -19,6 +19,7 @@ from fastmae.images.reading import read_or_refuse
 from fastmae.images.value_range import AUTO
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runtime.seeding import drawn_from
+from fastmae.runtime.wording import counted
 
 CROP_RATIO = 224 / 256
 """Side of the centre crop, as a fraction of the resized picture's shorter side, as in MAE's evaluation."""
@@ -81,7 +82,8 @@ def full_augmentation(opened: OpenedEncoder, rand_augment: str, erasing: float) 
     """
     if opened.channels != 3:
         raise InputError(
-            f"--augment full: RandAugment needs RGB images, not {opened.channels} channels; use --augment crop"
+            f"--augment full: RandAugment needs RGB images, not {counted(opened.channels, 'channel')}; use "
+            "--augment crop"
         )
     try:
         if rand_augment and not re.fullmatch(NOTATION, rand_augment):

@@ -24,6 +24,7 @@ from fastmae.exporting.transformers_format import TRANSFORMERS
 from fastmae.images.value_range import range_entry
 from fastmae.runs.encoder import open_encoder
 from fastmae.runtime.ownership import owned_place
+from fastmae.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,10 @@ def _export(config: ExportConfig) -> dict[str, Any]:
     export_format.check(model)
     provenance = provenance_of(model) if config.pretrained else RANDOM_WEIGHTS
     description = {"fastmae export": 1, **identity, **_describe(config, model, provenance)}
-    with complete_folder(config.out, description) as folder:
+    with complete_folder(config.out, description) as folder, Progress("export", minor=True) as progress:
+        progress.now(f"writing for {export_format.library}")
         export_format.write(model, folder, config)
+        progress.now("reading it back and comparing")
         difference = largest_difference(model, folder, export_format)
         write_model_card(folder, model, config.format, export_format, provenance, difference)
     files = [*read_export(config.out)["files"], EXPORT_FILE]

@@ -15,6 +15,7 @@ from fastmae.runs.description import WAY_OUT
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runs.folder import RUN_FILE
 from fastmae.runs.load import load_run
+from fastmae.runtime.wording import counted
 from fastmae.student.encoder import Encoder, is_plain_vit
 from fastmae.student.feature_map import last_map, resized_network
 
@@ -87,7 +88,10 @@ def classifier_to_export(opened: OpenedEncoder) -> ExportedModel:
     fields = vars(sized)
     classes = checked(description.get("data"), LabelledData, name=path, way_out=WAY_OUT).classes
     if len(classes) != arguments["num_classes"]:
-        raise InputError(f"{path}: names {len(classes)} classes for {arguments['num_classes']} outputs; {WAY_OUT}")
+        raise InputError(
+            f"{path}: names {counted(len(classes), 'class', 'classes')} for {arguments['num_classes']} outputs; "
+            f"{WAY_OUT}"
+        )
     return ExportedModel(**fields, classes=tuple(classes), crop="center", crop_share=CROP_RATIO)
 
 

@@ -9,6 +9,7 @@ from fastmae.exporting.export_format import ExportFormat
 from fastmae.exporting.exported_model import ExportedModel
 from fastmae.exporting.provenance import Facts, Provenance
 from fastmae.images.value_range import AUTO, PERCENTILES, bounds_of
+from fastmae.runtime.wording import counted
 from fastmae.student.encoder import number_of_heads
 
 CARD_FILE = "README.md"
@@ -71,8 +72,8 @@ def _network(model: ExportedModel) -> str:
     millions = f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters"
     if model.is_vit:
         return (
-            f"A vision transformer ({model.architecture}: {len(network.blocks)} blocks of width {model.dim}, "
-            f"{number_of_heads(network)} heads, {millions}).\n"
+            f"A vision transformer ({model.architecture}: {counted(len(network.blocks), 'block')} of width "
+            f"{model.dim}, {counted(number_of_heads(network), 'head')}, {millions}).\n"
             f"It takes images of {size} in patches of {model.patch_size} px."
         )
     return (

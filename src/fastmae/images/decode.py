@@ -17,6 +17,7 @@ from PIL import Image, ImageFile
 from fastmae.images.codec_memory import bytes_per_pixel, codec_bytes
 from fastmae.images.rgb import is_wide, pixels_of, to_rgb
 from fastmae.images.value_range import AUTO, in_strips, to_8_bits
+from fastmae.runtime.wording import counted
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "SGI", "PSD", "PCX", "XBM", "XPM"),
@@ -267,7 +268,8 @@ def _decode_n_bands(file: BinaryIO, channels: int, value_range: str) -> tuple[li
     bands = len(image.getbands())
     if bands != channels:
         raise UndecodableError(
-            f"has {bands} channels, not {channels}; n-channel images are read from .npy files, [H, W, {channels}]"
+            f"has {counted(bands, 'channel')}, not {channels}; n-channel images are read from .npy files, "
+            f"[H, W, {channels}]"
         )
     load_image(image, codec_memory(image), math.prod(image.size) * bands)
     return list(image.split()), image.size
@@ -307,7 +309,7 @@ def _read_npy(file: BinaryIO, channels: int) -> np.ndarray:
     if len(shape) != 3 or min(shape) < 1 or shape[0] * shape[1] > MAX_PIXELS:
         raise UndecodableError(f"an array of shape {declared_shape}, not [H, W, channels]")
     if shape[2] != channels:
-        raise UndecodableError(f"has {shape[2]} channels, not {channels}")
+        raise UndecodableError(f"has {counted(shape[2], 'channel')}, not {channels}")
     if dtype.kind not in "uif":
         raise UndecodableError(f"an array of {dtype} that is neither 8 nor 16 bits unsigned, nor other numbers")
     return _read_npy_values(file, math.prod(shape), dtype).reshape(shape, order="F" if fortran_order else "C")

@@ -12,8 +12,9 @@ import torch
 
 from fastmae.errors import InputError
 from fastmae.offline.sample import TokenSample
+from fastmae.outside.codec_names import parse_codec
 from fastmae.teachers.precision import mean_cosine
-from fastmae.tokens.codec import Codec, parse_codec
+from fastmae.tokens.codec import Codec
 from fastmae.tokens.learn import LEAST_SAMPLE, learn_from
 
 log = logging.getLogger(__name__)
@@ -28,12 +29,13 @@ TRIAL_TOKENS = 1 << 14
 """Tokens that a candidate learns from, about. More of them take longer and gain next to nothing (`learn_codec`)."""
 
 
-def choose_codec(sample: TokenSample, seed: int) -> tuple[Codec, float]:
+def choose_codec(sample: TokenSample, seed: int, now: Callable[[str], object] = lambda _: None) -> tuple[Codec, float]:
     """The smallest codec that keeps the cosine, and the cosine that it was found to keep.
 
     Args:
         sample: with grids of every `HELD_OUT_EVERY`-th image.
         seed: of the codecs' learning.
+        now: called with what is done next, for progress.
     """
     held_out = sample.images % sample.grid_every == 0
     learning = torch.nonzero(~held_out).flatten()
@@ -41,6 +43,7 @@ def choose_codec(sample: TokenSample, seed: int) -> tuple[Codec, float]:
 
     def cosine(name: str) -> float:
         if name not in measured:
+            now(f"trying {name}")
             trial = learning[:: max(1, len(learning) // _trial_tokens(name))]
             codec = learn_from(name, sample.tokens[trial], sample.means[trial], seed)
             measured[name] = _round_trip_cosine(codec, sample.grids)
@@ -52,6 +55,7 @@ def choose_codec(sample: TokenSample, seed: int) -> tuple[Codec, float]:
     found = ", ".join(f"{name} {measured[name]:.3f}" for name in sorted(measured, key=lambda name: measured[name]))
     wanted = f"the smallest with a cosine of {MIN_COSINE} or more is taken"
     log.info(f"--codec auto: {choice}; {wanted}; on {len(sample.grids)} held-out images: {found}")
+    now(f"learning {choice}")
     return learn_from(choice, sample.tokens, sample.means, seed), measured[choice]
 
 

@@ -20,7 +20,8 @@ from fastmae.offline.options import build_teacher, describe_store
 from fastmae.offline.sample import tokens_on_cpu
 from fastmae.offline.settle import begun_store, settle
 from fastmae.runtime.device import own_device
-from fastmae.runtime.progress import duration
+from fastmae.runtime.progress import Progress, counted_through, duration
+from fastmae.runtime.wording import counted
 from fastmae.teachers import Teacher
 from fastmae.tokens.codec import code_layout, keeps_means, learnt_shapes
 from fastmae.tokens.format import StoreInfo
@@ -88,7 +89,7 @@ def dry_run(config: TokenizeConfig, sizes: list[int], listed: ListedImages, netw
     free = shutil.disk_usage(nearest_folder(config.store)).free
     codebooks = f" and {all_codebooks / 1e6:.1f} MB of codebooks" if all_codebooks else ""
     log.info(
-        f"{num_images} images x {image_bytes / 1e3:.1f} kB{codebooks} = {total_bytes / 1e9:.3g} GB "
+        f"{counted(num_images, 'image')} x {image_bytes / 1e3:.1f} kB{codebooks} = {total_bytes / 1e9:.3g} GB "
         f"({info.codec} tokens, {config.pixels} pixels), {'MORE THAN' if total_bytes > free else 'of'} the "
         f"{free / 1e9:.3g} GB that are free at {config.store}; about {duration(seconds)} on this "
         f"{own_device(config.device).type} alone, {num_images / seconds:.1f} images/s; measured on {sample_size} of "
@@ -120,7 +121,8 @@ def measure_sample(
     ranges = images.evenly_spaced(num_images, min(options.batch_size, max(1, num_images // 4)))
     start, untimed = time.monotonic(), 0
     tried = decoded = pixel_bytes = 0
-    for batch in images.load(ranges, options.workers):
+    batches = images.load(ranges, options.workers)
+    for batch in counted_through(batches, f"measure {images.info.middle_size} px", "batches", len(ranges)):
         images.check_strict(batch, options.strict)
         tokens_on_cpu(teacher, batch)
         if not tried and len(ranges) > 1:
@@ -145,7 +147,8 @@ def check_disk(folder: Path, images: MiddleImages, num_images: int) -> None:
     """
     info = images.info
     sample_size = min(SAMPLE_IMAGES // 4, info.parts[min(images.sources)].images)
-    sample = [images[image_range] for image_range in images.evenly_spaced(sample_size, SAMPLE_IMAGES)]
+    with Progress("estimate the disk space", minor=True):
+        sample = [images[image_range] for image_range in images.evenly_spaced(sample_size, SAMPLE_IMAGES)]
     pixel_bytes = sum(batch.stored_bytes for batch in sample)
     mean_pixel_bytes = pixel_bytes / max(1, sum(len(batch.pixels) for batch in sample))
 
@@ -157,7 +160,7 @@ def check_disk(folder: Path, images: MiddleImages, num_images: int) -> None:
     if needed > free:
         codec = f"pq{min(48, info.token_dim)}"
         smaller = f"; --codec {codec} takes {needed_with(codec) / 1e9:.3g} GB" if needed_with(codec) <= free else ""
-        takes = f"{num_images} images take about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+        takes = f"{counted(num_images, 'image')} take about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
         raise InputError(f"{folder}: {takes}{smaller}; free some, or take another disk")
 
 

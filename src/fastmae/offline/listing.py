@@ -13,6 +13,8 @@ from fastmae.errors import InputError
 from fastmae.images.image_list import ImageList, ListInfo, new_entries, write_list
 from fastmae.images.sources import Source, open_source
 from fastmae.runtime.durable import write_whole
+from fastmae.runtime.progress import Progress
+from fastmae.runtime.wording import counted
 from fastmae.tokens.format import (
     LISTS_FOLDER,
     STORE_FILE,
@@ -24,6 +26,8 @@ from fastmae.tokens.format import (
 )
 
 log = logging.getLogger(__name__)
+COUNTED_AT_ONCE = 100
+"""Images that are listed between two looks at the clock."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,9 @@ def listed_images(images: Path, add: bool, folder: Path) -> Iterator[ListedImage
     source = open_source(images)
     with tempfile.TemporaryDirectory(prefix="fastmae-") as temporary:
         list_file, counter = Path(temporary) / "images.list", itertools.count()
-        entries = (entry for entry, _ in zip(source.entries(), counter, strict=False))
-        info = _write_part_list(entries, _lists_to_compare(folder, source) if add else [], list_file)
+        with Progress("list", "images", minor=True) as progress:
+            entries = (entry for entry, _ in zip(_shown(source.entries(), progress), counter, strict=False))
+            info = _write_part_list(entries, _lists_to_compare(folder, source) if add else [], list_file)
         if info.repeated:
             log.info(
                 f"{images}: some names are given more than once; of each, the last image counts, "
@@ -70,12 +75,20 @@ def listed_images(images: Path, add: bool, folder: Path) -> Iterator[ListedImage
             )
         if add:
             known = next(counter) - info.images - info.repeated
-            log.info(f"{images}: {info.images} new images; {known} are in the store already, by their names")
+            log.info(f"{images}: {counted(info.images, 'new image')}; {known} are in the store already, by their names")
         elif not info.images:
             raise InputError(
                 f"{images}: no image in it; give a folder, a list, tar shards or a datasets folder with images"
             )
         yield ListedImages(source, list_file, info)
+
+
+def _shown(entries: Iterable[bytes], progress: Progress) -> Iterator[bytes]:
+    """The entries, counted: some at a time, since there may be millions."""
+    for number, entry in enumerate(entries, 1):
+        yield entry
+        if number % COUNTED_AT_ONCE == 0:
+            progress.advance(COUNTED_AT_ONCE)
 
 
 def _write_part_list(entries: Iterable[bytes], earlier: Sequence[ImageList], file: Path) -> ListInfo:
@@ -134,7 +147,9 @@ def restore_list(folder: Path, info: StoreInfo, part: int) -> None:
     earlier = [ImageList(folder / list_name(number)) for number in range(part)]
     with tempfile.TemporaryDirectory(prefix="fastmae-") as temporary:
         list_file = Path(temporary) / "images.list"
-        listed = _write_part_list(open_source(Path(expected.source)).entries(), earlier, list_file)
+        with Progress("list", "images", minor=True) as progress:
+            entries = _shown(open_source(Path(expected.source)).entries(), progress)
+            listed = _write_part_list(entries, earlier, list_file)
         if (listed.images, listed.sha256) != (expected.images, expected.images_sha256):
             raise InputError(
                 f"{folder / list_name(part)}: can't be made again, since {expected.source} holds other images by now; "

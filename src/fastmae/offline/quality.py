@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from fastmae.images.value_range import AUTO
+from fastmae.runtime.progress import counted_through
+from fastmae.runtime.wording import counted
 from fastmae.tokens import TokenStore
 
 FIRST, SPREAD = 512, 512
@@ -65,7 +67,7 @@ def look_at(store: TokenStore) -> Quality:
     first = min(FIRST, len(store))
     numbers = sorted({*range(first), *_spread(len(store), SPREAD)})
     one_colour, few_levels, thumbnails = [], [], []
-    for number in numbers:
+    for number in counted_through(numbers, "look at the store", "images", len(numbers)):
         pixels = store.pixels(number).contiguous()  # a JPEG is decoded with channels last, which is slow to search
         channels = pixels.flatten(1)
         darkest, brightest = channels.amin(1).int(), channels.amax(1).int()
@@ -125,13 +127,13 @@ def as_lines(quality: Quality, store: TokenStore) -> list[str]:
     lines = []
     if quality.one_colour:
         lines.append(
-            f"one colour: {len(quality.one_colour)} of {quality.looked_at} images looked at "
+            f"one colour: {len(quality.one_colour)} of {counted(quality.looked_at, 'image')} looked at "
             f"({store.key(quality.one_colour[0])}); 16-bit, integer or float values need {range_hint}, others are best "
             "removed"
         )
     if quality.few_levels:
         lines.append(
-            f"few of their 256 levels: {len(quality.few_levels)} of {quality.looked_at} images looked at "
+            f"few of their 256 levels: {len(quality.few_levels)} of {counted(quality.looked_at, 'image')} looked at "
             f"({store.key(quality.few_levels[0])}); 16-bit, integer or float values need {range_hint}"
         )
     if quality.duplicates:

@@ -20,7 +20,8 @@ from fastmae.offline.listing import restore_list
 from fastmae.offline.middle_images import DecodedBatch, ImageRange, LoaderOptions, MiddleImages
 from fastmae.runtime.device import own_device
 from fastmae.runtime.durable import write_whole
-from fastmae.runtime.progress import Progress
+from fastmae.runtime.progress import Progress, counted_through
+from fastmae.runtime.wording import counted
 from fastmae.teachers.factory import teacher_of_store
 from fastmae.tokens.audit import Damage, description_of
 from fastmae.tokens.format import (
@@ -102,7 +103,7 @@ def _rebuild(config: VerifyConfig, writer: StoreWriter, shards: list[int]) -> No
     info, folder = writer.info, writer.folder
     teacher = teacher_of_store(info.teacher, info.middle_size, info.grid).to(own_device(config.device))
     if teacher.token_dim != info.token_dim:
-        made = f"makes tokens of {teacher.token_dim} channels, not {info.token_dim}"
+        made = f"makes tokens of {counted(teacher.token_dim, 'channel')}, not {info.token_dim}"
         raise InputError(f"{folder}: its teacher {made}, so its shards can't be made again; tokenize again")
     codec = stored_codec(folder, info)
     parts = sorted({info.part_of(shard)[0] for shard in shards})
@@ -127,13 +128,14 @@ def _check_images(images: MiddleImages, folder: Path, shards: list[int], options
             expected |= checksums
             ranges += images.batches_of(shard, options.batch_size)
     changed: list[str] = []
-    for batch in images.load(ranges, options.workers):
+    batches = images.load(ranges, options.workers)
+    for batch in counted_through(batches, "compare the images", "batches", len(ranges)):
         actual = _checksums_of(batch)
         changed += [image.key for image in batch.images if actual.get(image.key) != expected[image.key]]
     if changed:
         names = ", ".join(changed[:SHOWN_IMAGES]) + (", ..." if len(changed) > SHOWN_IMAGES else "")
         raise InputError(
-            f"{folder}: {len(changed)} images are not what they were ({names}); bring them back, or tokenize again"
+            f"{folder}: {counted(len(changed), 'image')} changed since ({names}); bring them back, or tokenize again"
         )
 
 
@@ -170,4 +172,4 @@ def _report(folder: Path, shards: list[int], before: Manifest | None) -> None:
     if before is not None and len(before.shards) == len(after.shards):
         same = sum(before.shards[shard] == after.shards[shard] for shard in shards)
         outcome = f", {same} of them to the same bytes"
-    log.info(f"{folder}: {len(shards)} shards made again{outcome}")
+    log.info(f"{folder}: {counted(len(shards), 'shard')} made again{outcome}")

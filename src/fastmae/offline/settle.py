@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fastmae.config import TokenizeConfig
+from fastmae.config.tokenize import AUTO
 from fastmae.errors import InputError
 from fastmae.images.decode import wide_values
 from fastmae.images.entries import key_of
@@ -25,9 +26,10 @@ from fastmae.images.value_range import PERCENTILES, bounds_of, percentiles, samp
 from fastmae.offline.codec_choice import HELD_OUT_EVERY, choose_codec
 from fastmae.offline.listing import ListedImages
 from fastmae.offline.middle_images import LoaderOptions, MiddleImages
-from fastmae.offline.options import AUTO, SET
+from fastmae.offline.options import SET
 from fastmae.offline.sample import sample_tokens
 from fastmae.runtime.progress import Progress
+from fastmae.runtime.wording import counted
 from fastmae.teachers import Teacher
 from fastmae.teachers.precision import FULL_PRECISION, MIN_COSINE, precision_cosines
 from fastmae.tokens.codec import Codec
@@ -82,9 +84,10 @@ def settle(
     images, options = _images(info, listed), LoaderOptions(config.batch_size, config.workers, config.strict)
     num_images = min(config.codec_images, info.parts[0].images)
     total = sum(len(positions) for _, positions in images.evenly_spaced(num_images, options.batch_size))
-    with Progress("choose a codec", "images", total=total) as progress:
+    with Progress("sample tokens", "images", total=total) as progress:
         sample = sample_tokens(images, teacher, options, num_images, config.seed, progress, HELD_OUT_EVERY)
-    codec, _ = choose_codec(sample, config.seed)
+    with Progress("choose a codec", minor=True) as progress:
+        codec, _ = choose_codec(sample, config.seed, progress.now)
     return replace(info, codec=codec.name), codec
 
 
@@ -110,7 +113,8 @@ def _range_of_set(info: StoreInfo, listed: ListedImages) -> str:
     if low < high:
         value_range = text_of(*(float(f"{value:.6g}") for value in (low, high)))
         low_percent, high_percent = PERCENTILES
-        log.info(f"value range {value_range}: percentiles {low_percent} and {high_percent} of {len(samples)} images")
+        measured = counted(len(samples), "image")
+        log.info(f"value range {value_range}: percentiles {low_percent} and {high_percent} of {measured}")
         return value_range
     if skipped and len(skipped) == len(ranges):
         raise InputError(f"{images.origin}: none of the {len(ranges)} images tried could be decoded ({skipped[0]})")
@@ -161,5 +165,6 @@ def fastest(cosines: Mapping[str, float], device: torch.device) -> str:
 def _fastest_for(images: MiddleImages, teacher: Teacher, batch_size: int) -> str:
     """The fastest precision for a teacher, measured on the first images unless it is on a CPU."""
     device = teacher.mean.device
-    pixels = torch.empty(0) if device.type == "cpu" else first_pixels(images, batch_size).to(device)
-    return fastest(precision_cosines(teacher, pixels) if len(pixels) else {}, device)
+    with Progress("compare precisions", minor=True):
+        pixels = torch.empty(0) if device.type == "cpu" else first_pixels(images, batch_size).to(device)
+        return fastest(precision_cosines(teacher, pixels) if len(pixels) else {}, device)

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from fastmae.config import TokenizeConfig
+from fastmae.config.tokenize import middle_sizes
 from fastmae.errors import InputError, InterruptedRunError
 from fastmae.images.image_list import ImageList
 from fastmae.offline.estimate import check_disk, dry_run
@@ -31,7 +32,7 @@ from fastmae.offline.fill import build_shards, count_images, stored_codec
 from fastmae.offline.inspect import store_summary, summary_over_scales
 from fastmae.offline.listing import ListedImages, check_lists, keep_list, listed_images, sources_of
 from fastmae.offline.middle_images import LoaderOptions, MiddleImages
-from fastmae.offline.options import Share, build_teacher, check_options, describe_store, middle_sizes, process_share
+from fastmae.offline.options import Share, build_teacher, check_options, describe_store, process_share
 from fastmae.offline.quality import as_json, as_lines, look_at
 from fastmae.offline.sample import sample_tokens
 from fastmae.offline.settle import begun_store, settle
@@ -39,6 +40,7 @@ from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import holds_anything, write_json
 from fastmae.runtime.ownership import owned
 from fastmae.runtime.progress import Progress
+from fastmae.runtime.wording import counted
 from fastmae.teachers import Teacher
 from fastmae.teachers.factory import load_network
 from fastmae.tokens import TokenStore
@@ -156,7 +158,7 @@ def _build_store(
     left_to_others = len(writer.missing_shards())
     if left_to_others:
         log.info(
-            f"{folder}: this process's {len(shards)} shards are done; {left_to_others} of others are still to come"
+            f"{folder}: this process has done its {counted(len(shards), 'shard')}; others have {left_to_others} left"
         )
         return _summary_of_share(writer, shards, images_per_second)
     if missing or not writer.finished:
@@ -210,8 +212,8 @@ def _announce(info: StoreInfo, teacher: Teacher, num_shards: int, world_size: in
     share = f"; {num_shards} of its shards here, {world_size} processes" if world_size > 1 else ""
     log.info(
         f"teacher {teacher.spec}, block {teacher.block}{averaged}, norm {teacher.norm}, looks at "
-        f"{teacher.input_size} px in {teacher.precision}; {info.images} images -> {teacher.grid} x {teacher.grid} "
-        f"tokens of {teacher.token_dim} ({info.codec}){share}"
+        f"{teacher.input_size} px in {teacher.precision}; {counted(info.images, 'image')} -> {teacher.grid} x "
+        f"{teacher.grid} tokens of {teacher.token_dim} ({info.codec}){share}"
     )
 
 
@@ -289,7 +291,7 @@ def _report_finished(store: TokenStore, images_per_second: float | None, is_firs
     summary = store_summary(store, images_per_second)
     megabytes, kilobytes = summary["bytes"] / 1e6, summary["bytes_per_image"] / 1e3
     log.info(
-        f"{store.folder}: {len(store)} images, {store.skipped} skipped, {megabytes:.1f} MB "
+        f"{store.folder}: {counted(len(store), 'image')}, {store.skipped} skipped, {megabytes:.1f} MB "
         f"({kilobytes:.1f} kB an image)"
     )
     if is_first_size:
@@ -306,7 +308,7 @@ def _skipped_images(store: TokenStore) -> str:
     for batch in read_rows(store.files.path(INDEX_FILE), store.info):  # the index may list millions of images
         if len(rows) < SHOWN_SKIPS:
             rows += batch.filter(pa.compute.less(batch["row"], 0)).slice(0, SHOWN_SKIPS).to_pylist()
-    lines = [f"skipped {store.skipped} of {store.info.images} files:"]
+    lines = [f"skipped {store.skipped} of {counted(store.info.images, 'file')}:"]
     lines += [f"  {row['path']}: {row['status']}" for row in rows[:SHOWN_SKIPS]]
     if store.skipped > SHOWN_SKIPS:
         more = store.skipped - SHOWN_SKIPS

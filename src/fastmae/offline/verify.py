@@ -91,15 +91,19 @@ def _check_scales(config: VerifyConfig, sizes: list[int]) -> list[dict[str, Any]
 
 def _check_store(config: VerifyConfig, folder: Path) -> list[dict[str, Any]]:
     """Check the store of one middle size, and repair it if asked to. Returns the damage that is left."""
-    with Progress("verify", "shards", total=description_of(folder).shards) as progress:
-        damage = list(audit(folder, partial(progress.advance, 1)))
+    damage = _audited(folder)
     if damage:
         log.info(_as_lines(folder, damage))
     if damage and config.repair:
         repair(config, folder, damage)
-        damage = list(audit(folder))
+        damage = _audited(folder)
         log.info(f"{folder}: {'still damaged' if damage else 'repaired'}")
     return [_as_json(folder, damaged) for damaged in damage]
+
+
+def _audited(folder: Path) -> list[Damage]:
+    with Progress("verify", "shards", total=description_of(folder).shards) as progress:
+        return list(audit(folder, partial(progress.advance, 1)))
 
 
 def _as_json(folder: Path, damaged: Damage) -> dict[str, Any]:

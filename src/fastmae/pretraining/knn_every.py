@@ -142,7 +142,7 @@ class StudentKnn:
         embed = embed_with_encoder(student.encoder, "mean", None, *self.plan.stores[0][-1].normalisation)
         images, workers = self.images, self.config.workers
         train, val = (
-            embed_images(part, embed, device, BATCH_SIZE, workers, "k-NN features", quiet=True)
+            embed_images(part, embed, device, BATCH_SIZE, workers, "k-NN features")
             for part in (images.train, images.val)
         )
         top1, top5 = knn_accuracy(train, images.train_labels, val, images.val_labels, images.classes, device=device)

@@ -21,7 +21,7 @@ from fastmae.pretraining.step import prefetching, step_of, views_of
 from fastmae.runs.encoder import initialise_student
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.seeding import seed_everything
-from fastmae.runtime.wording import counted
+from fastmae.runtime.wording import counted, tells_top5
 from fastmae.runtime.workers import as_is
 from fastmae.student.student import AnyStudent, build_student
 from fastmae.tokens.files import is_url
@@ -34,6 +34,14 @@ log = logging.getLogger(__name__)
 SHARDED_BLOCKS = (Block, EvaBlock)
 """Modules that FSDP shards one by one."""
 Measure = Callable[[AnyStudent], Mapping[str, float]]
+
+
+def pretrain_command(config: PretrainConfig) -> dict[str, Any] | None:
+    """`pretrain`, and a hint at what comes next. Commands that pre-train on the way don't give it."""
+    result = pretrain(config)
+    if result is not None and not config.profile:
+        log.info(f"next: fastmae knn {config.run} DATA")
+    return result
 
 
 def pretrain(config: PretrainConfig, measure: Measure | None = None) -> dict[str, Any] | None:
@@ -50,8 +58,7 @@ def pretrain(config: PretrainConfig, measure: Measure | None = None) -> dict[str
     result = train(config, pretraining_task(config, plan, measure), plan.settings)
     if result is not None:
         log.info(
-            f"{config.run}: {counted(result['steps'], 'step')}, loss {result['loss']:.4f}, {result['seconds']:.0f} s; "
-            f"next: fastmae knn {config.run} DATA"
+            f"{config.run}: {counted(result['steps'], 'step')}, loss {result['loss']:.4f}, {result['seconds']:.0f} s"
         )
     return result
 
@@ -69,6 +76,8 @@ def pretraining_task(config: PretrainConfig, plan: Plan, measure: Measure | None
     seed_everything(config.seed)
     student = build_student(config, plan.patch_size, plan.target_dim, plan.channels)
     step = step_of(config, plan)
+    evaluate = _evaluation(config, plan, measure) if config.knn_every else None
+    few_classes = isinstance(evaluate, StudentKnn) and not tells_top5(evaluate.images.classes)
     return Task(
         name="pretrain",
         out=config.run,
@@ -80,7 +89,8 @@ def pretraining_task(config: PretrainConfig, plan: Plan, measure: Measure | None
         optimizer=partial(muon, betas=config.betas) if config.optimizer == "muon" else None,
         description=describe(config, plan),
         inputs={"stores": [_absolute(store) for store in config.stores]},
-        evaluate=_evaluation(config, plan, measure) if config.knn_every else None,
+        evaluate=evaluate,
+        shown=("knn_top1",) if few_classes else (),
         collate=as_is,
         order=ShuffleOrder(plan.stores[0][0].shard_sizes, config.seed, plan.shuffle_window),
         wrap_batches=prefetching(plan),

@@ -16,6 +16,8 @@ from fastmae.runtime.arithmetic import computes_as_asked
 from fastmae.runtime.device import synchronise
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import bare
+from fastmae.runtime.progress import counted_through
+from fastmae.runtime.wording import counted
 from fastmae.runtime.workers import worker_count
 from fastmae.student.encoder import EncodedLayers
 from fastmae.student.loss import Prediction
@@ -87,7 +89,8 @@ def profile(config: PretrainConfig, plan: Plan, task: Task, timed_steps: int = T
     batches = task.wrap_batches(loader(run, step_sampler), step_sampler)
     optimizer = bare(run.state.optimizer)  # the gradients are not scaled here, and Fabric's would unscale them
     clock, start = StageClock(fabric.device), time.perf_counter()
-    for step in range(warmup_steps + timed_steps):
+    steps = warmup_steps + timed_steps
+    for step in counted_through(range(steps), "profile", "steps", steps):
         if step == warmup_steps:
             clock, start = StageClock(fabric.device), time.perf_counter()
         for _ in range(grad_accum_steps):
@@ -145,7 +148,9 @@ def _outcome(config: PretrainConfig, clock: StageClock, seconds: float, steps: i
     shares = {stage: spent / total for stage, spent in clock.seconds.items()}
     advice = advise(shares, config)
     rate = config.batch_size / seconds
-    log.info(f"{steps} steps of {config.batch_size} views, {seconds:.3f} s each: {rate:.1f} images/s")
+    log.info(
+        f"{counted(steps, 'step')} of {counted(config.batch_size, 'view')}, {seconds:.3f} s each: {rate:.1f} images/s"
+    )
     for stage, share in shares.items():
         log.info(f"  {stage:10} {100 * share:5.1f} %  {'#' * round(40 * share):40}  {STAGES[stage]}")
     log.info(advice)

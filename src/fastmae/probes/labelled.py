@@ -8,6 +8,7 @@ import torch
 
 from fastmae.errors import InputError
 from fastmae.images.sources import class_indices, labelled_split
+from fastmae.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ def open_labelled(data: Path) -> LabelledFolder:
     Raises:
         InputError: a split is missing, a class is empty or only in val/, or there is only one class.
     """
-    train, train_names = labelled_split(data, "train")
-    val, val_names = labelled_split(data, "val")
+    with Progress(f"list {data}", minor=True):
+        train, train_names = labelled_split(data, "train")
+        val, val_names = labelled_split(data, "val")
     classes = sorted(set(train_names))
     unknown = sorted(set(val_names) - set(classes))
     if unknown:

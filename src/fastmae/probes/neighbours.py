@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmae.config import KnnConfig
+from fastmae.runtime.progress import counted_through
 
 CHUNK = 1024
 """Validation images that are searched for, and vote, at a time."""
@@ -40,7 +41,8 @@ def knn_accuracy(
     cosines, nearest = nearest_neighbours(train, val, k, device)
     train_labels, val_labels = train_labels.to(device), val_labels.to(device)
     correct = torch.zeros(2, device=device)
-    for part in _chunks(len(val), CHUNK):
+    chunks = _chunks(len(val), CHUNK)
+    for part in counted_through(chunks, "k-NN, votes", "chunks", len(chunks)):
         weights = ((cosines[part] - cosines[part, :1]) / temperature).exp()
         votes = torch.zeros(len(weights), classes, device=device)
         votes.scatter_add_(1, train_labels[nearest[part]], weights)
@@ -66,7 +68,8 @@ def nearest_neighbours(
     k = min(k, len(train))
     cosines = torch.full((len(val), k), -torch.inf, device=device)
     rows = torch.zeros(len(val), k, dtype=torch.int64, device=device)
-    for searched in _chunks(len(train), BANK_CHUNK):
+    banks = _chunks(len(train), BANK_CHUNK)
+    for searched in counted_through(banks, "k-NN, search", "chunks", len(banks)):
         bank = F.normalize(train[searched].to(device), dim=1).T
         for part in _chunks(len(val), CHUNK):
             queries = F.normalize(val[part].to(device), dim=1)

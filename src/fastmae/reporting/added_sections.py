@@ -8,7 +8,7 @@ from fastmae.outside.documents import checked
 from fastmae.outside.regular_file import read_bounded
 from fastmae.reporting.html_page import Section
 from fastmae.runs.folder import RUN_FILE, read_evaluations, read_run
-from fastmae.runtime.wording import counted
+from fastmae.runtime.wording import counted, tells_top5
 
 PICTURES = ("confusion.png", "predictions.png", "detections.png")
 """The pictures of finetune and linear, of segment, and of detect."""
@@ -56,7 +56,11 @@ def _section_of_run(path: Path) -> Section:
     description, evaluations = read_run(path), read_evaluations(path)
     if "store" in description or not evaluations:
         raise InputError(f"--also {path}: not a finished run of finetune, linear, segment or detect")
-    metrics = {name: value for name, value in evaluations[-1].items() if name not in ("step", "seconds")}
+    left_out = ["step", "seconds"]
+    classes = description.get("data", {}).get("classes")
+    if isinstance(classes, list) and not tells_top5(len(classes)):
+        left_out.append("top5")
+    metrics = {name: value for name, value in evaluations[-1].items() if name not in left_out}
     picture = next((path / name for name in PICTURES if (path / name).exists()), None)
     way_out = "give a folder of finetune, linear, segment or detect"
     trained: _Trained = checked(description, _Trained, name=f"--also {path / RUN_FILE}", way_out=way_out)

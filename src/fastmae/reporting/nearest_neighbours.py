@@ -29,7 +29,7 @@ def nearest_neighbours_png(encoder: Any, image_size: int, store: TokenStore, que
     indices = np.unique(np.linspace(0, len(store) - 1, min(gallery, len(store))).round().astype(np.int64))
     views = CentreViews(store, indices, image_size)
     embed = embed_with_encoder(encoder, "mean", None, *store.normalisation)
-    features = embed_images(views, embed, torch.device("cpu"), 64, 0, "neighbours", quiet=True)
+    features = embed_images(views, embed, torch.device("cpu"), 64, 0, "neighbours")
     features = F.normalize(features, dim=1)
     rows = np.linspace(0, len(indices) - 1, queries + 2)[1:-1].round().astype(int)
     nearest = (features[rows] @ features.T).topk(min(NEIGHBOURS, len(indices)), dim=1).indices

@@ -18,6 +18,7 @@ from fastmae.reporting.study_page import PAGE_FILE, STUDY_FILE, read_study, writ
 from fastmae.runs.encoder import open_encoder
 from fastmae.runs.folder import CHECKPOINT_FILE, read_evaluations, read_inputs, read_metrics, read_run
 from fastmae.runtime.durable import remove_parts
+from fastmae.runtime.progress import Progress
 from fastmae.runtime.wording import counted
 from fastmae.tokens import TokenStore
 from fastmae.tokens.reader import open_scales
@@ -127,7 +128,9 @@ def _training_curves(entries: list[Entry], evaluations: list[Entry]) -> Section:
     charts = [Curves(losses, "epoch", "loss", "epoch", "loss").svg()]
     measured = [entry for entry in evaluations if "knn_top1" in entry]
     if measured:
-        accuracies = {"top-1": measured, "top-5": [{**entry, "knn_top1": entry.get("knn_top5")} for entry in measured]}
+        accuracies = {"top-1": measured}
+        if any(entry.get("knn_top5") != 100 for entry in measured):  # with five classes or fewer, it says nothing
+            accuracies["top-5"] = [{**entry, "knn_top1": entry.get("knn_top5")} for entry in measured]
         charts.append(Curves(accuracies, "epoch", "knn_top1", "epoch", "k-NN accuracy (%)").svg())
     others = {"lr": "learning rate", "images_per_second": "images per second", "grad_norm": "gradient norm"}
     charts += [Curves({label: thinned}, "epoch", key, "epoch", label).svg() for key, label in others.items()]
@@ -136,24 +139,28 @@ def _training_curves(entries: list[Entry], evaluations: list[Entry]) -> Section:
 
 def _pictures(config: ReportConfig, store: TokenStore, target: str) -> list[Section]:
     images = min(config.images, len(store))
-    opened = open_encoder(str(config.run))
+    with Progress("report", minor=True) as progress:
+        progress.now("loading the encoder")
+        opened = open_encoder(str(config.run))
+        progress.now("drawing predictions")
+        predictions = predictions_png(config.run, store, images, config.seed)
+        progress.now("drawing attention")
+        attention = _attention(opened.network, store, images)
+        progress.now("finding nearest neighbours")
+        neighbours = nearest_neighbours_png(opened.network, opened.image_size, store, images, config.gallery)
+    what_was_predicted = (
+        "Each predicted patch is shown with the mean and std of the original patch."
+        if target == "pixels"
+        else "Features are shown as colours: the first three principal components of the target features."
+    )
+    gallery = min(config.gallery, len(store))
     return [
-        Section(
-            "Predictions",
-            _what_was_seen(read_run(config.run))
-            + (
-                "Each predicted patch is shown with the mean and std of the original patch."
-                if target == "pixels"
-                else "Features are shown as colours: the first three principal components of the target features."
-            ),
-            picture=predictions_png(config.run, store, images, config.seed),
-        ),
-        _attention(opened.network, store, images),
+        Section("Predictions", _what_was_seen(read_run(config.run)) + what_was_predicted, picture=predictions),
+        attention,
         Section(
             "Nearest neighbours",
-            f"By the cosine of mean patch tokens, among {min(config.gallery, len(store)):,} images of the store. "
-            "No labels were used.",
-            picture=nearest_neighbours_png(opened.network, opened.image_size, store, images, config.gallery),
+            f"By the cosine of mean patch tokens, among {gallery:,} images of the store. No labels were used.",
+            picture=neighbours,
         ),
     ]
 

@@ -23,11 +23,21 @@ from fastmae.probes.embed import check_decodable
 from fastmae.probes.labelled import LabelledFolder, open_labelled
 from fastmae.runtime.durable import write_json
 from fastmae.runtime.ownership import owned
+from fastmae.runtime.progress import Progress
 from fastmae.runtime.wording import counted
 from fastmae.studies.held_out import held_out_fifth
 from fastmae.studies.jobs import Job, Outcome, Workers, run_jobs
 from fastmae.studies.measure import finetune_options
-from fastmae.studies.speeds import FORECAST_ROUNDS, ROUNDS, as_json, merged, read_speeds, signature
+from fastmae.studies.speeds import (
+    FORECAST_ROUNDS,
+    ROUNDS,
+    TIMINGS_FILE,
+    as_json,
+    merged,
+    read_speeds,
+    signature,
+    timings_done,
+)
 from fastmae.studies.study_call import StudyCall
 from fastmae.studies.study_file import check_data_names, load_study
 from fastmae.studies.study_results import speed_key
@@ -135,7 +145,7 @@ def _compare_images(source: str, name: str, location: str, images: int) -> None:
     """A store with another number of images than train/ may be of other images; that is for the reader to judge."""
     listed = open_scales(location, Path(), 0)[0].info.images
     if listed != images:
-        log.warning(f"{source}: {name}: {location} was made of {listed} images, and train/ has {images}")
+        log.warning(f"{source}: {name}: {location} was made of {counted(listed, 'image')}, and train/ has {images}")
 
 
 def _speeds(runs: Runs, workers: Workers) -> dict[str, dict[str, Any]]:
@@ -182,6 +192,7 @@ def _time_arms(runs: Runs, workers: Workers, variants: list[Variant]) -> dict[st
     for number in range(runs.config.jobs):
         own = folder / str(number)
         own.mkdir(exist_ok=True)
+        (own / TIMINGS_FILE).unlink(missing_ok=True)  # of an earlier call
         job = {"kind": SPEEDS, "arms": arms, "rounds": rounds, "file": SPEEDS_FILE}
         write_json(own / JOB_FILE, {**job, "first": number * len(arms) // runs.config.jobs})
         jobs.append(Job(f"timing {number}", own / JOB_FILE, 0.0))
@@ -191,7 +202,13 @@ def _time_arms(runs: Runs, workers: Workers, variants: list[Variant]) -> dict[st
             raise InputError(f"the arms can't be timed: {outcome.message} (see {job.file.with_name(LOG_FILE)})")
         return []
 
-    run_jobs(workers, jobs, finished)
+    with Progress("time the arms", "timings", rounds * len(arms) * len(jobs)) as progress:
+
+        def count() -> None:
+            progress.advance(sum(timings_done(job.file.parent) for job in jobs) - progress.done)
+
+        run_jobs(workers, jobs, finished, idle=count)
+        count()
     return merged([read_speeds(job.file.with_name(SPEEDS_FILE)) for job in jobs])
 
 

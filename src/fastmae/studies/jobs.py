@@ -4,7 +4,6 @@ A failing job does not touch the others. Ctrl-C and a scheduler's signals stop a
 """
 
 import contextlib
-import logging
 import os
 import queue
 import select
@@ -12,10 +11,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +21,13 @@ from fastmae.errors import InterruptedRunError
 from fastmae.outside.documents import parse_json
 from fastmae.runtime.device import cores
 from fastmae.runtime.ending import leave_children_to, unlimited
-from fastmae.runtime.progress import duration
 from fastmae.runtime.workers import CORES_LEFT
 from fastmae.studies.worker import CRASHED, DONE
 from fastmae.training.stopping import StopRequest
 
-log = logging.getLogger(__name__)
 # Not `-m`: that would put the working directory on the path, and with it any file that is called like a module.
 COMMAND = "import sys; sys.path = [p for p in sys.path if p]; from fastmae.studies.worker import main; main()"
 POLL_SECONDS = 0.2
-SECONDS_BETWEEN_LINES = 60.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -118,54 +113,6 @@ class Worker:
         """Of a worker that was killed; they are alone in its session."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-
-
-@dataclass
-class Progress:
-    """One line about the whole study: runs done of all, and the time left.
-
-    Attributes:
-        total: number of runs, those that earlier calls have done included.
-        done: of these.
-        seconds: predicted for those that are not done.
-        jobs: at once.
-    """
-
-    total: int
-    done: int
-    seconds: float
-    jobs: int
-    predicted: float = 0.0
-    actual: float = 0.0
-    started: dict[Path, float] = field(default_factory=dict)
-    last_line: float = field(default_factory=time.monotonic)
-
-    def begin(self, job: Job) -> None:
-        """A job has started."""
-        self.started[job.file] = time.monotonic()
-
-    def end(self, job: Job, text: str) -> None:
-        """A job has ended."""
-        self.actual += time.monotonic() - self.started.pop(job.file)
-        self.predicted += job.seconds
-        self.done += 1
-        self.line(text)
-
-    def tick(self) -> None:
-        """Show the line again after a while in which no job has ended."""
-        if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.line("")
-
-    def line(self, text: str) -> None:
-        """Show the line."""
-        self.last_line = time.monotonic()
-        log.info(f"{self.done}/{self.total} runs  left {duration(self.seconds_left())}{f'  {text}' if text else ''}")
-
-    def seconds_left(self) -> float:
-        """The predictions for what is left, corrected by how well those for what is done were met."""
-        factor = self.actual / self.predicted if self.predicted else 1.0
-        running = sum(time.monotonic() - start for start in self.started.values())
-        return max(0.0, (self.seconds - self.predicted) * factor - running) / self.jobs
 
 
 def run_jobs(

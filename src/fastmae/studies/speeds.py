@@ -21,6 +21,8 @@ from fastmae.runtime.durable import write_json
 from fastmae.studies.flops import training_flops
 
 log = logging.getLogger(__name__)
+TIMINGS_FILE = "timings.json"
+"""How many timings a process has done, for progress."""
 ROUNDS = 5
 """Where the speeds decide the epochs. The arms take turns, so that a change in the machine's load meets them all; the
 median forgives a slow round."""
@@ -90,6 +92,7 @@ def measure_speeds(job: dict[str, Any], folder: Path) -> None:
     """
     arms = job["arms"][job["first"] :] + job["arms"][: job["first"]]
     figures: dict[str, dict[str, Any]] = {arm["key"]: {"images_per_second": []} for arm in arms}
+    timings = 0
     for number in range(job["rounds"]):
         for arm in arms:
             options = PretrainConfig(**arm["pretrain"])
@@ -99,7 +102,15 @@ def measure_speeds(job: dict[str, Any], folder: Path) -> None:
             if number == 0:
                 figures[arm["key"]]["embed_images_per_second"] = _embedding_speed(options, Path(arm["data"]))
                 figures[arm["key"]]["flops_per_image"] = training_flops(options)
+            timings += 1
+            write_json(folder / TIMINGS_FILE, {"done": timings})
     write_json(folder / job["file"], figures)
+
+
+def timings_done(folder: Path) -> int:
+    """Timings that a process has done that writes into this folder."""
+    file = folder / TIMINGS_FILE
+    return read_json(file, dict[str, int], way_out="delete it").get("done", 0) if file.exists() else 0
 
 
 def merged(measurements: list[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:

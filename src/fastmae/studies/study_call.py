@@ -16,8 +16,10 @@ from fastmae.probes.labelled import LabelledFolder
 from fastmae.reporting.study_page import PAGE_FILE, STUDY_FILE, study_text, write_study_page
 from fastmae.runtime.device import own_device
 from fastmae.runtime.durable import write_json
+from fastmae.runtime.forecast import Forecast
+from fastmae.runtime.progress import Progress, duration
 from fastmae.runtime.wording import counted
-from fastmae.studies.jobs import Job, Outcome, Progress, Workers, run_jobs
+from fastmae.studies.jobs import Job, Outcome, Workers, run_jobs
 from fastmae.studies.measure import HELD_OUT, finetune_options, is_measured, read_figures
 from fastmae.studies.study_results import Failure, speed_key, study_results, tuned_key
 from fastmae.studies.study_runs import JOB_FILE, Runs, Variant, candidate_label
@@ -49,18 +51,19 @@ class StudyCall:
         self.chosen: dict[Variant, int] = {}
         self.tuning: dict[Variant, int] = {}
         self.failures: list[Failure] = []
-        self.progress: Progress | None = None
+        self.progress = Progress("ablate", "runs")
+        self.forecast = Forecast(0.0)
 
     def result(self, workers: Workers) -> dict[str, Any]:
         """Let the workers do the missing runs, and write the study; the command's JSON."""
         first = self.first_jobs()
         if first:
             self.announce()
-            assert self.progress is not None
             try:
-                run_jobs(workers, first, self.finished, self.begin, self.progress.tick)
+                with self.progress:
+                    run_jobs(workers, first, self.finished, self.begin, self.tick)
             except InterruptedRunError as error:
-                done = f"{self.progress.done} of {self.progress.total} runs are done"
+                done = f"{self.progress.done} of {counted(self.progress.total or 0, 'run')} done"
                 raise InterruptedRunError(f"{done}; {error}") from None
         return self._publish()
 
@@ -147,7 +150,7 @@ class StudyCall:
         return (epochs * len(labelled.train) * (1 + BACKWARD) + len(labelled.val)) / images_per_second
 
     def announce(self) -> None:
-        """Say how many runs there are and how long they will take."""
+        """Say how long the runs will take and how many there are."""
         runs, arms = self.runs, self.runs.study.arms
         todo, total = 0.0, 0
         done = 0
@@ -162,29 +165,44 @@ class StudyCall:
                 is_done = is_measured(self._figures(variant, seed, split), runs.study.metrics)
                 done += is_done
                 todo += 0.0 if is_done else self._seconds(variant, seed)
-        self.progress = Progress(total, done, todo, min(runs.config.jobs, max(1, total - done)))
+        self.progress = Progress("ablate", "runs", total, done)
+        self.forecast = Forecast(todo, min(runs.config.jobs, max(1, total - done)))
         device = own_device(runs.config.device).type
-        self.progress.line(
-            f"{runs.study.title}: {counted(runs.config.jobs, 'run')} at once, on {device}, in {runs.out}"
+        log.info(
+            f"{runs.study.title}: about {duration(self.forecast.seconds_left())} here: {self._sizes()}; "
+            f"{total - done} of {counted(total, 'run')} to do, {runs.config.jobs} at once, on {device}, in {runs.out}"
         )
+
+    def _sizes(self) -> str:
+        """`7 arms x 3 seeds`; also the teachers and the data sets, where there are several."""
+        study = self.runs.study
+        sizes = [(len(study.arms), "arm"), (len(self.runs.seeds), "seed")]
+        others = [(len(study.teachers) + len(study.together), "teacher"), (len(self.data), "data set")]
+        return " x ".join(counted(*size) for size in [*sizes, *(other for other in others if other[0] > 1)])
 
     def begin(self, job: Job) -> None:
         """A job starts."""
-        assert self.progress is not None
         self.runs.write_job(*job.about)
-        self.progress.begin(job)
+        self.forecast.begin(job.file)
+        self.tick()
+
+    def tick(self) -> None:
+        """Bring the time left up to date."""
+        self.progress.expect(self.forecast.seconds_left())
+        at_work = [str(Path(str(file)).parent.relative_to(self.runs.out / "runs")) for file in self.forecast.started]
+        self.progress.now(", ".join(at_work))
 
     def finished(self, job: Job, outcome: Outcome) -> list[Job]:
         """A job has ended; the jobs that can be done now."""
         variant, seed, split = job.about
-        assert self.progress is not None
+        self.forecast.end(job.file, job.seconds)
         if outcome.code == DONE:
             figures = self._figures(variant, seed, split)
             shown = ", ".join(f"{metric} {figures[metric]:.1f}" for metric in self.runs.study.metrics)
-            self.progress.end(job, f"{job.name}: {shown}")
+            log.info(f"{job.name}: {shown}")
         else:
             where = job.file.with_name(LOG_FILE)
-            self.progress.end(job, f"{job.name}: FAILED: {outcome.message} (see {where})")
+            log.info(f"{job.name}: FAILED: {outcome.message} (see {where})")
             if (
                 outcome.code == FAILED_CHECK
                 and len(self.runs.study.arms[variant.arm].candidates) > 1
@@ -194,6 +212,7 @@ class StudyCall:
                 write_json(job.file.with_name(f"{DIVERGED}.json"), {"message": outcome.message})
             else:
                 self.failures.append(Failure(variant, seed, outcome.message))
+        self.progress.advance(1)
         key = tuned_key(variant.data, variant.teacher, variant.arm)
         if self.tuning.get(key):
             self.tuning[key] -= 1

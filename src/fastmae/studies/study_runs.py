@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastmae.config import AblateConfig, PretrainConfig, TokenizeConfig
+from fastmae.config.tokenize import middle_sizes
 from fastmae.errors import InputError
-from fastmae.offline.options import middle_sizes
 from fastmae.outside.documents import read_json
 from fastmae.pretraining.plan import check_middle_sizes, hog_target, loss_weights, make_plan
 from fastmae.pretraining.pretrain import describe

@@ -17,6 +17,7 @@ from fastmae.errors import InputError
 from fastmae.outside.documents import checked
 from fastmae.outside.networks import check_architecture, create_network
 from fastmae.outside.tensors import Weights, load_into
+from fastmae.runtime.progress import Progress
 from fastmae.teachers.checkpoint_file import load_checkpoint_file
 from fastmae.teachers.efficientnet_lite import LITES, load_efficientnet_lite
 from fastmae.teachers.huggingface import load_huggingface
@@ -136,7 +137,8 @@ def load_network(
         folder = Path(name)
         if not folder.exists():
             _stay_offline_without_a_hub()
-        return load_huggingface(spec, name), str(folder.absolute()) if folder.exists() else None
+        with _loading(spec):
+            return load_huggingface(spec, name), str(folder.absolute()) if folder.exists() else None
     if kind == "file" and name:
         return load_checkpoint_file(Path(name), **extra)
     if kind not in ("timm", "clip"):
@@ -184,13 +186,19 @@ def _take_image_size(model: Any, state: Weights) -> None:
 def _load_from_hub(spec: str, name: str, **extra: Any) -> nn.Module:
     is_reachable = _stay_offline_without_a_hub()
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0, **extra)
+        with _loading(spec):
+            return timm.create_model(name, pretrained=True, num_classes=0, **extra)
     except HUB_ERRORS as error:
         cause = " ".join(str(error).split())[:160] if is_reachable else "no network, and not in the local cache"
         raise InputError(
             f"{spec}: its weights can't be had from the hub ({cause}); give them as a weights file, or take "
             f"{OFFLINE_TEACHER}, which needs no network"
         ) from error
+
+
+def _loading(spec: str) -> Progress:
+    """In a log. On a terminal, the hub's client draws a bar of what it downloads."""
+    return Progress(f"load {spec}", minor=True, style="nothing")
 
 
 def _stay_offline_without_a_hub() -> bool:

@@ -20,18 +20,16 @@ not stored: at C = 768, M = 48 they take 38 MB, the codebooks 5.5 MB.
 """
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastmae.errors import InputError
+from fastmae.outside.codec_names import parse_codec
 from fastmae.tokens.quantisers import ENTRIES, FloatCast, ProductQuantiser, Quantiser, ScalarQuantiser
 
-Family = Literal["fp32", "fp16", "int8", "pq"]
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.uint8, "pq": np.uint8}
 """Family -> dtype on disk. The paper's 0.94 TB for ImageNet is fp16 (Table 2)."""
 ROUNDED_TO_INFINITY = 65520.0
@@ -39,19 +37,6 @@ ROUNDED_TO_INFINITY = 65520.0
 LARGEST_TOKEN = 1e9
 """Largest magnitude of a stored number. No network's features come near it, and sums of their squares fit into fp32."""
 NOT_FINITE = "the teacher's features hold NaN or infinity; check its weights file, or tap another --teacher-block"
-
-
-@dataclass(frozen=True)
-class CodecName:
-    """The parts of a codec's name.
-
-    Attributes:
-        family: the name without its number.
-        size: M of pq<M>, bytes a token; 0 for the other families.
-    """
-
-    family: Family
-    size: int = 0
 
 
 class Codec:
@@ -186,21 +171,6 @@ class Codec:
         if codes.device.type != "cpu" and isinstance(self.quantiser, ProductQuantiser):
             return self.quantiser.mean_by_product(codes)
         return self.decode(codes).mean((1, 2))
-
-
-def parse_codec(name: str) -> CodecName:
-    """Parse a codec's name.
-
-    Raises:
-        InputError: no such codec.
-    """
-    if name in ("fp32", "fp16", "int8"):
-        return CodecName(cast(Family, name))
-    product = re.fullmatch(r"pq([1-9][0-9]{0,4})", name)
-    if product is None:
-        known = "fp16, fp32, int8, or pq<M> with M bytes per token, as pq48; `tokenize` also takes auto"
-        raise InputError(f"--codec {name}: no such codec; give {known}")
-    return CodecName("pq", int(product[1]))
 
 
 def code_layout(name: str, token_dim: int) -> tuple[int, np.dtype[Any]]:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from fastmae.errors import InputError, first_line
 from fastmae.images.entries import label_of
 from fastmae.outside.regular_file import open_regular
+from fastmae.runtime.wording import counted
 from fastmae.tokens.format import INDEX_SCHEMA, StoreInfo
 from fastmae.tokens.shard_header import ImageRecord
 
@@ -144,7 +145,7 @@ def _checked(opened: IO[bytes], path: Path, info: StoreInfo) -> pq.ParquetFile:
         raise InputError(f"{path}: not this store's index; {WAY_OUT}")
     metadata = file.metadata
     if metadata.num_rows != info.images:
-        listed = f"lists {metadata.num_rows} images, store.json {info.images}"
+        listed = f"lists {counted(metadata.num_rows, 'image')}, store.json {info.images}"
         raise InputError(f"{path}: {listed}; {WAY_OUT}")
     chunks = [
         metadata.row_group(group).column(column)

@@ -14,7 +14,10 @@ import numpy as np
 import torch
 
 from fastmae.errors import InputError
-from fastmae.tokens.codec import Codec, check_finite, code_layout, keeps_means, load_codec, parse_codec
+from fastmae.outside.codec_names import parse_codec
+from fastmae.runtime.progress import counted_through
+from fastmae.runtime.wording import counted
+from fastmae.tokens.codec import Codec, check_finite, code_layout, keeps_means, load_codec
 from fastmae.tokens.quantisers import ENTRIES, ProductQuantiser, ScalarQuantiser
 
 LEAST_SAMPLE = {"int8": 2, "pq": ENTRIES}
@@ -62,7 +65,7 @@ def learn_codec(name: str, sample: torch.Tensor, seed: int) -> Codec:
         return load_codec(name, token_dim, {})
     least = LEAST_SAMPLE[codec.family]
     if len(sample) < least:
-        problem = f"{len(sample)} tokens are too few to learn from ({least} at least)"
+        problem = f"{counted(len(sample), 'token')}: too few to learn from ({least} at least)"
         raise InputError(f"--codec {name}: {problem}; use --codec fp16")
     check_finite(sample)
     if codec.family == "int8":
@@ -158,13 +161,23 @@ def deal(loads: list[float], groups: int, width: int) -> list[list[int]]:
 
 
 def _cluster(faiss: Any, rotated: np.ndarray, groups: int, seed: int) -> np.ndarray:
-    """k-means of each group of columns of float32 [m, M d] -> centroids, float32 [M, 256, d]."""
-    quantizer = faiss.ProductQuantizer(rotated.shape[1], groups, 8)  # 8 bits: 256 centroids
-    quantizer.cp.seed = seed % 2**31
-    quantizer.cp.min_points_per_centroid = 1  # or faiss prints a warning for a small sample
-    quantizer.cp.max_points_per_centroid = len(rotated)  # use the whole sample
-    quantizer.train(np.ascontiguousarray(rotated))
-    return faiss.vector_to_array(quantizer.centroids).reshape(groups, ENTRIES, -1)
+    """k-means of each group of columns of float32 [m, M d] -> centroids, float32 [M, 256, d].
+
+    They are those of faiss's ProductQuantizer, which doesn't tell how far it is.
+    """
+    width = rotated.shape[1] // groups
+    options = faiss.ProductQuantizer(rotated.shape[1], groups, 8).cp
+    options.seed = seed % 2**31
+    options.min_points_per_centroid = 1  # or faiss prints a warning for a small sample
+    options.max_points_per_centroid = len(rotated)  # use the whole sample
+    centroids = np.empty((groups, ENTRIES, width), np.float32)
+    for group in counted_through(range(groups), f"cluster for pq{groups}", "groups", groups):
+        clustering = faiss.Clustering(width, ENTRIES, options)
+        clustering.train(
+            np.ascontiguousarray(rotated[:, group * width : (group + 1) * width]), faiss.IndexFlatL2(width)
+        )
+        centroids[group] = faiss.vector_to_array(clustering.centroids).reshape(ENTRIES, width)
+    return centroids
 
 
 def _faiss(groups: int) -> Any:

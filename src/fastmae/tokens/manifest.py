@@ -20,6 +20,7 @@ from fastmae.outside.documents import parse_json
 from fastmae.outside.regular_file import open_regular, read_bounded
 from fastmae.outside.tensors import LENGTH_BYTES, LONGEST_HEADER
 from fastmae.runtime.durable import write_whole
+from fastmae.runtime.wording import counted
 from fastmae.tokens.codec import learns
 from fastmae.tokens.format import (
     CODEBOOKS_COPY,
@@ -111,7 +112,7 @@ class Manifest:
         if set(body.files) != set(small_files(manifest.info)):
             raise InputError(f"{file}: does not list the files of this store; {_REPAIR}")
         if len(body.shards) != manifest.info.shards:
-            listed = f"lists {len(body.shards)} shards, its copy of {STORE_FILE} {manifest.info.shards}"
+            listed = f"lists {counted(len(body.shards), 'shard')}, its copy of {STORE_FILE} {manifest.info.shards}"
             raise InputError(f"{file}: {listed}; {_REPAIR}")
         return manifest
 

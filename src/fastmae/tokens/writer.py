@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from fastmae.errors import InputError
 from fastmae.outside.regular_file import read_bounded
 from fastmae.runtime.durable import holds_anything, remove_parts, write_new, write_whole
+from fastmae.runtime.progress import counted_through
 from fastmae.tokens.codec import Codec, learns, learnt_shapes
 from fastmae.tokens.encoded import EncodedImages
 from fastmae.tokens.format import (
@@ -171,7 +172,8 @@ class StoreWriter:
             shards: list[int] = []
             # Opened here, as pyarrow takes no path that is not UTF-8.
             with aside.open("wb") as opened, pq.ParquetWriter(opened, INDEX_SCHEMA) as file:
-                for shard in range(self.info.shards):
+                shards_in_order = range(self.info.shards)
+                for shard in counted_through(shards_in_order, "finish the store", "shards", self.info.shards):
                     header, shard_sums = self._read_back(shard)
                     sums = added(sums, shard_sums)
                     decoded += sum(image.row >= 0 for image in header.images)

@@ -16,6 +16,7 @@ from fastmae.runs.folder import MetricsLog, RunFolder, read_evaluations
 from fastmae.runtime.durable import write_whole
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import on_first_process
+from fastmae.runtime.progress import counted_through
 from fastmae.runtime.workers import batches
 from fastmae.training.run import Run
 from fastmae.training.task import Picture
@@ -43,7 +44,8 @@ def val_batches(
     """
     share = Subset(dataset, range(fabric.global_rank, len(dataset), fabric.world_size))  # type: ignore[arg-type]
     loaded = batches(share, fabric.device, workers, batch_size=batch_size, collate=collate)
-    return map(fabric.to_device, loaded)
+    count, quiet = -(-len(share) // batch_size), not fabric.is_global_zero
+    return map(fabric.to_device, counted_through(loaded, "evaluate", "batches", count, quiet))
 
 
 def is_due(run: Run) -> bool:

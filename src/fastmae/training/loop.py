@@ -69,6 +69,7 @@ class _Loop:
         self.run, self.folder, self.metrics, self.stop = run, folder, metrics, stop
         self.meter = Meter(run.fabric, run.state.sums, run.state.summed_steps)
         self.saved_step = run.state.step
+        self.progress: Progress | None = None
         self.start = self.last_saved = time.monotonic()
 
     def train(self) -> None:
@@ -82,6 +83,7 @@ class _Loop:
             rate_unit="images",
         )
         with progress:
+            self.progress = progress
             if not recall(run, self.folder):
                 self._evaluate()
             batches = self._waited_for(train_batches(run))
@@ -143,8 +145,11 @@ class _Loop:
 
     def _evaluate(self) -> None:
         """A signal breaks it off: everything is saved."""
+        assert self.progress is not None
+        self.progress.now("evaluating")
         with self.stop.breaks_off(at_once=True):
             seconds = evaluate(self.run, self.folder, self.metrics)
+        self.progress.now("")
         self.start += seconds
         self.meter.pause(seconds)
 

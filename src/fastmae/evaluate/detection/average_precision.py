@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fastmae.evaluate.detection.coco import Split
+from fastmae.runtime.progress import counted_through
 
 SUMMARY = ("", "_50", "_75", "_small", "_medium", "_large")
 """COCOeval's first statistics in their order, as suffixes of `box_ap` and `mask_ap`."""
@@ -46,7 +47,8 @@ def average_precision(split: Split, detections: Sequence[Detections]) -> dict[st
     figures: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints every stage
         truth = _coco(split, list(_true_objects(split)))
-        for kind, iou_type in (("box", "bbox"), ("mask", "segm")):
+        kinds = (("box", "bbox"), ("mask", "segm"))
+        for kind, iou_type in counted_through(kinds, "average precision", "kinds", len(kinds)):
             results = list(_results(split, detections, iou_type))
             # loadRes numbers the results and computes their areas; it can't take an empty list.
             evaluation = COCOeval(truth, truth.loadRes(results) if results else _coco(split, []), iou_type)

@@ -33,7 +33,7 @@ from fastmae.evaluate.recipe import Recipe, settle
 from fastmae.evaluate.stages import STRIDES
 from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.processes import is_first_process
-from fastmae.runtime.wording import weight_count
+from fastmae.runtime.wording import counted, weight_count
 from fastmae.training.driver import train
 from fastmae.training.optimiser import layer_decayed_groups, linear_schedule
 from fastmae.training.task import Settings, Task
@@ -75,7 +75,9 @@ def detect(config: DetectConfig) -> dict[str, Any] | None:
         dynamic_img_size=True,
     )
     if opened.channels not in (1, 3):
-        raise InputError(f"{config.run}: the encoder takes {opened.channels} channels; photos have 3, or 1 if grey")
+        raise InputError(
+            f"{config.run}: the encoder takes {counted(opened.channels, 'channel')}; photos have 3, or 1 if grey"
+        )
     limits = _choose_limits(config, train_split, patch_of_pyramid(opened))
     thin = check_objects(train_split, limits)
     task = _make_task(config, opened, train_split, val_split, limits)
@@ -177,9 +179,10 @@ def _describe_setup(train: Split, val: Split, opened: OpenedEncoder, limits: Siz
     lines = []
     for split in (train, val):
         num_crowds = int(split.is_crowd.sum())
+        classes = counted(len(split.classes), "class", "classes")
         lines.append(
-            f"{split.files.annotations}: {len(split)} images, {len(split.labels) - num_crowds} objects of "
-            f"{len(split.classes)} classes, {num_crowds} crowds; "
+            f"{split.files.annotations}: {counted(len(split), 'image')}, "
+            f"{counted(len(split.labels) - num_crowds, 'object')} of {classes}, {counted(num_crowds, 'crowd')}; "
             f"{split.dropped} dropped for having no width, no height or no polygon of three points"
         )
     sizes = f"images of {limits.short} px on the short side, at most {limits.long} px on the long side"

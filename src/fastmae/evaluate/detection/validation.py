@@ -17,7 +17,6 @@ from fastmae.evaluate.detection.datasets import SizeLimits, ValidationPhotos
 from fastmae.evaluate.detection.pictures import choose_images, draw_detections
 from fastmae.runtime.fabric import Fabric
 from fastmae.runtime.launch import on_first_process
-from fastmae.runtime.progress import Progress
 from fastmae.training.evaluation import val_batches
 from fastmae.training.task import Evaluated, Picture
 
@@ -49,12 +48,7 @@ class Validation:
         photos = ValidationPhotos(self.split, self.limits, self.channels, self.value_range)
         # One photo at a time: in a batch, the padding of its feature maps would change a photo's proposals a little.
         samples = val_batches(photos, fabric, 1, self.workers, itemgetter(0))
-        detections = []
-        share = len(range(fabric.global_rank, len(photos), fabric.world_size))
-        with Progress("detect val", "images", share, quiet=not fabric.is_global_zero) as progress:
-            for image, photo in samples:
-                detections.append(detect_objects(network, self.split, image, photo))
-                progress.advance(1)
+        detections = [detect_objects(network, self.split, image, photo) for image, photo in samples]
         detections = gather_detections(fabric, detections)
         figures: dict[str, float] = {}
 

@@ -21,6 +21,7 @@ from fastmae.images.reading import read_or_refuse
 from fastmae.images.value_range import AUTO
 from fastmae.runtime.device import cores
 from fastmae.runtime.progress import Progress
+from fastmae.runtime.wording import counted
 
 MAX_MASKS_READ = 5000
 """Decoding a mask takes about 3 ms at 512 x 683; the cores share them."""
@@ -137,7 +138,7 @@ def check_ids(pair: Pair, counts: np.ndarray, num_classes: int, data: Segmentati
         ignored = 0 if first else data.encoding.ignored
         raise InputError(
             f"{pair.mask}: holds the id {outside[0] + num_classes + first}, but {data.names_source} names "
-            f"{num_classes} classes ({first} to {num_classes - 1 + first}, {ignored} is ignored)"
+            f"{counted(num_classes, 'class', 'classes')} ({first} to {num_classes - 1 + first}, {ignored} is ignored)"
         )
 
 

@@ -32,7 +32,7 @@ from fastmae.runs.encoder import OpenedEncoder, open_encoder
 from fastmae.runtime.batch_memory import check_batch
 from fastmae.runtime.device import resolve_device
 from fastmae.runtime.processes import is_first_process, this_process
-from fastmae.runtime.wording import weight_count
+from fastmae.runtime.wording import counted, weight_count
 from fastmae.training.driver import train
 from fastmae.training.optimiser import layer_decayed_groups, linear_schedule
 from fastmae.training.run import grad_accum_steps, images_at_once
@@ -212,11 +212,11 @@ def describe_setup(
         masks_read = f"{summary.masks_read} of {num_pairs} masks read now, the rest when they are used"
     source = data.names_source or "as many as the masks hold"
     lines = [
-        f"{data.root}: {len(data.train)} photos for training, {len(data.val)} for validation; "
-        f"{len(summary.class_names)} classes ({source}); {masks_read}"
+        f"{data.root}: {counted(len(data.train), 'photo')} for training, {len(data.val)} for validation; "
+        f"{counted(len(summary.class_names), 'class', 'classes')} ({source}); {masks_read}"
     ]
     if data.unused_masks:
-        lines.append(f"{data.unused_masks} masks have no photo and are not used")
+        lines.append(f"not used, as no photo is theirs: {counted(data.unused_masks, 'mask')}")
     if summary.untrained_classes:
         lines.append(_untrained(data, summary))
     if opened.is_vit:
@@ -224,7 +224,7 @@ def describe_setup(
         read, unit = f"blocks {', '.join(map(str, tapped_blocks(depth)))} of {depth}", "patches"
     else:
         read, unit = f"maps of strides {', '.join(map(str, STRIDES))}", "strides"
-    lines.append(f"UperNet of {sizes.head_channels} channels on {opened.source}, reading {read}")
+    lines.append(f"UperNet of {counted(sizes.head_channels, 'channel')} on {opened.source}, reading {read}")
     resize = f"shorter sides resized to {sizes.short_side} px" if sizes.short_side else "photos at their own size"
     windows = "sliding windows of that size" if inference == "slide" else "whole photos"
     lines.append(f"{unit} of {opened.patch_size} px; {resize}; training crops of {sizes.crop} px, val by {windows}")
@@ -256,7 +256,7 @@ def report(result: Mapping[str, Any], data: SegmentationData, summary: DataSumma
     log.info(
         f"{iou_table(ious)}\n"
         f"{data.root}: mIoU {result['miou']:.2f} %, pixel accuracy {result['pixel_accuracy']:.2f} % "
-        f"on {len(data.val)} photos "
+        f"on {counted(len(data.val), 'photo')} "
         f"(best mIoU {result['best_miou']:.2f} % after epoch {result['best_epoch']:g}, in {result['best']})"
     )
     figures = {name: value for name, value in result.items() if not name.startswith(CLASS_PREFIX)}
