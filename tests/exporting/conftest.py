@@ -11,12 +11,13 @@ from PIL import Image
 
 import fastmae
 from fastmae.cli import run
+from fastmae.exporting.export import FORMATS
 
 
 @pytest.fixture(scope="session")
 def exports(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Format -> exported folder."""
-    folders = {name: tmp_path_factory.mktemp("exports") / name for name in ("timm", "transformers", "onnx")}
+    folders = {name: tmp_path_factory.mktemp("exports") / name for name in FORMATS}
     for name, folder in folders.items():
         assert run(["export", str(tiny_run), str(folder), "--format", name]) == 0
     return folders

@@ -70,10 +70,9 @@ def _export(config: ExportConfig) -> dict[str, Any]:
         export_format.write(model, folder, config)
         difference = largest_difference(model, folder, export_format)
         write_model_card(folder, model, config.format, export_format, provenance, difference)
-    reader = export_format.read_by or export_format.library
     files = [*read_export(config.out)["files"], EXPORT_FILE]
     log.info(
-        f"{config.out}: {', '.join(files)}; read back by {reader}, the outputs differ by "
+        f"{config.out}: {', '.join(files)}; read back by {export_format.reader}, the outputs differ by "
         f"{difference:.1e} at most\n\n{export_format.usage(model, str(config.out)).rstrip()}"
     )
     return {
@@ -107,7 +106,7 @@ def largest_difference(model: ExportedModel, folder: Path, export_format: Export
             allowed = TOLERANCE * max(1.0, expected.abs().max().item())
             if not difference <= allowed:  # written this way round, NaN fails too
                 raise FailedCheckError(
-                    f"{model.source}: {name} from {export_format.read_by or export_format.library} differs by {difference:.1e} "
+                    f"{model.source}: {name} from {export_format.reader} differs by {difference:.1e} "
                     f"on a batch of {batch}; nothing was written; try another --format"
                 )
             largest = max(largest, difference)

@@ -36,6 +36,11 @@ class ExportFormat:
     read_by: str = ""
     expected: Callable[[Any, torch.Tensor], dict[str, torch.Tensor]] = model_outputs
 
+    @property
+    def reader(self) -> str:
+        """What computes the outputs from the files."""
+        return self.read_by or self.library
+
 
 def import_extra(package: str) -> Any:
     """Import a package of the `export` extra.

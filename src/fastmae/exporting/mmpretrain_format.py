@@ -68,15 +68,16 @@ def read(model: ExportedModel, folder: Path, images: torch.Tensor) -> dict[str, 
 def usage(model: ExportedModel, folder: str) -> str:
     """Lines for a config file, and Python code that builds the backbone from them."""
     network = model.network
-    block = network.blocks[0]
+    block, has_bias = network.blocks[0], network.patch_embed.proj.bias is not None
+    has_norm = not isinstance(network.norm_pre, nn.Identity)
     switches = {
         "with_cls_token=False, ": network.cls_token is None,
         "qkv_bias=False, ": block.attn.qkv.bias is None,
-        "pre_norm=True, ": not isinstance(network.norm_pre, nn.Identity),
+        "pre_norm=True, ": has_norm,
         "final_norm=False, ": isinstance(network.norm, nn.Identity),
         # Any value but 0 makes mmpretrain build the layer.
         "layer_scale_init_value=1e-5, ": not isinstance(block.ls1, nn.Identity),
-        f"patch_cfg=dict(bias={network.patch_embed.proj.bias is not None}), ": True,
+        f"patch_cfg=dict(bias={has_bias}), ": has_bias == has_norm,  # mmpretrain leaves it out beside such a norm
     }
     asked = "".join(switch for switch, applies in switches.items() if applies)
     mean, std = ([round(255 * value, 3) for value in values] for values in (model.mean, model.std))
@@ -88,18 +89,19 @@ import mmpretrain.models
 backbone = dict(
     type="VisionTransformer", img_size={model.image_size}, patch_size={model.patch_size}, in_channels={model.channels},
     arch=dict(
-        embed_dims={model.dim}, num_layers={len(network.blocks)}, num_heads={block.attn.num_heads},
-        feedforward_channels={block.mlp.fc1.out_features},
+        embed_dims={model.dim}, num_layers={len(network.blocks)}, num_heads={block.attn.num_heads}, \
+feedforward_channels={block.mlp.fc1.out_features}
     ),
-    norm_cfg=dict(type="LN", eps={block.norm1.eps}), {asked}
-    out_type="featmap", init_cfg=dict(type="Pretrained", checkpoint="{folder}/{PTH_FILE}"),
+    norm_cfg=dict(type="LN", eps={block.norm1.eps}), {asked}out_type="featmap",
+    init_cfg=dict(type="Pretrained", checkpoint="{folder}/{PTH_FILE}"),
 )
 data_preprocessor = dict(mean={mean}, std={std}, to_rgb=True)  # of pixels from 0 to 255
 
-model = MODELS.build(backbone).eval()
+model = MODELS.build(backbone)
 model.init_weights()  # loads the checkpoint
+model.eval()
 features = model(images)[0].mean((2, 3))  # images [B, {model.image_shape}] -> [B, {model.dim}]
 """
 
 
-MMPRETRAIN = ExportFormat("mmpretrain", check, write, read, usage, read_by="timm under its own names")
+MMPRETRAIN = ExportFormat("mmpretrain", check, write, read, usage, read_by="timm")
