@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import RmsNorm
 
 import fastmae
-from fastmae.cli import run
+from fastmae.errors import InputError
+from fastmae.exporting.detectron2_format import DETECTRON2
+from fastmae.exporting.export import largest_difference
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
@@ -52,27 +55,36 @@ def test_the_file_gives_the_last_blocks_features_of_the_patches_alone(exports, t
     assert "detectron2 itself was not run" in card
 
 
-def test_a_network_without_class_token_has_positions_for_its_patches_alone(tmp_path):
-    args = ["export", "timm/vit_medium_patch16_gap_256", str(tmp_path / "out"), "--no-pretrained", "--image-size", "64"]
-    # This one has layer scale, which the ViT has no place for.
-    assert run([*args, "--format", "detectron2"]) == 2
-    args[1] = "timm/vit_base_patch16_siglip_gap_224"
-    assert run([*args, "--format", "detectron2"]) == 0
-    assert torch.load(tmp_path / "out" / "backbone.pth", weights_only=True)["pos_embed"].shape == (1, 16, 768)
-    assert "pretrain_use_cls_token=False" in (tmp_path / "out" / "README.md").read_text()
+def test_a_network_without_class_token_has_positions_for_its_patches_alone(small_vit, images, tmp_path):
+    model = small_vit(class_token=False, global_pool="avg", fc_norm=False)
+    DETECTRON2.check(model)
+    DETECTRON2.write(model, tmp_path, None)
+    assert largest_difference(model, tmp_path, DETECTRON2) < 1e-5
+    weights = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    with torch.inference_mode():
+        expected = model.network.blocks(model.network.patch_embed(images).flatten(1, 2) + model.network.pos_embed)
+        computed = last_feat_of_detectron2(weights, images, heads=2, has_class_position=False)
+    torch.testing.assert_close(computed.flatten(2).transpose(1, 2), expected, **CLOSE)
+    assert "pretrain_use_cls_token=False" in DETECTRON2.usage(model, ".")
 
 
 @pytest.mark.parametrize(
-    ("name", "misfit"),
+    ("arguments", "misfit"),
     [
-        ("vit_small_patch14_dinov2", "layer scale"),
-        ("vit_base_patch32_clip_224", "a norm before the blocks"),
-        ("test_vit2", "register tokens"),
+        ({"init_values": 0.1}, "layer scale"),
+        ({"pre_norm": True}, "a norm before the blocks"),
+        ({"reg_tokens": 2}, "register tokens"),
+        ({"norm_layer": RmsNorm}, "norms of another kind"),
     ],
 )
-def test_the_error_names_what_detectron2s_vit_can_not_hold(name, misfit, tmp_path, error_line):
-    args = ["export", f"timm/{name}", str(tmp_path / "out"), "--no-pretrained", "--format", "detectron2"]
+def test_what_detectron2s_vit_can_not_hold_is_named(arguments, misfit, small_vit):
+    with pytest.raises(InputError, match=misfit):
+        DETECTRON2.check(small_vit(**arguments))
+
+
+def test_a_network_that_does_not_fit_gives_one_line_and_no_files(tmp_path, error_line):
+    args = ["export", "timm/test_vit2", str(tmp_path / "out"), "--no-pretrained", "--format", "detectron2"]
     line = error_line(args)
     assert "--format detectron2" in line
-    assert misfit in line
+    assert "register tokens" in line
     assert not list(tmp_path.iterdir())

@@ -73,7 +73,8 @@ def last_feature(network: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
         images: float32 [B, K, S, S], normalised.
     """
     patches = network.patch_embed.num_patches
-    tokens = network.blocks(network.patch_embed(images) + network.pos_embed[:, -patches:])
+    embedded = network.patch_embed(images).flatten(1, -2)  # with dynamic_img_size, timm gives a map
+    tokens = network.blocks(embedded + network.pos_embed[:, -patches:])
     return {MAP: tokens.transpose(1, 2).unflatten(2, network.patch_embed.grid_size)}
 
 

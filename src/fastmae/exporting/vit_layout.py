@@ -70,6 +70,8 @@ def _misfit(network: Any, names: Names) -> str:
             return next((words for part, words in UNSUPPORTED_WEIGHTS.items() if part in name), f"weights {name}")
     if network.pos_embed is None:
         return "no position embeddings"
+    if not all(isinstance(norm, nn.LayerNorm) for block in network.blocks for norm in (block.norm1, block.norm2)):
+        return "norms of another kind"
     plain = all(
         type(block) is Block and type(block.mlp) is Mlp and type(block.mlp.act) in ACTIVATIONS
         for block in network.blocks
