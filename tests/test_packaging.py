@@ -31,6 +31,9 @@ NOT_IMPORTED_BY_NAME = {
     "tensorboard": "torch.utils.tensorboard imports it",
 }
 
+SHIPPED_WITH_EXPORTS = {"exporting/jittor/model.py"}
+"""Files that the package copies and never imports."""
+
 IMPORT_WITHOUT_THE_EXTRAS = """
 import contextlib, importlib, importlib.machinery, io, pkgutil, sys
 
@@ -98,6 +101,8 @@ def third_party_imports() -> dict[str, list[str]]:
     """Distribution -> the files of the package that import it."""
     imports: dict[str, list[str]] = {}
     for path in sorted(SOURCE.rglob("*.py")):
+        if path.relative_to(SOURCE).as_posix() in SHIPPED_WITH_EXPORTS:
+            continue
         modules = imported_modules(ast.parse(path.read_text(encoding="utf-8")))
         for module in modules - sys.stdlib_module_names - {"fastmae"}:
             imports.setdefault(distribution_of(module), []).append(str(path.relative_to(SOURCE)))

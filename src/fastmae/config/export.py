@@ -11,19 +11,20 @@ from fastmae.errors import InputError
 
 @options
 class ExportConfig(Common):
-    """Write an encoder with a model card, so that timm, transformers or ONNX load it without fastmae."""
+    """Write an encoder with a model card, so that timm, transformers, ONNX and others load it without fastmae."""
 
     run: str
     """A run's folder or checkpoint (of pretrain, or fine-tuned), an exported model, timm/NAME, or file/PATH."""
     out: Path
     """Folder to write: new, empty, or an earlier export of the same RUN in the same format, which is replaced."""
-    format: Literal["timm", "transformers", "onnx"] = "timm"
+    format: Literal["timm", "transformers", "onnx", "mmpretrain", "detectron2", "jittor"] = "timm"
     """timm: for `timm.create_model`, in the hub's layout; transformers: for `ViTModel.from_pretrained`; onnx: one graph
-    for any runtime."""
+    for any runtime; mmpretrain: for the ViT of OpenMMLab's tools; detectron2: for the ViT of ViTDet; jittor: a file
+    that holds the network, and its weights."""
     image_size: Annotated[int | None, PIXELS] = None
     """Side of the images in pixels; position embeddings are resampled. Default: the encoder's own."""
     classifier: bool = False
-    """For a run of finetune: the whole classifier, with the names of its classes (timm and onnx). Default: its
+    """For a run of finetune: the whole classifier, with the names of its classes (timm, onnx and jittor). Default: its
     encoder."""
     opset: Annotated[int, Range(ge=18, le=23)] = 18
     """Version of the ONNX operators: those that torch writes and onnxruntime reads."""

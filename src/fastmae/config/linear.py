@@ -32,6 +32,7 @@ class LinearConfig(SupervisedConfig):
 
     def check(self) -> None:
         """Refuse options that contradict each other."""
+        super().check()
         for name in ("betas", "layer_decay", "drop_path", "checkpoint_activations"):
             if getattr(self, name) != getattr(type(self), name):
                 raise InputError(f"{flag(name)}: has no effect on a linear probe by LARS; leave it out")

@@ -171,6 +171,7 @@ class PretrainConfig(TrainingConfig):
 
     def check(self) -> None:
         """Refuse options that contradict each other."""
+        super().check()
         if self.store_weights and self.target in ("pixels", "hog"):
             raise InputError(f"--store-weights: --target {self.target} reads no stored tokens; leave it out")
         if self.strategy == "fsdp" and self.ema:

@@ -14,7 +14,11 @@ from fastmae.config.ranges import (
     WORKERS,
     Range,
 )
-from fastmae.config.resolve import CALLER_ONLY
+from fastmae.config.resolve import CALLER_ONLY, near, shown
+from fastmae.errors import InputError
+
+LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
+"""What --logger may name."""
 
 
 @options
@@ -23,7 +27,7 @@ class TrainingConfig(Common):
 
     may_change: ClassVar[tuple[str, ...]] = (
         *CALLER_ONLY,
-        *("resume", "device", "devices", "workers", "save_every", "log_every"),
+        *("resume", "device", "devices", "workers", "save_every", "log_every", "logger"),
         *("micro_batch", "checkpoint_activations", "deterministic"),
     )
     """Options that may change when a run is continued: they change where and how fast it trains, but not what."""
@@ -58,5 +62,24 @@ class TrainingConfig(Common):
     """Minutes between checkpoints."""
     log_every: Annotated[int, COUNT] = 10
     """Steps between log entries."""
+    logger: str = "tensorboard"
+    """Where figures and pictures go besides the run's own metrics.jsonl: tensorboard, csv, wandb, mlflow, several of
+    them as `tensorboard,csv`, or none."""
     resume: bool = True
     """Continue from the checkpoint; --no-resume sets it aside and starts over."""
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """The names in --logger, each once."""
+        return tuple(name for name in dict.fromkeys(self.logger.split(",")) if name != "none")
+
+    def check(self) -> None:
+        """Refuse loggers that there are not."""
+        for name in self.logger.split(","):
+            if name not in (*LOGGERS, "none"):
+                raise InputError(
+                    f"--logger {shown(self.logger)}: give {', '.join(LOGGERS)}, or none; several with commas between "
+                    f"them{near(name, LOGGERS)}"
+                )
+        if "none" in self.logger.split(",") and self.loggers:
+            raise InputError(f"--logger {self.logger}: none stands alone; leave it out")

@@ -1,6 +1,6 @@
 """`fastmae export`: writes a model for another library, with a model card.
 
-Before the export appears, the other library reads it back, and its outputs are compared with the original model's.
+Before the export appears, it is read back, and its outputs are compared with the original model's.
 """
 
 import logging
@@ -13,8 +13,11 @@ import torch
 from fastmae import __version__
 from fastmae.config import ExportConfig
 from fastmae.errors import FailedCheckError
+from fastmae.exporting.detectron2_format import DETECTRON2
 from fastmae.exporting.export_format import ExportFormat
-from fastmae.exporting.exported_model import ExportedModel, classifier_to_export, encoder_to_export, model_outputs
+from fastmae.exporting.exported_model import ExportedModel, classifier_to_export, encoder_to_export
+from fastmae.exporting.jittor_format import JITTOR
+from fastmae.exporting.mmpretrain_format import MMPRETRAIN
 from fastmae.exporting.model_card import write_model_card
 from fastmae.exporting.onnx_format import ONNX
 from fastmae.exporting.output_folder import EXPORT_FILE, check_output_folder, complete_folder, read_export
@@ -28,7 +31,14 @@ from fastmae.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
-FORMATS = {"timm": TIMM, "transformers": TRANSFORMERS, "onnx": ONNX}
+FORMATS = {
+    "timm": TIMM,
+    "transformers": TRANSFORMERS,
+    "onnx": ONNX,
+    "mmpretrain": MMPRETRAIN,
+    "detectron2": DETECTRON2,
+    "jittor": JITTOR,
+}
 TOLERANCE = 1e-4
 """Largest difference between two outputs that passes; relative to the output's largest value where that is over 1."""
 CHECKED_BATCHES = (1, 3)
@@ -41,7 +51,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     Raises:
         InputError: the model can't be opened or does not fit the format, or the output folder holds something else, or
             another process exports to it.
-        FailedCheckError: the other library computes other features from the files.
+        FailedCheckError: the files give other features.
     """
     with owned_place(config.out, "export"):
         return _export(config)
@@ -65,7 +75,7 @@ def _export(config: ExportConfig) -> dict[str, Any]:
         write_model_card(folder, model, config.format, export_format, provenance, difference)
     files = [*read_export(config.out)["files"], EXPORT_FILE]
     log.info(
-        f"{config.out}: {', '.join(files)}; read back by {export_format.library}, the outputs differ by "
+        f"{config.out}: {', '.join(files)}; read back by {export_format.reader}, the outputs differ by "
         f"{difference:.1e} at most\n\n{export_format.usage(model, str(config.out)).rstrip()}"
     )
     return {
@@ -81,7 +91,7 @@ def _export(config: ExportConfig) -> dict[str, Any]:
 
 
 def largest_difference(model: ExportedModel, folder: Path, export_format: ExportFormat) -> float:
-    """The largest difference between the network's outputs and the other library's, on batches of noise.
+    """The largest difference between the network's outputs and those computed from the files, on batches of noise.
 
     Raises:
         FailedCheckError: the difference is larger than rounding explains, or a shape differs.
@@ -91,15 +101,15 @@ def largest_difference(model: ExportedModel, folder: Path, export_format: Export
     for batch in CHECKED_BATCHES:
         images = torch.randn(batch, model.channels, model.image_size, model.image_size, generator=generator)
         with torch.inference_mode():
-            expected_outputs = model_outputs(model.network, images)
-        for name, output in export_format.read(folder, images).items():
+            expected_outputs = export_format.expected(model.network, images)
+        for name, output in export_format.read(model, folder, images).items():
             expected = expected_outputs[name]
             same_shape = output.shape == expected.shape
             difference = (output - expected).abs().max().item() if same_shape else float("inf")
             allowed = TOLERANCE * max(1.0, expected.abs().max().item())
             if not difference <= allowed:  # written this way round, NaN fails too
                 raise FailedCheckError(
-                    f"{model.source}: {name} from {export_format.library} differs by {difference:.1e} "
+                    f"{model.source}: {name} from {export_format.reader} differs by {difference:.1e} "
                     f"on a batch of {batch}; nothing was written; try another --format"
                 )
             largest = max(largest, difference)

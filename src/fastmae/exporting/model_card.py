@@ -41,6 +41,7 @@ def write_model_card(
     """
     text = _template().render(
         library=export_format.library,
+        read_by=export_format.read_by,
         tags=_tags(model, export_format, provenance),
         title=f"{model.architecture}, {TITLES[provenance.kind]}",
         format=format_name,

@@ -98,7 +98,7 @@ def metadata(model: ExportedModel) -> dict[str, str]:
     }
 
 
-def read(folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def read(_: ExportedModel, folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """All outputs, from onnxruntime on the CPU."""
     onnxruntime = import_extra("onnxruntime")
     session = onnxruntime.InferenceSession(str(folder / GRAPH_FILE), providers=["CPUExecutionProvider"])

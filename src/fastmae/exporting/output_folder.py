@@ -100,6 +100,12 @@ def write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
     path.write_bytes(safetensors.torch.save(dict(weights), metadata={"format": "pt"}))
 
 
+def write_pth(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write a weights file for libraries that read no safetensors: plain tensors, which `weights_only=True` loads."""
+    with path.open("wb") as file:
+        torch.save({name: tensor.detach().contiguous().clone() for name, tensor in weights.items()}, file)
+
+
 def _replace_files(out: Path, temporary: Path, files: list[str]) -> None:
     earlier_files = read_export(out).get("files", [])
     for name in files:

@@ -60,7 +60,7 @@ def config(model: ExportedModel) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def read(folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def read(_: ExportedModel, folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """All outputs, from the network that timm builds from the folder."""
     network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     return model_outputs(network.eval(), images)

@@ -1,14 +1,11 @@
 """The layout of transformers' ViTModel: the same weights under other names, and a matching image processor."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import Mlp, QuickGELU
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from fastmae.config import ExportConfig
@@ -16,9 +13,9 @@ from fastmae.errors import FailedCheckError, InputError
 from fastmae.exporting.export_format import ExportFormat, import_extra
 from fastmae.exporting.exported_model import CLASS, PATCHES, ExportedModel
 from fastmae.exporting.output_folder import write_weights
+from fastmae.exporting.vit_layout import ACTIVATIONS, check_layout, renamed
 from fastmae.runs.timm_config import EXPORT_WEIGHTS
 
-ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", QuickGELU: "quick_gelu"}
 WEIGHT_NAMES = {
     r"cls_token": "embeddings.cls_token",
     r"pos_embed": "embeddings.position_embeddings",
@@ -32,14 +29,6 @@ WEIGHT_NAMES = {
     r"norm\.(weight|bias)": r"layernorm.\1",
 }
 """Pattern of timm's names -> the name in transformers' files. Transformers' ViT has no place for any other weight."""
-UNSUPPORTED_WEIGHTS = {
-    "reg_token": "register tokens",
-    ".ls1.": "layer scale",
-    ".q_norm.": "normalised queries and keys",
-    "norm_pre.": "a norm before the blocks",
-    "fc_norm.": "a norm after pooling",
-}
-"""Part of timm's name -> in words, for weights that transformers' ViT has no place for."""
 BICUBIC = 3
 """Pillow's number of bicubic resampling, as transformers' processors store it."""
 
@@ -53,16 +42,7 @@ def check(model: ExportedModel) -> None:
     import_extra("transformers")
     if model.classes:
         raise InputError("--classifier: transformers' classifiers read the class token; use --format timm or onnx")
-    if not model.is_vit:
-        raise InputError(
-            f"--format transformers: {model.source} ({model.architecture}) is no plain ViT; use --format timm or onnx"
-        )
-    misfit = _misfit(model.network)
-    if misfit:
-        raise InputError(
-            f"--format transformers: {model.source} ({model.architecture}) does not fit transformers' ViT, "
-            f"since it has {misfit}; use --format timm or onnx"
-        )
+    check_layout(model, "transformers", "transformers", WEIGHT_NAMES, _misfits)
 
 
 def write(model: ExportedModel, folder: Path, _: ExportConfig) -> None:
@@ -98,8 +78,7 @@ def renamed_weights(network: Any) -> dict[str, torch.Tensor]:
     """
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in network.state_dict().items():
-        pattern = next(pattern for pattern in WEIGHT_NAMES if re.fullmatch(pattern, name))
-        new_name = re.sub(pattern, WEIGHT_NAMES[pattern], name)
+        new_name = renamed(name, WEIGHT_NAMES)
         if "{}" in new_name:  # timm keeps query, key and value in one matrix
             for projection, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 weights[new_name.format(projection)] = rows
@@ -111,7 +90,7 @@ def renamed_weights(network: Any) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-def read(folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def read(_: ExportedModel, folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Class token and patch tokens, from the ViTModel that transformers builds from the folder.
 
     Raises:
@@ -147,28 +126,15 @@ features = tokens[:, 1:].mean(1)  # [B, {model.dim}]; the model's own pooler_out
 """
 
 
-def _misfit(network: Any) -> str:
-    """What transformers' ViT does not support in a network, in words that follow "it has"; '' if everything fits."""
-    if type(network) is not VisionTransformer:
-        return "rotary positions"
-    names = list(network.state_dict())
-    for name in names:
-        if not any(re.fullmatch(pattern, name) for pattern in WEIGHT_NAMES):
-            return next((words for part, words in UNSUPPORTED_WEIGHTS.items() if part in name), f"weights {name}")
+def _misfits(network: Any) -> dict[str, bool]:
+    """What transformers' ViT does not support, in words that follow "it has" -> whether a network has it."""
     positions = 1 + network.patch_embed.num_patches
-    misfits = {
+    return {
         "no class token": network.cls_token is None,
-        "no position embedding for the class token": (
-            network.pos_embed is None or network.pos_embed.shape[1] != positions
-        ),
-        "no final norm": "norm.weight" not in names,
-        "a patch projection without bias": "patch_embed.proj.bias" not in names,
-        "blocks of another kind": not all(
-            type(block) is Block and type(block.mlp) is Mlp and type(block.mlp.act) in ACTIVATIONS
-            for block in network.blocks
-        ),
+        "no position embedding for the class token": network.pos_embed.shape[1] != positions,
+        "no final norm": isinstance(network.norm, nn.Identity),
+        "a patch projection without bias": network.patch_embed.proj.bias is None,
     }
-    return next((words for words, applies in misfits.items() if applies), "")
 
 
 def _processor(model: ExportedModel, transformers: Any) -> Any:

@@ -6,7 +6,8 @@ RUN/checkpoint.pt           the last checkpoint
 RUN/best.pt                 the weights of the best evaluation, if the task has a metric
 RUN/metrics.jsonl           one line per log entry
 RUN/evaluations.jsonl       one line per evaluation
-RUN/tensorboard/            the same, for TensorBoard
+RUN/tensorboard/            the same, for TensorBoard; metrics.csv and wandb/ likewise, if --logger asks for them
+RUN/loggers.json            the ids under which other loggers know the run
 RUN/replaced-1/ ...         what --no-resume set aside
 RUN/LOG.damaged-1 ...       a log as it was, of which some or all lines can't be read; the run has gone on without them
 """
@@ -16,17 +17,18 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from torch.utils.tensorboard import SummaryWriter
 
 from fastmae.errors import InputError, first_line
 from fastmae.outside.documents import read_json, read_json_lines
 from fastmae.runs.description import WAY_OUT, check_description
+from fastmae.runs.logged_run import LOGGERS_FILE, LoggedRun
+from fastmae.runs.loggers import CSV_FILE, TENSORBOARD_FOLDER, Loggers
 from fastmae.runtime.durable import holds_anything, remove_parts, write_json, write_whole
 from fastmae.runtime.ownership import check_owner
 from fastmae.runtime.wording import counted
@@ -40,8 +42,11 @@ INPUTS_FILE = "inputs.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 PICTURES_DUE_FILE = ".pictures-due"
-TENSORBOARD_FOLDER = "tensorboard"
-FILES = (CHECKPOINT_FILE, BEST_FILE, METRICS_FILE, EVALUATIONS_FILE, PICTURES_DUE_FILE, TENSORBOARD_FOLDER, RUN_FILE)
+WANDB_FOLDER = "wandb"
+FILES = (
+    *(CHECKPOINT_FILE, BEST_FILE, METRICS_FILE, EVALUATIONS_FILE, PICTURES_DUE_FILE),
+    *(TENSORBOARD_FOLDER, CSV_FILE, WANDB_FOLDER, LOGGERS_FILE, RUN_FILE),
+)
 """A run's files in the order in which they are set aside: run.json last, since a folder without it is no run."""
 LARGEST_LOG = 1 << 28
 """Most bytes of a log: a million entries."""
@@ -110,9 +115,9 @@ class RunFolder:
         """Path of a file that is there while the pictures of an evaluation in the log are still to be drawn."""
         return self.path / PICTURES_DUE_FILE
 
-    def metrics(self, step: int) -> "MetricsLog":
-        """The log, without entries after a step."""
-        return MetricsLog(self.path, step)
+    def metrics(self, step: int, loggers: Sequence[str] = ()) -> "MetricsLog":
+        """The log, without entries after a step; and the loggers that get the same."""
+        return MetricsLog(self.path, step, loggers, self.description)
 
     def _set_aside(self) -> None:
         number = 1
@@ -126,23 +131,30 @@ class RunFolder:
 
 
 class MetricsLog:
-    """metrics.jsonl, evaluations.jsonl and TensorBoard.
+    """metrics.jsonl and evaluations.jsonl, and the loggers that get the same figures.
 
     A log that can't be read, or some of whose lines can't, stops no run: it is set aside, and goes on with the rest.
 
     Args:
         run: the run's folder.
         step: entries after it, from a killed call, are dropped.
+        loggers: names, as in `--logger`.
+        description: what the run is.
     """
 
-    def __init__(self, run: Path, step: int):
+    def __init__(self, run: Path, step: int, loggers: Sequence[str], description: Mapping[str, Any]):
         self.run = run
+        kept: list[dict[str, Any]] = []
         for name in (METRICS_FILE, EVALUATIONS_FILE):
             entries = _readable_entries(run / name)
             if entries or (run / name).exists() or name == METRICS_FILE:
-                text = "".join(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step)
+                before = [entry for entry in entries if entry["step"] <= step]
+                text = "".join(json.dumps(entry) + "\n" for entry in before)
                 write_whole(run / name, partial(Path.write_text, data=text, encoding="utf-8"))
-        self.board = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
+                kept += before
+        kept.sort(key=lambda entry: entry["step"])
+        logged = LoggedRun(run, description.get("task", ""), description.get("options", {}), step, kept)
+        self.loggers = Loggers(loggers, logged)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add a log entry. JSON has no infinity (which a gradient norm may be), so that becomes null."""
@@ -157,12 +169,17 @@ class MetricsLog:
         entry = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with (self.run / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **entry}) + "\n")
-        for key, value in values.items():
-            self.board.add_scalar(key, value, step)
+        self.loggers.scalars(step, values)
 
-    def close(self) -> None:
-        """Flush TensorBoard's file."""
-        self.board.close()
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """Give a picture to the loggers. `png`: the bytes of its file."""
+        self.loggers.picture(step, name, png)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.loggers.close(ended_well=kind is None)
 
 
 def read_run(path: Path) -> dict[str, Any]:

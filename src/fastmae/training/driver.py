@@ -9,6 +9,7 @@ from typing import Any
 from fastmae.config import TrainingConfig
 from fastmae.errors import InputError
 from fastmae.runs.folder import CHECKPOINT_FILE, INPUTS_FILE, RUN_FILE, RunFolder, read_evaluations, read_metrics
+from fastmae.runs.loggers import check_installed
 from fastmae.runtime.arithmetic import computes_as_asked
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import write_json
@@ -37,9 +38,10 @@ def train(config: TrainingConfig, task: Task, settings: Settings) -> dict[str, A
         but the first.
 
     Raises:
-        InputError: a folder that holds another run or that another process trains in, or a batch that can't be divided
-            among the processes.
+        InputError: a folder that holds another run or that another process trains in, a batch that can't be divided
+            among the processes, or a logger whose package is missing.
     """
+    check_installed(config.loggers)
     fabric, grad_accum_steps = launch_processes(config, task, settings)
     with contextlib.ExitStack() as stack:
         on_first_process(fabric, lambda: stack.enter_context(owned(task.out, task.name)))

@@ -100,7 +100,7 @@ def evaluate(run: Run, folder: RunFolder, metrics: MetricsLog | None) -> float:
         if not _is_logged(folder, state.step):
             metrics.write_evaluation(state.step, entry)
         for picture in evaluated.pictures:
-            _draw(picture)
+            _draw(picture, state.step, metrics)
         folder.pictures_due.unlink(missing_ok=True)
     return time.monotonic() - start
 
@@ -131,10 +131,11 @@ def _is_logged(folder: RunFolder, step: int) -> bool:
     return any(entry["step"] == step for entry in read_evaluations(folder.path))
 
 
-def _draw(picture: Picture) -> None:
+def _draw(picture: Picture, step: int, metrics: MetricsLog) -> None:
     try:
         png = picture.png()
         write_whole(picture.file, lambda part: part.write_bytes(png))
+        metrics.picture(step, picture.file.stem, png)
     except Exception as error:  # names and photos are strangers'; nothing about them is worth a run
         cause = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         log.warning(f"{picture.file}: can't be drawn ({cause}); the run goes on without this picture")

@@ -39,9 +39,9 @@ def fit(run: Run, folder: RunFolder) -> None:
         InterruptedRunError: after SIGINT, SIGTERM or SIGUSR1, and after saving.
         FailedCheckError: the loss is not a number any more; the last good checkpoint stays.
     """
-    metrics = folder.metrics(run.state.step) if run.fabric.is_global_zero else None
+    metrics = folder.metrics(run.state.step, run.config.loggers) if run.fabric.is_global_zero else None
     patience = 0.0 if run.fabric.world_size == 1 else SECONDS_FOR_THE_VOTE
-    with StopRequest(patience) as stop, contextlib.closing(metrics) if metrics else contextlib.nullcontext():
+    with StopRequest(patience) as stop, metrics or contextlib.nullcontext():
         loop = _Loop(run, folder, metrics, stop)
         try:
             loop.train()
