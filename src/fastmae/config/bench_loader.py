@@ -6,6 +6,7 @@ from typing import Annotated
 from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common
 from fastmae.config.options import options
 from fastmae.config.ranges import BATCH, COUNT, PATCH, ROUNDS, WORKERS
+from fastmae.config.teacher import TeacherName
 
 
 @options
@@ -28,7 +29,7 @@ class BenchLoaderConfig(Common):
     """Side of a patch in pixels."""
     codecs: str = "fp16,pq48"
     """Codecs of the tokens, as in tokenize; several separated by commas."""
-    teacher: str = OFFLINE_TEACHER
+    teacher: TeacherName = OFFLINE_TEACHER
     """As in tokenize: only the width of its tokens matters here."""
     teacher_weights: Path | None = None
     """As in tokenize."""

@@ -6,6 +6,7 @@ from typing import Annotated
 from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common, Precision
 from fastmae.config.options import options
 from fastmae.config.ranges import BATCH, COUNT, COUNT_OR_0, PATCH, ROUNDS, WORKERS
+from fastmae.config.teacher import TeacherName
 
 
 @options
@@ -23,7 +24,7 @@ class BenchStoreConfig(Common):
     """Side of the middle images in pixels."""
     patch_size: Annotated[int, PATCH] = 16
     """Side of a patch in pixels."""
-    teacher: str = OFFLINE_TEACHER
+    teacher: TeacherName = OFFLINE_TEACHER
     """As in tokenize."""
     teacher_weights: Path | None = None
     """As in tokenize."""
