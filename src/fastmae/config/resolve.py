@@ -49,7 +49,7 @@ def resolved(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     for source, layer in [*kind.layers(asked), *above]:
         prefix = f"{source}: " if source else ""
         for name, value in layer.items():
-            if source and TEACHER in getattr(hints[name], "__metadata__", ()):
+            if source and name not in above[-1][1] and TEACHER in getattr(hints[name], "__metadata__", ()):
                 refuse_code(value, f"{prefix}{name}", label(kind, name))
             values[name] = converted(hints[name], value, f"{prefix}{label(kind, name)}")
     missing = [option.name for option in fields(kind) if option.name not in values]
