@@ -21,6 +21,7 @@ from fastmae.config import DoctorConfig
 from fastmae.errors import first_line
 from fastmae.runtime import memory, packages, processor
 from fastmae.runtime.device import cores, device_count, device_name, free_bytes, resolve_device, supports_bf16
+from fastmae.runtime.wording import counted
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -294,15 +295,11 @@ def _as_lines(facts: dict[str, Any]) -> list[str]:
     versions, cpu, ram = facts["versions"] or {}, facts["cpu"] or {}, facts["memory"] or {}
     named = [f"{name} {version or 'missing'}" for name, version in versions.items() if name != "system"]
     abilities = [text for text, there in (("AVX-512", cpu.get("avx512")), ("bf16", cpu.get("bf16"))) if there]
+    size = [counted(cpu[name], name.removesuffix("s")) for name in ("cores", "threads") if name in cpu]
     lines = [
         ("versions", ", ".join(named)),
         ("system", versions.get("system")),
-        (
-            "CPU",
-            ", ".join(
-                [str(cpu.get("model")), f"{cpu.get('cores')} cores", f"{cpu.get('threads')} threads", *abilities]
-            ),
-        ),
+        ("CPU", ", ".join([str(cpu.get("model")), *size, *abilities])),
         (
             "memory",
             f"{_gb(ram.get('total'))}, {_gb(ram.get('available'))} available; /dev/shm {_gb(ram.get('shared'))}; "
@@ -311,8 +308,8 @@ def _as_lines(facts: dict[str, Any]) -> list[str]:
         ("disk", f"{_gb((facts['disk'] or {}).get('free'))} free here"),
     ]
     for device in facts["devices"] or []:
-        size = f", {_gb(device['memory'])}, {_gb(device['free'])} free" if "memory" in device else ""
-        lines.append((device["name"], f"{device.get('model')}{size}{', bf16' if device.get('bf16') else ''}"))
+        room = f", {_gb(device['memory'])}, {_gb(device['free'])} free" if "memory" in device else ""
+        lines.append((device["name"], f"{device.get('model')}{room}{', bf16' if device.get('bf16') else ''}"))
     there = [name for name, missing in (facts["extras"] or {}).items() if not missing]
     lines.append(("extras", ", ".join(there) or "none"))
     return [f"{name:9} {text}" for name, text in lines]
