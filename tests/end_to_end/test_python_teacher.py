@@ -142,6 +142,16 @@ def fastmae_loss(folder: Path) -> float:
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
 
 
+def test_of_several_stores_the_one_whose_teacher_is_code_takes_it(store, vit_store, tmp_path, printed_json):
+    call = ["pretrain", str(store), str(vit_store), str(tmp_path / "both"), *TRAINING, "--target", "teacher"]
+    assert run([*call, "--teacher", SPEC, "--json"]) == 0
+    assert printed_json()["loss"] > 0
+
+
+def test_it_is_no_encoder(photos, error_line):
+    assert "`fastmae knn` measures it" in error_line(["linear", SPEC, str(photos), *ONE_PROCESS])
+
+
 @pytest.mark.promise("files")
 def test_no_store_run_study_or_file_of_options_makes_code_run(
     store, trained, photos, tmp_path, flip_in_record, record_property, error_line

@@ -140,3 +140,10 @@ def test_figures_that_are_not_known_are_none(monkeypatch):
     monkeypatch.setattr(memory, "total", lambda: None)
     result = fastmae.doctor()
     assert (result["open_files"], result["memory"]["total"]) == (None, None)
+
+
+@pytest.mark.accelerator
+def test_an_accelerator_of_any_kind_is_listed_and_multiplies():
+    result = fastmae.doctor(device="sim")
+    assert [device["name"] for device in result["devices"]] == ["sim:0"]
+    assert result["ok"], result["findings"]
