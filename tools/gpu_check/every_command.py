@@ -14,6 +14,7 @@ COMMANDS = {
     "linear": "linear {run} {data} TRAIN --batch-size 16",
     "knn": "knn {run} {data} ON",
     "knn of the teacher": "knn {run} {data} --features teacher ON",
+    "doctor": "doctor",
     "features": "features {run} {data} {out}/features.safetensors --dense ON",
     "report": "report {run} --images 2 --out {out}/report.html DEVICE",
     "export to timm": "export {run} {out}/timm",

@@ -11,11 +11,10 @@ import torch
 from fastmae import __version__
 from fastmae.runtime.device import cores
 from fastmae.runtime.durable import write_whole
+from fastmae.runtime.processor import cpu_model
 from fastmae.runtime.table import text_table
 
 log = logging.getLogger(__name__)
-
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Table:
 def machine() -> dict[str, str]:
     """The machine and the software that the figures of this process hold for."""
     return {
-        "CPU": _cpu_model(),
+        "CPU": cpu_model(),
         "cores": f"{cores()} usable",
         "torch": str(torch.__version__),
         "fastmae": __version__,
@@ -65,11 +64,3 @@ def machine() -> dict[str, str]:
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _cpu_model() -> str:
-    if CPU_INFO.exists():
-        for line in CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -11,6 +11,7 @@ from fastmae.config.bench_store import BenchStoreConfig
 from fastmae.config.common import DEFAULT_TEACHER, OFFLINE_TEACHER, Common, Precision
 from fastmae.config.demo import DemoConfig
 from fastmae.config.detect import DetectConfig
+from fastmae.config.doctor import DoctorConfig
 from fastmae.config.export import ExportConfig
 from fastmae.config.features import FeaturesConfig
 from fastmae.config.finetune import FinetuneConfig
@@ -38,6 +39,7 @@ __all__ = [
     "Common",
     "DemoConfig",
     "DetectConfig",
+    "DoctorConfig",
     "ExportConfig",
     "FeaturesConfig",
     "FinetuneConfig",

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastmae.config.common import BLOCK, Common
 from fastmae.config.options import options
 from fastmae.config.ranges import EPOCHS, PATCH, SECONDS, SEEDS, WORKERS, Range
+from fastmae.config.teacher import OptionalTeacherName
 
 
 @options
@@ -42,7 +43,7 @@ class AblateConfig(Common):
     """Recipe below the arms' options, instead of the file's."""
     base: str = ""
     """More pretrain options for every arm, over those of the file, as `flip=false,batch_size=64`."""
-    teacher: str | None = None
+    teacher: OptionalTeacherName = None
     """As in tokenize, instead of the file's teachers. Several are separated by commas."""
     teacher_weights: Path | None = None
     """As in tokenize, for one teacher."""

@@ -7,6 +7,7 @@ from fastmae.config.bench_checks import check_out, check_sizes
 from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common
 from fastmae.config.options import options
 from fastmae.config.ranges import BATCH, COMMAS, COUNT, PATCH, ROUNDS, WORKERS
+from fastmae.config.teacher import TeacherName
 from fastmae.outside.codec_names import codec_names
 
 
@@ -30,7 +31,7 @@ class BenchLoaderConfig(Common):
     """Side of a patch in pixels."""
     codecs: Annotated[str, COMMAS] = "fp16,pq48"
     """Codecs of the tokens, as in tokenize; several separated by commas."""
-    teacher: str = OFFLINE_TEACHER
+    teacher: TeacherName = OFFLINE_TEACHER
     """As in tokenize: only the width of its tokens matters here."""
     teacher_weights: Path | None = None
     """As in tokenize."""

@@ -8,6 +8,7 @@ from fastmae.config.common import BLOCK, OFFLINE_TEACHER, PIXELS, Common, Precis
 from fastmae.config.options import options
 from fastmae.config.ranges import BATCH, COMMAS, COUNT, COUNT_OR_0, JPEG_QUALITY, PATCH, ROUNDS, WORKERS
 from fastmae.config.resolve import numbers
+from fastmae.config.teacher import TeacherName
 from fastmae.outside.codec_names import codec_names
 
 
@@ -26,7 +27,7 @@ class BenchStoreConfig(Common):
     """Side of the middle images in pixels."""
     patch_size: Annotated[int, PATCH] = 16
     """Side of a patch in pixels."""
-    teacher: str = OFFLINE_TEACHER
+    teacher: TeacherName = OFFLINE_TEACHER
     """As in tokenize."""
     teacher_weights: Path | None = None
     """As in tokenize."""

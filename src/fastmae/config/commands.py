@@ -49,6 +49,7 @@ COMMANDS = {
     "bench store": Command(configs.BenchStoreConfig, "fastmae.bench.bench_store:bench_store"),
     "bench accuracy": Command(configs.BenchAccuracyConfig, "fastmae.bench.bench_accuracy:bench_accuracy"),
     "recipes": Command(configs.RecipesConfig, "fastmae.config.recipes:list_recipes"),
+    "doctor": Command(configs.DoctorConfig, "fastmae.runtime.doctor:doctor"),
     "demo": Command(configs.DemoConfig, "fastmae.studies.demo:demo"),
 }
 """Name, of one word or two -> the command."""

@@ -23,6 +23,7 @@ from fastmae.config.ranges import (
 )
 from fastmae.config.recipes import load_recipe
 from fastmae.config.resolve import Layer
+from fastmae.config.teacher import OptionalTeacherName
 from fastmae.config.training import TrainingConfig
 from fastmae.errors import InputError
 
@@ -34,7 +35,7 @@ class PretrainConfig(TrainingConfig):
     may_change: ClassVar[tuple[str, ...]] = (
         *TrainingConfig.may_change,
         *("stores", "run", "recipe", "strategy", "compile", "on_damage", "cache", "cache_size"),
-        *("profile", "knn_every", "knn_data"),
+        *("profile", "knn_every", "knn_data", "teacher"),
     )
 
     stores: tuple[str, ...] = field(metadata={"metavar": "STORE..."})
@@ -68,6 +69,10 @@ class PretrainConfig(TrainingConfig):
     """What is predicted (g of Eq. 1). tokens: the stored tokens. teacher: the same features, but by running the store's
     teacher at every step (Table 2, online). pixels: MAE's normalised pixels (implies MAE's decoder and loss). hog:
     MaskFeat's HOG (implies its loss)."""
+    teacher: OptionalTeacherName = None
+    """With --target teacher: where the teacher of the store is, if it is code (python/MODULE:FUNCTION) or a file that
+    has moved. Its weights must be those that the store records. Of several stores, it is for those whose teacher is
+    code."""
     store_weights: str = ""
     """Weights of the losses of several stores, as `1,0.5`. Default: 1 each."""
     norm: Literal["auto", "patch", "channel", "store", "none"] = "auto"
@@ -172,6 +177,8 @@ class PretrainConfig(TrainingConfig):
     def check(self) -> None:
         """Refuse options that contradict each other."""
         super().check()
+        if self.teacher is not None and self.target != "teacher":
+            raise InputError(f"--teacher {self.teacher}: goes with --target teacher; the stored tokens need no teacher")
         if self.store_weights and self.target in ("pixels", "hog"):
             raise InputError(f"--store-weights: --target {self.target} reads no stored tokens; leave it out")
         if self.strategy == "fsdp" and self.ema:

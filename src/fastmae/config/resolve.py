@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastmae.config.ranges import Range
+from fastmae.config.teacher import TEACHER, GivenTeacher, as_name, refuse_code
 from fastmae.errors import InputError
 from fastmae.outside import documents
 
@@ -48,6 +49,8 @@ def resolved(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     for source, layer in [*kind.layers(asked), *above]:
         prefix = f"{source}: " if source else ""
         for name, value in layer.items():
+            if source and name not in above[-1][1] and TEACHER in getattr(hints[name], "__metadata__", ()):
+                refuse_code(value, f"{prefix}{name}", label(kind, name))
             values[name] = converted(hints[name], value, f"{prefix}{label(kind, name)}")
     missing = [option.name for option in fields(kind) if option.name not in values]
     if missing and values.get("print_config"):  # the places to read and write need not be named
@@ -70,9 +73,10 @@ def converted(hint: Any, value: Any, name: str) -> Any:
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        number = converted(arguments[0], value, name)
-        _check_range(range_of(hint), number, name)
-        return number
+        named = as_name(value) if TEACHER in hint.__metadata__ else value
+        plain = named if isinstance(named, GivenTeacher) else converted(arguments[0], named, name)
+        _check_range(range_of(hint), plain, name)
+        return plain
     if origin in (Union, UnionType) and NoneType in arguments:
         if value is None or value == "None":
             return None

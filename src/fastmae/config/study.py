@@ -7,6 +7,7 @@ from fastmae.config.common import BLOCK, OFFLINE_TEACHER, Common
 from fastmae.config.options import options
 from fastmae.config.pretrain import PretrainConfig
 from fastmae.config.ranges import PATCH, SEEDS, WORKERS
+from fastmae.config.teacher import TeacherName
 from fastmae.config.tokenize import TokenizeConfig
 
 
@@ -20,7 +21,7 @@ class StudyConfig(Common):
     """Recipe of FastMAE."""
     mae_recipe: str = "mae_tiny_cpu"
     """Recipe of MAE: the same encoder, image size and batch size, with a learning rate of its own."""
-    teacher: str = OFFLINE_TEACHER
+    teacher: TeacherName = OFFLINE_TEACHER
     """As in tokenize."""
     teacher_weights: Path | None = None
     """As in tokenize."""

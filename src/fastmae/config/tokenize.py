@@ -7,6 +7,7 @@ from fastmae.config.common import BLOCK, DEFAULT_TEACHER, PIXELS, Common, Precis
 from fastmae.config.options import options
 from fastmae.config.ranges import BATCH, COUNT, DEPTH, JPEG_QUALITY, PATCH, PROCESSES, VALUES, WORKERS, Range
 from fastmae.config.resolve import numbers, shown
+from fastmae.config.teacher import TeacherName
 from fastmae.errors import InputError
 from fastmae.outside.codec_names import parse_codec
 
@@ -23,10 +24,10 @@ class TokenizeConfig(Common):
     folder that Hugging Face datasets saved."""
     store: Path
     """Folder to write. The same call again continues an interrupted one."""
-    teacher: str = DEFAULT_TEACHER
+    teacher: TeacherName = DEFAULT_TEACHER
     """timm/NAME (any timm model), hf/NAME (a vision model of transformers, by hub name or folder), clip/NAME (ViT-B-16,
-    ...), file/PATH (a checkpoint of MAE, DINO or iBOT as its authors publish it), efficientnet-lite0 or
-    efficientnet-lite2 (these two need no network)."""
+    ...), file/PATH (a checkpoint of MAE, DINO or iBOT as its authors publish it), python/MODULE:FUNCTION (code of your
+    own, which is run), efficientnet-lite0 or efficientnet-lite2 (these two need no network)."""
     teacher_weights: Path | None = None
     """Weights file for a timm/NAME teacher instead of the hub's: safetensors, or a PyTorch file without code in it."""
     teacher_block: Annotated[int | None, BLOCK] = None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastmae.config import KnnConfig
+from fastmae.config.teacher import names_code
 from fastmae.errors import InputError
 from fastmae.images.value_range import AUTO
 from fastmae.probes.embed import Embed, WholeImages, embed_images, embed_with_encoder, embed_with_teacher
@@ -144,7 +145,7 @@ def feature_extractor(config: KnnConfig, device: torch.device) -> FeatureExtract
     if config.features == "teacher":
         return _of_the_runs_teacher(config, device)
     torch.manual_seed(config.seed)
-    if config.run in LITES or config.run.startswith("hf/"):
+    if config.run in LITES or config.run.startswith("hf/") or names_code(config.run):
         return _of_a_teacher(config, load_network(config.run, config.weights)[0], device)
     pretrained = config.pretrained and config.features == "encoder"
     opened = open_encoder(config.run, config.image_size, weights=config.weights, pretrained=pretrained)
@@ -163,9 +164,11 @@ def _of_the_runs_teacher(config: KnnConfig, device: torch.device) -> FeatureExtr
             f"--features teacher: {config.run} was not pre-trained on a store; give the run it was made from"
         )
     size = store["middle_sizes"][-1]
-    teacher = teacher_of_store(store["teachers"][0], size, size // store["patch_size"], config.run).to(device)
+    teacher = teacher_of_store(store["teachers"][0], size, size // store["patch_size"], config.run, config.teacher)
     value_range = store.get("value_range", AUTO)
-    return FeatureExtractor(embed_with_teacher(teacher), size, store["resize"], store["channels"], value_range)
+    return FeatureExtractor(
+        embed_with_teacher(teacher.to(device)), size, store["resize"], store["channels"], value_range
+    )
 
 
 def _of_a_teacher(config: KnnConfig, network: Any, device: torch.device) -> FeatureExtractor:

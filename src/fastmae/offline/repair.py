@@ -101,7 +101,8 @@ def _rebuild(config: VerifyConfig, writer: StoreWriter, shards: list[int]) -> No
         InputError: the teacher's weights or some images have changed.
     """
     info, folder = writer.info, writer.folder
-    teacher = teacher_of_store(info.teacher, info.middle_size, info.grid).to(own_device(config.device))
+    teacher = teacher_of_store(info.teacher, info.middle_size, info.grid, folder, config.teacher)
+    teacher = teacher.to(own_device(config.device))
     if teacher.token_dim != info.token_dim:
         made = f"makes tokens of {counted(teacher.token_dim, 'channel')}, not {info.token_dim}"
         raise InputError(f"{folder}: its teacher {made}, so its shards can't be made again; tokenize again")

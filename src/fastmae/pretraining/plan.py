@@ -9,6 +9,7 @@ from typing import Annotated
 from fastmae.config import PretrainConfig
 from fastmae.config.ranges import Range
 from fastmae.config.resolve import numbers
+from fastmae.config.teacher import names_code
 from fastmae.errors import InputError
 from fastmae.runs.folder import RUN_FILE, read_run
 from fastmae.runtime.batch_memory import check_batch
@@ -158,10 +159,18 @@ def make_target(config: PretrainConfig, stores: list[list[TokenStore]], norms: l
     if config.target == "tokens":
         return StoredTokens([scales[0].codec for scales in stores], normalisations)
     teachers = [
-        teacher_of_store(scales[0].info.teacher, info.middle_size, scales[0].grid, scales[0].folder)
+        teacher_of_store(
+            scales[0].info.teacher, info.middle_size, scales[0].grid, scales[0].folder, _given_teacher(config, scales)
+        )
         for scales in stores
     ]
     return OnlineTokens(teachers, normalisations, view_grid, exact_flips=info.flips == "stored")
+
+
+def _given_teacher(config: PretrainConfig, scales: Sequence[TokenStore]) -> str | None:
+    """`--teacher`, for a store that takes it: the only one, or one whose teacher is code."""
+    takes_it = len(config.stores) == 1 or names_code(scales[0].info.teacher["spec"])
+    return config.teacher if takes_it else None
 
 
 def check_middle_sizes(target: str, sizes: int) -> None:

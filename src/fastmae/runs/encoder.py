@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastmae.config.teacher import names_code
 from fastmae.errors import InputError
 from fastmae.images.value_range import AUTO, bounds_of, range_entry
 from fastmae.outside.documents import read_json
@@ -148,6 +149,8 @@ def open_encoder(
 ) -> OpenedEncoder:
     """As `load_encoder`, with what is needed to use the encoder. Random weights come from torch's generator."""
     path = Path(spec)
+    if names_code(spec):
+        raise InputError(f"{spec}: is a teacher, not an encoder of timm's; `fastmae knn` measures it")
     if spec.startswith(("timm/", "clip/", "file/")):
         opened = _of_name(spec, weights, pretrained, arguments)
     elif weights is not None:

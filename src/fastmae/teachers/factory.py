@@ -13,6 +13,8 @@ import timm
 from torch import nn
 
 from fastmae.config import OFFLINE_TEACHER
+from fastmae.config.resolve import shown
+from fastmae.config.teacher import PYTHON, GivenTeacher
 from fastmae.errors import InputError
 from fastmae.outside.documents import checked
 from fastmae.outside.networks import check_architecture, create_network
@@ -21,6 +23,7 @@ from fastmae.runtime.progress import Progress
 from fastmae.teachers.checkpoint_file import load_checkpoint_file
 from fastmae.teachers.efficientnet_lite import LITES, load_efficientnet_lite
 from fastmae.teachers.huggingface import load_huggingface
+from fastmae.teachers.python_network import load_python
 from fastmae.teachers.teacher import RGB, Teacher
 from fastmae.teachers.weights import read_weights, weights_of
 
@@ -70,21 +73,36 @@ class StoredTeacher(msgspec.Struct):
 
 
 def teacher_of_store(
-    description: dict[str, Any], middle_size: int, grid: int, name: object = "the store's teacher"
+    description: dict[str, Any],
+    middle_size: int,
+    grid: int,
+    name: object = "the store's teacher",
+    given: str | None = None,
 ) -> Teacher:
     """Load the teacher that made a store. Of what the store names, only weights are read, never code.
+
+    For a teacher that is code, the user says where it is.
 
     Args:
         description: what `Teacher.describe` wrote into the store.
         middle_size: side of the store's middle images, in pixels.
         grid: patches along that side.
         name: where the description stands, for messages.
+        given: the name of the same teacher by the user, `--teacher`; it is loaded instead of what the store names.
 
     Raises:
-        InputError: a description that is none, or the weights are not available, or are no longer the same.
+        InputError: a description that is none, the weights are not available, or are no longer the same, or the teacher
+            is code and is not given.
     """
     recorded = checked(description, StoredTeacher, name=f"{name}: its teacher", way_out="tokenize the images again")
     spec, weights_file = recorded.spec, recorded.weights_file
+    if given is not None:
+        spec, weights_file = given, None
+    elif spec.startswith(PYTHON):
+        raise InputError(
+            f"{name}: its teacher is code ({shown(spec)!r}), which no store may run; if you have that code, name it "
+            "yourself: --teacher python/MODULE:FUNCTION"
+        )
     if weights_file and spec not in LITES and not Path(weights_file).is_absolute():
         raise InputError(
             f"{name}: its teacher's weights file '{weights_file}' is no absolute path; it was changed by hand"
@@ -106,7 +124,7 @@ def teacher_of_store(
         channels=recorded.channels,
     )
     if teacher.weights_sha256 != recorded.weights_sha256:
-        raise InputError(f"{recorded.spec}: its weights are not those that made the store (SHA-256 differs)")
+        raise InputError(f"{spec}: its weights are not those that made the store (SHA-256 differs)")
     teacher.precision = recorded.precision
     return teacher
 
@@ -117,7 +135,8 @@ def load_network(
     """The bare network, without its classifier.
 
     Args:
-        spec: `timm/NAME`, `hf/NAME`, `clip/NAME`, `file/PATH`, `efficientnet-lite0` or `efficientnet-lite2`.
+        spec: `timm/NAME`, `hf/NAME`, `clip/NAME`, `file/PATH`, `python/MODULE:FUNCTION`, `efficientnet-lite0` or
+            `efficientnet-lite2`. A `python/` one must come from the user, since its code is run.
         weights: for timm/NAME and clip/NAME, a file in timm's layout instead of the hub's weights.
         pretrained: False leaves the weights of a timm/NAME at random.
         extra: more arguments for timm's models (`dynamic_img_size`, `drop_path_rate`).
@@ -129,10 +148,13 @@ def load_network(
         InputError: an unknown name, weights that do not match, or a hub that can't be reached.
     """
     kind, _, name = spec.partition("/")
-    if weights is not None and (spec in LITES or kind in ("hf", "file")):
+    is_code = isinstance(spec, GivenTeacher) or kind == PYTHON.rstrip("/")
+    if weights is not None and (spec in LITES or is_code or kind in ("hf", "file")):
         raise InputError(f"{spec} brings its own weights; leave the weights file out, or name a timm/NAME for it")
     if spec in LITES:
         return load_efficientnet_lite(spec)
+    if is_code:
+        return load_python(spec), None
     if kind == "hf" and name:
         folder = Path(name)
         if not folder.exists():
@@ -142,7 +164,10 @@ def load_network(
     if kind == "file" and name:
         return load_checkpoint_file(Path(name), **extra)
     if kind not in ("timm", "clip"):
-        raise InputError(f"no teacher '{spec}'; give timm/NAME, hf/NAME, clip/NAME, file/PATH, or {' or '.join(LITES)}")
+        raise InputError(
+            f"no teacher '{spec}'; give timm/NAME, hf/NAME, clip/NAME, file/PATH, python/MODULE:FUNCTION, "
+            f"{' or '.join(LITES)}"
+        )
     model_name = name if kind == "timm" else CLIPS.get(name.replace("/", "-"), "")
     if not model_name:
         raise InputError(f"{spec}: no such CLIP; there are {', '.join(f'clip/{known}' for known in CLIPS)}")

@@ -48,6 +48,8 @@ class HuggingFaceNetwork(nn.Module):
         InputError: a model without blocks of tokens or stages of maps.
     """
 
+    takes_features_as_they_are = False
+
     def __init__(self, spec: str, model: Any, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.model: Any = model

@@ -15,11 +15,13 @@ class Network(Protocol):
     Attributes:
         kind: 'vit' (one token for each patch) or 'cnn' (maps that become coarser with each stage).
         depth: number of a ViT's blocks or a CNN's stages.
-        patch_size: side of a ViT's patch in pixels, the stride of a hybrid's stem included; 0 for a CNN.
+        patch_size: side of a ViT's patch in pixels, the stride of a hybrid's stem included; 0 for a CNN whose stages
+            have strides of their own.
         native_size: side of the images in training, in pixels.
         has_final_norm: whether a norm over all patch features follows the last block.
         mean: mean of each colour by which images are normalised, for values in [0, 1].
         std: std of each colour, like `mean`.
+        takes_features_as_they_are: whether its features have had all the norms that they should have.
     """
 
     kind: str
@@ -29,6 +31,7 @@ class Network(Protocol):
     has_final_norm: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    takes_features_as_they_are: bool
 
     def set_image_size(self, size: int) -> None:
         """Prepare for images of another size: resample a ViT's position embeddings, lay out a Swin's windows anew."""
@@ -58,6 +61,8 @@ class TimmNetwork(nn.Module):
     Raises:
         InputError: the model gives no intermediate features.
     """
+
+    takes_features_as_they_are = False
 
     def __init__(self, spec: str, model: Any):
         super().__init__()

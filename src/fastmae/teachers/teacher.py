@@ -42,7 +42,7 @@ class Teacher(nn.Module):
 
     Args:
         spec: the teacher's name.
-        model: a timm model with its weights, or any other `Network`.
+        model: a timm model with its weights, or any other `Network`. It is frozen, and computes in float32.
         middle_size: side of the middle images, in pixels.
         grid: patches along that side.
         block: the tapped block of a ViT or stage of a CNN, from 0, or negative from the end; None for the last.
@@ -81,7 +81,7 @@ class Teacher(nn.Module):
         is_network = hasattr(model, "features") and hasattr(model, "set_image_size")
         with _model_errors_named(spec):
             self.network: Any = model if is_network else TimmNetwork(spec, model)
-        with_fast_linear(self.network.eval().requires_grad_(False))
+        with_fast_linear(self.network.eval().requires_grad_(False).float())
         self.spec, self.grid, self.weights_file, self.channels = spec, grid, weights_file, list(channels)
         self.kind, self.precision = self.network.kind, FULL_PRECISION
         if self.kind == "cnn":
@@ -97,11 +97,13 @@ class Teacher(nn.Module):
         self.register_buffer("std", torch.tensor(self.network.std).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("channel_numbers", torch.tensor(self.channels), persistent=False)
         with _model_errors_named(spec):
-            self.input_size = (
-                self._fit_vit(input_size) if self.kind == "vit" else self._fit_cnn(input_size, middle_size)
-            )
+            has_patches = self.network.patch_size > 0
+            self.input_size = self._fit_patches(input_size) if has_patches else self._fit_cnn(input_size, middle_size)
             blank = torch.zeros(1, max(self.channels) + 1, middle_size, middle_size, dtype=torch.uint8)
-            self.token_dim = self.forward(blank).shape[-1]
+            tokens = self.forward(blank)
+        if not torch.isfinite(tokens).all():
+            raise InputError(f"{spec}: its features of a black image are not finite; check its weights, mean and std")
+        self.token_dim = tokens.shape[-1]
 
     @torch.no_grad()  # not inference_mode: with a live teacher, a loss keeps the result for its backward pass
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -132,7 +134,7 @@ class Teacher(nn.Module):
         precision = {} if self.precision == FULL_PRECISION else {"precision": self.precision}
         return {
             **precision,
-            "spec": self.spec,
+            "spec": str(self.spec),  # of a given object, the name alone
             "kind": self.kind,
             "block": self.block,
             "last": self.last,
@@ -151,8 +153,8 @@ class Teacher(nn.Module):
             maps = [F.layer_norm(m.movedim(1, -1), m.shape[1:2], eps=1e-6).movedim(-1, 1) for m in maps]
         return torch.stack(maps).float().mean(0) if self.last > 1 else maps[0]
 
-    def _fit_vit(self, input_size: int | None) -> int:
-        """Set a ViT's image size: the given one, or the one that gives it the student's grid."""
+    def _fit_patches(self, input_size: int | None) -> int:
+        """Set the image size of a network with patches: the given one, or the one that gives it the student's grid."""
         patch_size = self.network.patch_size
         fitting = self.grid * patch_size
         if input_size is not None and input_size % patch_size:
@@ -206,7 +208,7 @@ def _norm_kind(spec: str, norm: str, network: Any, is_last: bool) -> str:
         raise InputError(f"--teacher-norm final: {spec} has no final norm over its patch features; take layer or none")
     if norm != "auto":
         return norm
-    if network.kind == "cnn":
+    if network.kind == "cnn" or network.takes_features_as_they_are:
         return "none"
     return "final" if is_last and network.has_final_norm else "layer"
 
@@ -214,7 +216,8 @@ def _norm_kind(spec: str, norm: str, network: Any, is_last: bool) -> str:
 def _weights_digest(model: nn.Module) -> str:
     """SHA-256 over the names, shapes and bytes of all weights, in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    for name, tensor in sorted(state.items()):
         weights = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(weights.shape)} {weights.dtype}\n".encode())
         digest.update(weights.reshape(-1).view(torch.uint8).numpy().data)

@@ -121,8 +121,9 @@ def file_system(pid: int, url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
     except ImportError as error:
         package = getattr(error.__cause__ or error, "name", None)
+        with_it = "'fastmae[remote]'" if package == "aiohttp" else package
         need = (
-            f"the package {package}; install it (pip install {package})" if package else f"more ({first_line(error)})"
+            f"the package {package}; install it (pip install {with_it})" if package else f"more ({first_line(error)})"
         )
         raise InputError(f"{url}: to read {protocol}:// takes {need}") from error
     except ValueError as error:
