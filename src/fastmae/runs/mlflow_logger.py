@@ -74,7 +74,7 @@ class MlflowLogger:
         return run_id
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """All figures of a step at once. MLflow would keep a second value of a step, as after a kill, beside the first."""
+        """All figures of a step at once. Of a step that is there, as after a kill, MLflow would keep both values."""
         now, metric = int(1000 * time.time()), self.package.entities.Metric
         new = {name: value for name, value in values.items() if step > self._last_step(name)}
         if new:
