@@ -37,7 +37,8 @@ from fastmae.studies.worker import DONE, INTERRUPTED, LOG_FILE, PRETRAIN
 from fastmae.tokens import TokenStore
 
 log = logging.getLogger(__name__)
-PATCH_SIZE = 8
+PATCH_SIZE, TEACHER_BLOCK = 8, 3
+"""A small student learns more from this stage of the CNN than from its last one, and its map is finer."""
 RECIPES = {FASTMAE: "visible_tiny_cpu", BASELINE: "mae_tiny_cpu"}
 SHARES = {FASTMAE: 1.0, BASELINE: 0.25}
 """Steps of each method, as a share of `--steps`. A step of MAE takes 3.5 to 4 times as long: it has a decoder of eight
@@ -68,6 +69,7 @@ def _demo(config: DemoConfig) -> dict[str, Any]:
         store=config.out / "demo.tokens",
         teacher=OFFLINE_TEACHER,
         patch_size=PATCH_SIZE,
+        teacher_block=TEACHER_BLOCK,
         seed=config.seed,
         device=config.device,
         **images.tokenize,
