@@ -44,7 +44,7 @@ BAD_USAGE = [
     (["linear", "run", ".", "--devices", "2"], "--augment none"),
     (["export", "run", "out", "--classifier", "--format", "transformers"], "--classifier"),
     (["bench"], "give what to do: bench step, bench loader, "),
-    (["bench", "stepp"], "did you mean 'bench step'? fastmae --help lists all"),
+    (["bench", "stepp"], "did you mean 'bench step'? there are bench step, bench loader, "),
     (["help", "knnn"], "did you mean 'knn'?"),
     (["inspect", "."], "not a token store"),
     (["pretrain", "a", "b", "--config", "no-such.yaml"], "no-such.yaml"),

@@ -136,7 +136,8 @@ def parse(command: str, args: Sequence[str]) -> Any:
             raise InputError(f"give what to do: {', '.join(known)}; fastmae {first} --help tells them apart")
         near = difflib.get_close_matches(command, known, 1, SIMILAR)
         if near:
-            raise InputError(f"no such command; did you mean {near[0]!r}? fastmae --help lists all")
+            others = "fastmae --help lists all" if known == list(COMMANDS) else f"there are {', '.join(known)}"
+            raise InputError(f"no such command; did you mean {near[0]!r}? {others}")
         raise InputError(f"no such command; give one of {', '.join(known)}")
     kind = COMMANDS[command].kind
     typed, words = _typed(command, args)

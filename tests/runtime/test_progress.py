@@ -70,7 +70,9 @@ def test_a_low_rate_is_the_time_of_a_unit():
         for _ in range(3):
             clock.now += 40
             progress.advance(1)
-        assert progress.rate_text() == "40 s a turn  left 4:40 min"
+        assert progress.rate_text() == "40 s per turn  left 4:40 min"
+        clock.now += 100  # it counts down while a unit is under way
+        assert progress.rate_text() == "40 s per turn  left 3:00 min"
 
 
 def test_the_time_left_of_unequal_units_is_what_the_caller_expects_counted_down(monkeypatch):

@@ -29,7 +29,7 @@ WINDOW = 60.0
 """Seconds over which the rate is measured."""
 BAR_WIDTH = 20
 """Characters; what is done and how long it takes needs the rest of the line."""
-SLOW = 0.1
+SLOW = 0.5
 """Units per second below which a rate is given in time per unit."""
 
 Item = TypeVar("Item")
@@ -196,7 +196,7 @@ class Progress:
         if self.is_estimated or not self.unit or not per_second:
             return ""
         if per_second < SLOW:
-            return f"{duration(1 / per_second)} a {self.rate_unit.removesuffix('s')}"
+            return f"{duration(1 / per_second)} per {self.rate_unit.removesuffix('s')}"
         return f"{per_second:.1f} {self.rate_unit}/s"
 
     def _left(self) -> str:
