@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,11 @@ def test_a_second_process_with_the_same_share_is_refused_and_one_with_another_sh
         assert f"fastmae tokenize: {store}: in use by process " in err
         assert list(contents(store)) == [".owner.0-of-2.lock"]
         assert tokenize(photos / "train", store, "--rank", "1", "--world-size", "2")[0] == 0
+
+
+def test_without_faiss_a_store_that_needs_it_is_not_begun(photos, tokenize, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)  # which Python takes for a module that is not there
+    code, _, err = tokenize(photos / "train", tmp_path / "s", "--codec", "pq16")
+    assert code == 2
+    assert "pip install 'fastmae[pq]'" in err
+    assert not (tmp_path / "s" / "store.json").exists()

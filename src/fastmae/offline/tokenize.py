@@ -57,7 +57,7 @@ from fastmae.tokens.format import (
     shard_path,
 )
 from fastmae.tokens.index import read_rows
-from fastmae.tokens.learn import learn_from
+from fastmae.tokens.learn import check_can_learn, learn_from
 from fastmae.tokens.manifest import Manifest
 from fastmae.tokens.tensor_file import load_tensors
 from fastmae.tokens.writer import StoreWriter, begin_folder
@@ -141,6 +141,8 @@ def _build_store(
     # A call that is refused must leave nothing behind, so a new store is checked before it is begun.
     if not (folder / STORE_FILE).exists():
         check_disk(folder, MiddleImages(info, {0: ImageList(listed.file)}, {0: listed.source}), info.images)
+        if folder == codebooks_from:
+            check_can_learn(info.codec)
     writer = _open_store(config, info, folder, listed)
     if learnt is not None and learnt.name == info.codec and learns(info.codec):
         writer.keep_codebooks(learnt)

@@ -73,6 +73,17 @@ def learn_codec(name: str, sample: torch.Tensor, seed: int) -> Codec:
     return Codec(name, token_dim, learn_product(sample, codec.size, seed))
 
 
+def check_can_learn(name: str) -> None:
+    """Check that what learning a codec takes is installed.
+
+    Raises:
+        InputError: pq without faiss.
+    """
+    codec = parse_codec(name)
+    if codec.family == "pq":
+        _faiss(codec.size)
+
+
 def learn_range(sample: torch.Tensor) -> ScalarQuantiser:
     """Fit int8 to a sample, float32 [m, C]."""
     low, high = np.quantile(sample.numpy(), [CLIPPED, 1 - CLIPPED], axis=0)
