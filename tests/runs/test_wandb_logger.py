@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 
 import pytest
 
@@ -27,7 +28,17 @@ def offline():
 
 
 def records(folder):
-    """The records in the files of offline runs, in their order: (file, kind, message)."""
+    """The records in the files of finished offline runs, in their order: (file, kind, message).
+
+    A process of wandb's own writes them, up to a record of the run's end.
+    """
+    deadline, files = time.monotonic() + 60, len(list(folder.glob("wandb/offline-run-*")))
+    while [kind for _, kind, _ in written_records(folder)].count("exit") < files and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return list(written_records(folder))
+
+
+def written_records(folder):
     from wandb.proto import wandb_internal_pb2
 
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
