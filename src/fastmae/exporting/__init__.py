@@ -1,1 +1,1 @@
-"""Writes a trained encoder, with a model card, in the layout that timm, transformers or an ONNX runtime loads."""
+"""Writes a trained encoder, with a model card, in the layouts that other libraries load."""

@@ -175,11 +175,15 @@ class MetricsLog:
         """Give a picture to the loggers. `png`: the bytes of its file."""
         self.loggers.picture(step, name, png)
 
+    def close(self, ended_well: bool = True) -> None:
+        """Close the loggers. `ended_well`: whether the call was neither interrupted nor failed."""
+        self.loggers.close(ended_well)
+
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.loggers.close(ended_well=kind is None)
+        self.close(ended_well=kind is None)
 
 
 def read_run(path: Path) -> dict[str, Any]:

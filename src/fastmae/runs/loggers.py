@@ -76,7 +76,7 @@ class CsvLogger:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """A row at the end; with new columns, the whole file."""
-        row = {"step": step, **values}
+        row: dict[str, float | None] = {"step": step, **values}
         self.rows.append(row)
         new = [name for name in row if name not in self.columns]
         if new:
@@ -133,7 +133,10 @@ class Loggers:
     def __init__(self, names: Sequence[str], run: LoggedRun):
         self.open: dict[str, RunLogger] = {}
         for name in names:
-            self._attempt(name, lambda name=name: self.open.update({name: KINDS[name](run)}))
+            self._attempt(name, partial(self._open, name, run))
+
+    def _open(self, name: str, run: LoggedRun) -> None:
+        self.open[name] = KINDS[name](run)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Figures of a step, for each logger."""

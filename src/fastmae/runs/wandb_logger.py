@@ -20,7 +20,9 @@ DEFAULTS = {
     # What nobody has asked to be sent: errors of the package itself, the console, the machine, the code.
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_CONSOLE": "off",
+    "WANDB_HOST": "",
     "WANDB_X_DISABLE_STATS": "true",
+    "WANDB_X_SAVE_REQUIREMENTS": "false",
     "WANDB_X_DISABLE_META": "true",
     "WANDB_X_DISABLE_MACHINE_INFO": "true",
     "WANDB_DISABLE_GIT": "true",
