@@ -1,6 +1,7 @@
 """`pretrain --knn-every`: the k-NN accuracy of the encoder while it trains, on labelled images."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastmae.config import PretrainConfig
 from fastmae.errors import InputError
 from fastmae.images.sources import class_indices
 from fastmae.pretraining.plan import Plan
+from fastmae.pretraining.predictions import predictions_png
 from fastmae.probes.embed import WholeImages, embed_images, embed_with_encoder
 from fastmae.probes.labelled import open_labelled
 from fastmae.probes.neighbours import knn_accuracy
@@ -22,7 +24,7 @@ from fastmae.runtime.fabric import Fabric
 from fastmae.student.student import build_student
 from fastmae.tokens import TokenStore
 from fastmae.training.state import WHOLE
-from fastmae.training.task import Evaluated
+from fastmae.training.task import Evaluated, Picture
 
 MAX_IMAGES = 5000
 """Maximum number of a store's images that are used, spread over all of it: a measurement should take seconds."""
@@ -30,6 +32,8 @@ HELD_OUT = 5
 """One in so many images of a store is classified by the votes of the others."""
 BATCH_SIZE = 64
 """Images per forward pass."""
+PREDICTIONS_FILE = "predictions.png"
+PICTURED_IMAGES = 6
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,9 @@ def labelled_images(data: Path | None, store: TokenStore, size: int) -> Labelled
 
 
 class StudentKnn:
-    """Measures a student: its encoder's k-NN top-1 and top-5 accuracy, in percent.
+    """Measures a student: its encoder's k-NN top-1 and top-5 accuracy, in percent. Draws what it predicts, too.
 
-    The first process measures while the others wait.
+    The first process measures while the others wait. The run was saved before, and the picture is of what was saved.
 
     Args:
         config: the run's options.
@@ -121,13 +125,18 @@ class StudentKnn:
     def __init__(self, config: PretrainConfig, plan: Plan):
         self.config, self.plan = config, plan
         self.images = labelled_images(config.knn_data, plan.stores[0][0], config.image_size)
+        store = plan.stores[0][-1]
+        images = min(PICTURED_IMAGES, len(store))
+        self.picture = Picture(
+            config.run / PREDICTIONS_FILE, partial(predictions_png, config.run, store, images, config.seed)
+        )
 
     def __call__(self, student: nn.Module, fabric: Fabric) -> Evaluated:
         """`knn_top1` and `knn_top5`, the same in every process."""
         if any(isinstance(weight, DTensor) for weight in student.parameters()):
             student = self._unsharded(student, fabric)
         accuracy = self._accuracy(student, fabric.device) if fabric.is_global_zero else {}
-        return Evaluated(fabric.broadcast(accuracy))
+        return Evaluated(fabric.broadcast(accuracy), [self.picture] if fabric.is_global_zero else [])
 
     def _unsharded(self, student: nn.Module, fabric: Fabric) -> nn.Module:
         """A copy with whole weights in the first process. Every process takes part."""

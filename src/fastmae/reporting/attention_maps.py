@@ -9,8 +9,8 @@ from matplotlib import colormaps
 
 from fastmae.errors import InputError
 from fastmae.images.views import normalise
+from fastmae.pretraining.image_grid import displayable, image_grid_png
 from fastmae.pretraining.knn_every import CentreViews
-from fastmae.reporting.image_grid import displayable, image_grid_png
 from fastmae.student.encoder import is_plain_vit
 from fastmae.tokens import TokenStore
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastmae.pretraining.image_grid import displayable, image_grid_png
 from fastmae.pretraining.knn_every import CentreViews
 from fastmae.probes.embed import embed_images, embed_with_encoder
-from fastmae.reporting.image_grid import displayable, image_grid_png
 from fastmae.tokens import TokenStore
 
 NEIGHBOURS = 6

@@ -8,12 +8,12 @@ from typing import Any
 
 from fastmae.config import ReportConfig
 from fastmae.errors import InputError
+from fastmae.pretraining.predictions import predictions_png
 from fastmae.reporting.added_sections import added_section
 from fastmae.reporting.attention_maps import attention_maps_png
 from fastmae.reporting.charts import Curves
 from fastmae.reporting.html_page import Section, write_page
 from fastmae.reporting.nearest_neighbours import nearest_neighbours_png
-from fastmae.reporting.predictions import predictions_png
 from fastmae.reporting.study_page import PAGE_FILE, STUDY_FILE, read_study, write_study_page
 from fastmae.runs.encoder import open_encoder
 from fastmae.runs.folder import CHECKPOINT_FILE, read_evaluations, read_inputs, read_metrics, read_run

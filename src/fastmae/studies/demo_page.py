@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from fastmae.config import OFFLINE_TEACHER
+from fastmae.pretraining.predictions import predictions_png
 from fastmae.reporting.charts import Curves, Svg
 from fastmae.reporting.html_page import Section, write_page
 from fastmae.reporting.nearest_neighbours import nearest_neighbours_png
-from fastmae.reporting.predictions import predictions_png
 from fastmae.reporting.report import LOSS_TERMS
 from fastmae.runs.encoder import open_encoder
 from fastmae.studies.demo_images import DemoImages

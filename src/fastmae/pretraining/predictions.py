@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from fastmae.config import PretrainConfig
 from fastmae.images.views import PixelScale, ViewDraws
+from fastmae.pretraining.image_grid import displayable, image_grid_png
 from fastmae.pretraining.plan import make_target, resolve_loss, resolve_norm
-from fastmae.reporting.image_grid import displayable, image_grid_png
 from fastmae.runs.load import load_student, options_of_run
 from fastmae.student.encoder import visible_patches
 from fastmae.student.student import AnyStudent

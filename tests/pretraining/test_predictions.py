@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fastmae.reporting.predictions import predictions_png, undo_norm_pix
+from fastmae.pretraining.predictions import predictions_png, undo_norm_pix
 from fastmae.student.targets import NormPix
 from fastmae.tokens import TokenStore
 
