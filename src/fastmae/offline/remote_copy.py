@@ -57,7 +57,7 @@ class RemoteCopy(NamedTuple):
             file = below / name
             file.touch()
             try:
-                transfer.download(url, name, file, sizes[name])
+                _fetch(url, name, file, sizes[name])
                 yield
             finally:
                 file.unlink()
@@ -99,9 +99,19 @@ def _fetch_small_files(url: str, folder: Path) -> None:
         file.parent.mkdir(exist_ok=True)
         file.touch()
         try:
-            transfer.download(url, name, file, size)
+            _fetch(url, name, file, size)
         except (MissingFileError, WrongSizeError):
             file.unlink()
+
+
+def _fetch(url: str, name: str, file: Path, size: int) -> None:
+    """Download a file. One that ends early, at every attempt, is shorter than it should be."""
+    try:
+        transfer.download(url, name, file, size)
+    except InputError as error:
+        if isinstance(error.__cause__, EOFError):
+            raise WrongSizeError(f"{url}/{name}: truncated; copy it there again") from error
+        raise
 
 
 def _manifest_of(folder: Path) -> Manifest | None:

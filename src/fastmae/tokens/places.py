@@ -100,8 +100,10 @@ class Storage:
             self._files.invalidate_cache()
             try:
                 entries: dict[str, Any] = self._files.find(self._root, detail=True)
-            except FileNotFoundError:
-                return {}  # a bucket that is not there is told when the first file is sent
+            except FileNotFoundError as error:
+                if self._files.async_impl:  # object storage, where an empty folder is as good as one that is there
+                    raise InputError(f"{self.url}: no such bucket; check the address, or make it first") from error
+                return {}
             return entries
 
         entries = transfer.with_retries(listed, self.url, "listed")
