@@ -7,8 +7,9 @@ import shutil
 import yaml
 
 from fastmae import TokenStore
-from fastmae.cli import parse, run
+from fastmae.cli import run
 from fastmae.offline.dataset_card import dataset_card, keep_card
+from fastmae.runtime.cards import signed
 
 
 def card_of(store):
@@ -34,7 +35,7 @@ def test_it_says_what_the_store_holds_and_what_can_be_seen(small_store):
 
 
 def test_its_python_runs_as_it_stands(small_store, monkeypatch):
-    monkeypatch.chdir(small_store.parent)
+    monkeypatch.chdir(small_store)
     variables = {}
     exec(re.search(r"```python\n(.*?)```", card_of(small_store), re.DOTALL)[1], variables)
     assert variables["view"].tokens.shape == (1, 1, 192)
@@ -46,14 +47,15 @@ def test_its_command_makes_the_same_store(small_store, photos, vit_weights, tmp_
     stand_ins = {"IMAGES": str(photos / "train"), "STORE": str(tmp_path / "s"), vit_weights.name: str(vit_weights)}
     assert run(["tokenize", *(stand_ins.get(word, word) for word in words), "--workers", "0"]) == 0
     assert TokenStore(tmp_path / "s").manifest.shards == TokenStore(small_store).manifest.shards
-    assert card_of(tmp_path / "s").replace("# s\n", "# small.tokens\n").count("\n") == card_of(small_store).count("\n")
-    parse("tokenize", words)
+    assert card_of(tmp_path / "s") == card_of(small_store)
 
 
 def test_an_edited_card_stays_and_another_one_is_brought_up_to_date(small_store, tmp_path):
     store = shutil.copytree(small_store, tmp_path / "s.tokens")
+    card = card_of(store)
+    (store / "README.md").write_text(signed("of an earlier state\n"))
     keep_card(store, [TokenStore(store)])
-    assert "# s.tokens" in card_of(store)  # the folder has another name now
+    assert card_of(store) == card
     (store / "README.md").write_text(mine := card_of(store).replace("TO BE FILLED IN", "CC0"))
     keep_card(store, [TokenStore(store)])
     assert card_of(store) == mine

@@ -37,7 +37,7 @@ def keep_card(folder: Path, stores: Sequence[TokenStore]) -> None:
         folder: of the whole store, with all its middle sizes.
         stores: one for each middle size.
     """
-    file, card = folder / CARD_FILE, dataset_card(stores, folder.name).encode()
+    file, card = folder / CARD_FILE, dataset_card(stores).encode()
     try:
         there = read_bounded(file, LARGEST_CARD) if file.exists() else None
         if there is not None and not is_unedited(there):
@@ -48,12 +48,13 @@ def keep_card(folder: Path, stores: Sequence[TokenStore]) -> None:
         log.warning(f"{file}: could not be written ({error.strerror}); the store is complete without it")
 
 
-def dataset_card(stores: Sequence[TokenStore], address: str) -> str:
+def dataset_card(stores: Sequence[TokenStore], address: str = ".") -> str:
     """The text of the card.
 
     Args:
         stores: one for each middle size.
-        address: the store's URL, or the name of its folder.
+        address: the store's URL. By default, its commands are for somebody who is in the store's folder: the same
+            store has the same card, whatever its folder is called.
     """
     environment = jinja2.Environment(
         autoescape=False, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
@@ -63,7 +64,7 @@ def dataset_card(stores: Sequence[TokenStore], address: str) -> str:
     quality = f"JPEG, quality {info.jpeg_quality}" if info.pixels == "jpeg" else "raw pixels"
     contents = {name: value.replace("|", "\\|") for name, value in _contents(stores).items()}
     text = template.render(
-        title=address.rstrip("/").rpartition("/")[2],
+        title="Token store" if address == "." else address.rstrip("/").rpartition("/")[2],
         images=f"{len(stores[0]):,}",
         size_category=next((name for name, end in SIZES if len(stores[0]) < end), "100M<n<1B"),
         middle_sizes=_sizes(stores, " and "),
