@@ -196,6 +196,7 @@ READS_ITS_OWN = {
     "config/recipes/__init__.py": "the package's recipes",
     "exporting/jittor/model.py": "the export that it is part of; it runs without the package",
     "exporting/model_card.py": "the package's template",
+    "offline/dataset_card.py": "the package's template",
     "reporting/html_page.py": "the package's template",
     "runs/folder.py": "what it has just written as JSON, for comparison",
     "runtime/memory.py": "the system's account of memory",

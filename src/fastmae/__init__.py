@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         report,
         segment,
         tokenize,
+        upload,
         verify,
     )
     from fastmae.errors import FailedCheckError, InputError, InterruptedRunError
@@ -58,6 +59,7 @@ __all__ = [
     "report",
     "segment",
     "tokenize",
+    "upload",
     "verify",
 ]
 _HOMES = {

@@ -108,6 +108,11 @@ def export(run: Location, out: Location, **options: Any) -> dict[str, Any]:
     return _run("export", run=run, out=out, **options)
 
 
+@_documented("upload")
+def upload(folder: Location, url: str, **options: Any) -> dict[str, Any]:
+    return _run("upload", folder=folder, url=url, **options)
+
+
 @_documented("report")
 def report(run: Location, **options: Any) -> dict[str, Any]:
     return _run("report", run=run, **options)

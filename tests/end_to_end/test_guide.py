@@ -113,6 +113,10 @@ STAND_INS = {
     "timm/vit_small_patch14_dinov2": "timm/vit_tiny_patch16_224",
     "A,B": "efficientnet-lite0,efficientnet-lite2",
     "s3://bucket/": "file://",
+    "gs://bucket/": "file://",
+    "hf://datasets/OWNER/NAME/": "file://hub/",
+    "hf://OWNER/": "file://hub/",
+    "URL": "file://shared/photos.tokens",
 }
 """Name on a page -> what it stands for here."""
 DATA = {"segment": "ADEChallengeData2016", "detect": "coco"}
@@ -443,8 +447,8 @@ def _delete(folders: list[str]) -> None:
 
 def _make_inputs(command: str, words: list[str], weights: Path) -> None:
     """Make the stores and runs that a command reads, where no earlier step of the page has made them."""
-    if command in ("inspect", "verify", "pretrain") or "--add" in words:
-        for store in _stores(words):
+    if command in ("inspect", "verify", "pretrain", "upload") or "--add" in words:
+        for store in _stores(words)[: 1 if command == "upload" else None]:
             _make_store(store.removeprefix(f"file://{Path.cwd()}/"), weights)
     outputs = _outputs(command, words)
     for folder in words:

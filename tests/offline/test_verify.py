@@ -51,9 +51,22 @@ def test_a_folder_that_is_no_store_is_an_input_error(verify, tmp_path):
 
 
 @pytest.mark.parametrize("url", ["https://example.org/x.tokens", "file:///data/x.tokens"])
-@pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_commands_that_read_a_folder_refuse_a_url(command, url, error_line):
-    assert f"{url}: a URL" in error_line([command, url])
+def test_inspect_reads_a_folder_and_refuses_a_url(url, error_line):
+    assert f"{url}: a URL" in error_line(["inspect", url])
+
+
+def test_a_store_behind_a_url_is_checked_as_in_its_folder(small_store, verify, tmp_path):
+    url = f"file://{small_store}"
+    assert verify(url)[:2] == (0, {"ok": True, "damaged": []})
+    store = shutil.copytree(small_store, tmp_path / "s")
+    shard_path(store, 2).write_bytes(shard_path(store, 2).read_bytes()[:-1] + b"x")
+    code, result, err = verify(f"file://{store}")
+    assert code == 1
+    assert [damage["file"] for damage in result["damaged"]] == [f"file://{store}/shards/00002.safetensors"]
+    assert "repair the store where it was made and upload it again" in err
+    (store / "manifest.json").write_text("[]")
+    code, result, _ = verify(f"file://{store}")
+    assert (code, result["damaged"][0]["file"]) == (1, f"file://{store}/manifest.json")
 
 
 @pytest.mark.promise("owner")

@@ -12,8 +12,8 @@ from fsspec.asyn import AsyncFileSystem
 
 from fastmae.errors import InputError
 from fastmae.tokens import transfer
+from fastmae.tokens.access import MissingFileError
 from fastmae.tokens.files import MOST_BYTES, RemoteFiles
-from fastmae.tokens.transfer import MissingFileError
 from lying_server import Lies, LyingServer
 
 pytestmark = pytest.mark.promise("remote")

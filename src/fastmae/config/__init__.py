@@ -26,6 +26,7 @@ from fastmae.config.study import StudyConfig
 from fastmae.config.supervised import SupervisedConfig
 from fastmae.config.tokenize import TokenizeConfig
 from fastmae.config.training import TrainingConfig
+from fastmae.config.upload import UploadConfig
 from fastmae.config.verify import VerifyConfig
 
 __all__ = [
@@ -55,5 +56,6 @@ __all__ = [
     "SupervisedConfig",
     "TokenizeConfig",
     "TrainingConfig",
+    "UploadConfig",
     "VerifyConfig",
 ]

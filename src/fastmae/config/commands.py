@@ -42,6 +42,7 @@ COMMANDS = {
     "detect": Command(configs.DetectConfig, "fastmae.evaluate.detection.detect:detect"),
     "features": Command(configs.FeaturesConfig, "fastmae.evaluate.features:features"),
     "export": Command(configs.ExportConfig, "fastmae.exporting.export:export"),
+    "upload": Command(configs.UploadConfig, "fastmae.exporting.upload:upload"),
     "report": Command(configs.ReportConfig, "fastmae.reporting.report:report"),
     "ablate": Command(configs.AblateConfig, "fastmae.studies.ablate:ablate"),
     "bench step": Command(configs.BenchStepConfig, "fastmae.bench.bench_step:bench_step"),

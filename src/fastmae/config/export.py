@@ -32,6 +32,8 @@ class ExportConfig(Common):
     """Weights file for a timm/NAME, instead of the hub's."""
     pretrained: bool = True
     """--no-pretrained writes the same architecture with random weights."""
+    to: str | None = None
+    """URL to which the export is copied, as `fastmae upload OUT URL` does: hf://OWNER/NAME, s3://BUCKET/NAME."""
 
     def check(self) -> None:
         """See `Options`."""

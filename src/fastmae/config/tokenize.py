@@ -23,7 +23,7 @@ class TokenizeConfig(Common):
     """Folder of images, nested or flat; a list of paths (.txt, .csv, .parquet); a folder of webdataset tar shards; or a
     folder that Hugging Face datasets saved."""
     store: Path
-    """Folder to write. The same call again continues an interrupted one."""
+    """Folder on this machine to write. The same call again continues an interrupted one."""
     teacher: TeacherName = DEFAULT_TEACHER
     """timm/NAME (any timm model), hf/NAME (a vision model of transformers, by hub name or folder), clip/NAME (ViT-B-16,
     ...), file/PATH (a checkpoint of MAE, DINO or iBOT as its authors publish it), python/MODULE:FUNCTION (code of your
@@ -81,6 +81,8 @@ class TokenizeConfig(Common):
     world_size: Annotated[int | None, PROCESSES] = None
     """Number of processes or machines that fill the store together; they share only its folder. Default: from torchrun
     or srun, or 1."""
+    to: str | None = None
+    """URL to which the finished store is copied, as `fastmae upload STORE URL` does. The same call again continues."""
     strict: bool = False
     """Stop at the first file that can't be decoded instead of skipping it."""
     add: bool = False

@@ -1,6 +1,5 @@
 """Options of `fastmae verify`."""
 
-from pathlib import Path
 from typing import Annotated
 
 from fastmae.config.common import Common
@@ -14,8 +13,8 @@ from fastmae.errors import InputError
 class VerifyConfig(Common):
     """Check every byte of a token store and name what is damaged; with --repair, rebuild it from the images."""
 
-    store: Path
-    """The token store."""
+    store: str
+    """The token store: a folder, or a URL."""
     repair: bool = False
     """Rebuild only the damaged parts, from the images and the teacher that the store names."""
     teacher: OptionalTeacherName = None

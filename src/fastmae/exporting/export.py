@@ -12,7 +12,7 @@ import torch
 
 from fastmae import __version__
 from fastmae.config import ExportConfig
-from fastmae.errors import FailedCheckError
+from fastmae.errors import FailedCheckError, InputError
 from fastmae.exporting.detectron2_format import DETECTRON2
 from fastmae.exporting.export_format import ExportFormat
 from fastmae.exporting.exported_model import ExportedModel, classifier_to_export, encoder_to_export
@@ -22,12 +22,15 @@ from fastmae.exporting.model_card import write_model_card
 from fastmae.exporting.onnx_format import ONNX
 from fastmae.exporting.output_folder import EXPORT_FILE, check_output_folder, complete_folder, read_export
 from fastmae.exporting.provenance import RANDOM_WEIGHTS, Provenance, provenance_of
+from fastmae.exporting.share import share_export
 from fastmae.exporting.timm_format import TIMM
 from fastmae.exporting.transformers_format import TRANSFORMERS
 from fastmae.images.value_range import range_entry
+from fastmae.offline.share import check_url
 from fastmae.runs.encoder import open_encoder
 from fastmae.runtime.ownership import owned_place
 from fastmae.runtime.progress import Progress
+from fastmae.tokens.files import url_of
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +56,14 @@ def export(config: ExportConfig) -> dict[str, Any]:
             another process exports to it.
         FailedCheckError: the files give other features.
     """
+    if url := url_of(config.out):
+        call = f"fastmae export {config.run} {Path(url).name} --to {url}"
+        raise InputError(f"{url}: a URL; an export is written on this machine, then copied: `{call}`")
+    if config.to is not None:
+        check_url(config.to)
     with owned_place(config.out, "export"):
-        return _export(config)
+        result = _export(config)
+    return result if config.to is None else {**result, "copied_to": share_export(config.out, config.to)}
 
 
 def _export(config: ExportConfig) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from fastmae.exporting.export_format import ExportFormat
 from fastmae.exporting.exported_model import ExportedModel
 from fastmae.exporting.provenance import Facts, Provenance
 from fastmae.images.value_range import AUTO, PERCENTILES, bounds_of
+from fastmae.runtime.cards import CARD_FILE, signed
 from fastmae.runtime.wording import counted
 from fastmae.student.encoder import number_of_heads
 
-CARD_FILE = "README.md"
 TITLES = {
     "pretraining": "pre-trained with fastmae",
     "supervised": "trained with fastmae",
@@ -57,7 +57,7 @@ def write_model_card(
         tables=_escape_cells(provenance.facts),
         difference=f"{difference:.1e}",
     )
-    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+    (folder / CARD_FILE).write_text(signed(text), encoding="utf-8")
 
 
 def _template() -> jinja2.Template:

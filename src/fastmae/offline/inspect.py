@@ -1,7 +1,6 @@
 """`fastmae inspect`: what a store holds. Also the summary with which `tokenize` ends."""
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from fastmae.offline.quality import as_json, as_lines, look_at
 from fastmae.runtime.durable import write_whole
 from fastmae.runtime.wording import counted
 from fastmae.tokens import TokenStore
+from fastmae.tokens.files import url_of
 from fastmae.tokens.reader import open_scales
 
 log = logging.getLogger(__name__)
@@ -69,11 +69,8 @@ def refuse_url(store: Path, command: str) -> None:
     Raises:
         InputError: a URL. As a `Path`, it has one slash after the colon.
     """
-    if url := re.match(r"(\w+):/(.*)", str(store)):
-        slashes = "///" if url[1] == "file" else "//"
-        raise InputError(
-            f"{url[1]}:{slashes}{url[2]}: a URL; {command} reads a folder, so call it where the store's files are"
-        )
+    if url := url_of(store):
+        raise InputError(f"{url}: a URL; {command} reads a folder, so call it where the store's files are")
 
 
 def store_summary(store: TokenStore, images_per_second: float | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the options of `tokenize` mean together: sizes and channels out of their strings, combinations that are refused,
 this process's share of the shards, and the teacher and store description that follow from the options."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from fastmae.runtime.device import own_device, resolve_device
 from fastmae.runtime.processes import this_process
 from fastmae.teachers import Teacher
 from fastmae.teachers.precision import AUTOCAST_DTYPES
+from fastmae.tokens.files import url_of
 from fastmae.tokens.format import Part, StoreInfo
 
 SET = "set"
@@ -41,6 +43,10 @@ def check_options(config: TokenizeConfig) -> None:
     Raises:
         InputError: names the option.
     """
+    if url := url_of(config.store):
+        name = Path(url).name
+        call = f"fastmae tokenize {config.images} {name} --to {url}"
+        raise InputError(f"{url}: a URL; a store is written on this machine, then copied: `{call}`")
     check_precision(config.precision, resolve_device(config.device))
     if not str(config.store.absolute()).isprintable():
         raise InputError(

@@ -5,7 +5,8 @@
 3. open the store, new or begun earlier
 4. learn the codec's codebooks from a sample, where the codec has some
 5. build the shards that are missing (`fill`)
-6. finish the store, once no process has shards left to build
+6. finish the store, once no process has shards left to build, with its card
+7. copy it to a URL (`share`), if one is given
 
 What the options mean is in `options`, what `--dry-run` measures in `estimate`.
 """
@@ -27,6 +28,7 @@ from fastmae.config import TokenizeConfig
 from fastmae.config.tokenize import middle_sizes
 from fastmae.errors import InputError, InterruptedRunError
 from fastmae.images.image_list import ImageList
+from fastmae.offline.dataset_card import keep_card
 from fastmae.offline.estimate import check_disk, dry_run
 from fastmae.offline.fill import build_shards, count_images, stored_codec
 from fastmae.offline.inspect import store_summary, summary_over_scales
@@ -36,6 +38,7 @@ from fastmae.offline.options import Share, build_teacher, check_options, describ
 from fastmae.offline.quality import as_json, as_lines, look_at
 from fastmae.offline.sample import sample_tokens
 from fastmae.offline.settle import begun_store, settle
+from fastmae.offline.share import check_url, share_store
 from fastmae.runtime.device import memory_hint
 from fastmae.runtime.durable import holds_anything, write_json
 from fastmae.runtime.ownership import owned
@@ -79,6 +82,7 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
         InputError: options, images, a teacher or a folder that can't be used, or another process that builds the same
             shards.
         InterruptedRunError: Ctrl-C; the same call continues.
+        FailedCheckError: a file of the finished store did not arrive at the URL.
     """
     sizes = middle_sizes(config)
     check_options(config)
@@ -89,6 +93,8 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
     if config.dry_run:
         with listed_images(config.images, config.add, folders[0]) as listed:
             return dry_run(config, sizes, listed, load())
+    if config.to is not None:
+        check_url(config.to)
     summaries = []
     with owned(config.store, "tokenize", share.name):
         for size, folder in zip(sizes, folders, strict=True):
@@ -99,7 +105,13 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
                     _begin_scales(config.store, sizes)
                     log.info(f"middle size {size}:")
                 summaries.append(_build_store(config, info, folder, listed, teacher, share, codebooks_from=folders[0]))
-    return summaries[0] if len(sizes) == 1 else summary_over_scales(summaries)
+        is_finished = all(summary.get("finished", True) for summary in summaries)
+        if is_finished:
+            keep_card(config.store, [TokenStore(folder) for folder in folders])
+    result = summaries[0] if len(sizes) == 1 else summary_over_scales(summaries)
+    if config.to is not None and is_finished:  # else by the process that finishes the store
+        result["copied_to"] = share_store(config.store, config.to)
+    return result
 
 
 def _begin_scales(folder: Path, sizes: list[int]) -> None:

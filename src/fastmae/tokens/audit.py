@@ -6,6 +6,7 @@ What passes can be trained on. `offline.verify` repairs what does not.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastmae.errors import InputError
 from fastmae.images.image_list import ImageList
 from fastmae.outside.regular_file import read_bounded
 from fastmae.runtime.device import own_cores
+from fastmae.tokens.access import MissingFileError
 from fastmae.tokens.codec import learns, learnt_shapes, load_codec
 from fastmae.tokens.format import (
     CODEBOOKS_COPY,
@@ -39,9 +41,11 @@ from fastmae.tokens.shard_file import as_bytes
 from fastmae.tokens.shard_header import ImageRecord, ShardHeader
 from fastmae.tokens.statistics import SUMS
 from fastmae.tokens.tensor_file import largest_file, load_tensors
+from fastmae.tokens.transfer import WrongSizeError
 
 Check = Callable[[Path], object]
 """Raises an InputError where a file is not as it was written."""
+Bring = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,18 @@ class Damage:
     images: tuple[str, ...] = ()
 
 
-def audit(folder: Path, on_shard: Callable[[], object] = lambda: None) -> Iterator[Damage]:
+def here(name: str) -> AbstractContextManager[object]:
+    """Nothing has to be done so that a shard of a folder is there."""
+    return nullcontext()
+
+
+def audit(folder: Path, on_shard: Callable[[], object] = lambda: None, bring: Bring = here) -> Iterator[Damage]:
     """Find all damage in a store.
 
     Args:
         folder: a store of one middle size.
         on_shard: called after each shard, for progress.
+        bring: (name) -> a context in which that shard lies in the folder.
 
     Raises:
         InputError: `folder` is no store, or store.json and manifest.json are both damaged: nothing tells what it should
@@ -86,7 +96,7 @@ def audit(folder: Path, on_shard: Callable[[], object] = lambda: None) -> Iterat
     shards: Iterable[int] = range(info.shards)
     if manifest is None:
         shards = sorted(shard for shard in written_shards(folder) if shard < info.shards)
-    for shard, audited in zip(shards, _audited(folder, info, manifest, shards), strict=True):
+    for shard, audited in zip(shards, _audited(folder, info, manifest, shards, bring), strict=True):
         damage = audited.damage
         if damage is not None:
             agreement.skip(shard)
@@ -108,13 +118,15 @@ class _Audited:
     sums: dict[str, np.ndarray]
 
 
-def _audited(folder: Path, info: StoreInfo, manifest: Manifest | None, shards: Iterable[int]) -> Iterator[_Audited]:
+def _audited(
+    folder: Path, info: StoreInfo, manifest: Manifest | None, shards: Iterable[int], bring: Bring
+) -> Iterator[_Audited]:
     """The outcome for each shard, in their order. A thread for each core reads, hashes and decodes."""
     threads = own_cores()
     with ThreadPoolExecutor(threads) as pool:
         running: deque[Future[_Audited]] = deque()
         for shard in shards:
-            running.append(pool.submit(_audit_shard, folder, info, shard, manifest))
+            running.append(pool.submit(_audit_shard, folder, info, shard, manifest, bring))
             if len(running) > 2 * threads:
                 yield running.popleft().result()
         while running:
@@ -196,8 +208,17 @@ def _check_list(part: Part, file: Path) -> None:
         raise InputError(f"{file}: does not hold the images that {STORE_FILE} says")
 
 
-def _audit_shard(folder: Path, info: StoreInfo, shard: int, manifest: Manifest | None) -> _Audited:
+def _audit_shard(folder: Path, info: StoreInfo, shard: int, manifest: Manifest | None, bring: Bring) -> _Audited:
     """Check a shard against the manifest, if there is one, and its bytes and its records against its own header."""
+    name = shard_name(shard)
+    try:
+        with bring(name):
+            return _audit_file(folder, info, shard, manifest)
+    except (MissingFileError, WrongSizeError) as error:  # of a shard that is behind a URL
+        return _Audited(Damage(name, str(error), shard), [], {})
+
+
+def _audit_file(folder: Path, info: StoreInfo, shard: int, manifest: Manifest | None) -> _Audited:
     path, name = shard_path(folder, shard), shard_name(shard)
 
     def damaged(what: str, images: Iterable[str] = ()) -> _Audited:

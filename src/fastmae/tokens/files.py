@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from fastmae.errors import InputError
 from fastmae.tokens import transfer
+from fastmae.tokens.access import MissingFileError
 from fastmae.tokens.cache import BoundedFolder, NoRoomError, lock_of
 from fastmae.tokens.format import (
     LARGEST_DESCRIPTION,
@@ -25,7 +26,6 @@ from fastmae.tokens.format import (
     STORE_FILE,
 )
 from fastmae.tokens.manifest import LARGEST_MANIFEST
-from fastmae.tokens.transfer import MissingFileError
 
 PREFETCH_THREADS = 2
 PREFETCH_AT_MOST = 128
@@ -231,6 +231,14 @@ def raise_named(files: StoreFiles, error: InputError) -> NoReturn:
 def is_url(text: str) -> bool:
     """Whether a store's location is a URL, not a folder."""
     return "://" in text
+
+
+def url_of(path: Path) -> str | None:
+    """The URL that was given where a path should be; None for a path."""
+    if match := re.match(r"(\w+):/(.*)", str(path)):
+        slashes = "///" if match[1] == "file" else "//"
+        return f"{match[1]}:{slashes}{match[2]}"
+    return None
 
 
 def open_files(location: str | Path, cache: Path, limit_bytes: int) -> StoreFiles:

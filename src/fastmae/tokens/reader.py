@@ -24,7 +24,7 @@ from fastmae.images.mirror import copy_reversed
 from fastmae.images.views import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.outside.documents import read_json
 from fastmae.tokens.codec import Codec, code_layout, keeps_means, learnt_shapes, load_codec
-from fastmae.tokens.files import LocalFiles, StoreFiles, is_url, open_files, raise_named
+from fastmae.tokens.files import StoreFiles, is_url, open_files, raise_named
 from fastmae.tokens.format import (
     CODEBOOKS_FILE,
     INDEX_FILE,
@@ -83,7 +83,9 @@ class TokenStore:
     relies on: all shapes and dtypes follow from store.json.
 
     Args:
-        folder: a folder that `fastmae tokenize` wrote, or the files of a store that is elsewhere (`open_files`).
+        folder: a folder that `fastmae tokenize` wrote, the URL of one, or the files of a store (`open_files`).
+        cache: folder on this machine for what is read from a URL.
+        cache_size: most gigabytes that `cache` may take.
 
     Attributes:
         statistics: `mean` and `std` of the token channels, float32 [C]; `pixel_mean` and `pixel_std`, float32 [K], in
@@ -94,8 +96,12 @@ class TokenStore:
         InputError: not a store, one that is not finished, or one whose files are damaged or do not belong together.
     """
 
-    def __init__(self, folder: str | Path | StoreFiles):
-        self.files: StoreFiles = LocalFiles(Path(folder)) if isinstance(folder, str | Path) else folder
+    def __init__(
+        self, folder: str | Path | StoreFiles, cache: str | Path = "~/.cache/fastmae", cache_size: float = 50.0
+    ):
+        if isinstance(folder, str | Path):
+            folder = open_files(folder, Path(cache).expanduser(), int(cache_size * 1e9))
+        self.files: StoreFiles = folder
         with _named(self.files):
             self._open()
 

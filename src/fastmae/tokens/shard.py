@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from fastmae.errors import InputError, first_line
+from fastmae.tokens.access import MissingFileError
 from fastmae.tokens.files import StoreFiles, raise_named
 from fastmae.tokens.format import FLIPPED, PIXELS, TOKENS, StoreInfo, checksum, shard_name
 from fastmae.tokens.manifest import Manifest, read_header
@@ -21,7 +22,6 @@ from fastmae.tokens.shard_header import (
     parse_header,
     parse_metadata,
 )
-from fastmae.tokens.transfer import MissingFileError
 
 Value = TypeVar("Value")
 

@@ -7,6 +7,7 @@ is given up. Failed transfers are tried again; answers that no retry can mend ar
 import asyncio
 import concurrent.futures
 import io
+import logging
 import os
 import time
 from collections.abc import Callable, Coroutine
@@ -20,6 +21,7 @@ import fsspec.core
 
 from fastmae.errors import InputError, first_line, is_full_disk
 from fastmae.outside.regular_file import open_regular
+from fastmae.tokens.access import refusal
 
 Result = TypeVar("Result")
 
@@ -37,15 +39,15 @@ RANGE, RANGES = 16 << 20, 4
 """Bytes of a request to object storage, and requests at the same time. As fast as a single stream at least."""
 PAGE_HEAD = 64
 """Bytes at the beginning of an answer by which a web page is recognised."""
-MISSING, FORBIDDEN = (404, 410), (401, 403)
-"""HTTP status codes."""
+CHATTY = {"gs": ("gcsfs", "gcsfs.retry"), "gcs": ("gcsfs", "gcsfs.retry"), "hf": ("huggingface_hub.utils._http",)}
+"""Protocol -> loggers of its package that report what fastmae reports itself, and attempts that are repeated."""
 
 # fsspec runs its event loop in a thread, and threads do not survive a fork: a child needs a loop of its own.
 os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 
-class MissingFileError(InputError):
-    """The URL has no such file, or we may not read it: a bucket that can't be listed says 'forbidden' for both."""
+class WrongSizeError(InputError):
+    """The URL has a file of another size than it may have."""
 
 
 class _TooSlowError(Exception):
@@ -64,7 +66,7 @@ def read(url: str, name: str, most: int) -> bytes:
         most: bytes that such a file may have.
 
     Raises:
-        MissingFileError: no such file, or no permission.
+        access.MissingFileError: no such file, or no permission.
         InputError: a larger file, a web page instead of the file, a server that can't be reached or is too slow, or the
             package for this kind of URL is missing.
     """
@@ -74,7 +76,7 @@ def read(url: str, name: str, most: int) -> bytes:
         _receive(url, name, _Arrival(f"{url}/{name}", out, most))
         return out.getvalue()
 
-    return _with_retries(fetch, f"{url}/{name}")
+    return with_retries(fetch, f"{url}/{name}")
 
 
 def download(url: str, name: str, file: Path, size: int) -> None:
@@ -95,7 +97,21 @@ def download(url: str, name: str, file: Path, size: int) -> None:
         with file.open("r+b") as out:
             _receive(url, name, _Arrival(f"{url}/{name}", out, size, exact=True))
 
-    _with_retries(fetch, f"{url}/{name}")
+    with_retries(fetch, f"{url}/{name}")
+
+
+def read_head(url: str, name: str, count: int) -> bytes:
+    """The first bytes of a remote file; fewer where it is shorter.
+
+    Raises:
+        InputError: as `read`.
+    """
+
+    def fetch() -> bytes:
+        files, root = file_system(os.getpid(), url)
+        return bytes(files.cat_file(f"{root}/{name}", start=0, end=count))
+
+    return with_retries(fetch, f"{url}/{name}")
 
 
 @cache
@@ -118,6 +134,8 @@ def file_system(pid: int, url: str) -> tuple[Any, str]:
 
             # The least rate bounds each transfer. aiohttp's own limit of five minutes would end large ones.
             options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None)}
+        for name in CHATTY.get(protocol, ()):  # they log every failure; ours is one line, once it is final
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
     except ImportError as error:
         package = getattr(error.__cause__ or error, "name", None)
@@ -174,13 +192,13 @@ class _Arrival:
         if self.exact and self.arrived != self.most:
             raise EOFError(f"{self.arrived} bytes came instead of {self.most}")
 
-    def refused(self, what: str) -> InputError:
+    def refused(self, what: str) -> WrongSizeError:
         """The error of a file of another size."""
         if self.exact:
             way_out = "give the command again if the store was replaced just now, or copy the store there again"
-            return InputError(f"{self.url}: {what}, not the {self.most} of the store's manifest; {way_out}")
+            return WrongSizeError(f"{self.url}: {what}, not the {self.most} of the store's manifest; {way_out}")
         most = f"the {self.most / 1e6:.4g} MB that such a file may have"
-        return InputError(f"{self.url}: {what}, not at most {most}; check that a token store lies there")
+        return WrongSizeError(f"{self.url}: {what}, not at most {most}; check that a token store lies there")
 
 
 def _receive(url: str, name: str, arrival: _Arrival) -> None:
@@ -258,8 +276,10 @@ def _receive_ranges(files: Any, path: str, arrival: _Arrival) -> None:
 def _receive_opened(files: Any, path: str, arrival: _Arrival) -> None:
     """From a file system that can't be interrupted: it is given up between two blocks."""
     start = time.monotonic()
-    local = "file" in ((files.protocol,) if isinstance(files.protocol, str) else files.protocol)
-    with open_regular(path) if local else files.open(path, "rb") as source:
+    protocols = (files.protocol,) if isinstance(files.protocol, str) else files.protocol
+    # With a block size of 0, the hub sends a file as one stream. Else each block is a request.
+    options = {"block_size": 0} if "hf" in protocols else {}
+    with open_regular(path) if "file" in protocols else files.open(path, "rb", **options) as source:
         while block := source.read(arrival.next_block):
             arrival.take(block)
             if time.monotonic() - start > _time_for(arrival.arrived):
@@ -271,8 +291,13 @@ def _time_for(count: int) -> float:
     return SLOW_AFTER + count / LEAST_RATE
 
 
-def _with_retries(transfer: Callable[[], Result], url: str) -> Result:
-    """Run a transfer, again after each pause of `RETRY_AFTER`, unless its failure is one that no retry can mend."""
+def with_retries(transfer: Callable[[], Result], url: str, what: str = "fetched") -> Result:
+    """Run a transfer, again after each pause of `RETRY_AFTER`, unless its failure is one that no retry can mend.
+
+    Raises:
+        InputError: the last attempt has failed too, or there was no use in another one.
+        OSError: the local disk is full.
+    """
     for pause in (*RETRY_AFTER, None):
         try:
             return transfer()
@@ -280,7 +305,7 @@ def _with_retries(transfer: Callable[[], Result], url: str) -> Result:
             _raise_if_lasting(error, url)
             if pause is None:
                 attempts = f"{first_line(error)}, tried {len(RETRY_AFTER) + 1} times"
-                raise InputError(f"{url}: can't be fetched ({attempts}); check the address and the network") from error
+                raise InputError(f"{url}: can't be {what} ({attempts}); check the address and the network") from error
             time.sleep(pause)
     raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -288,10 +313,6 @@ def _with_retries(transfer: Callable[[], Result], url: str) -> Result:
 def _raise_if_lasting(error: Exception, url: str) -> None:
     if isinstance(error, InputError) or (isinstance(error, OSError) and is_full_disk(error)):
         raise error
-    status = getattr(error, "status", None)
-    if isinstance(error, FileNotFoundError) or status in MISSING:
-        way_out = "check the address, and that the whole store was copied there"
-        raise MissingFileError(f"{url}: no such file; {way_out}") from error
-    if isinstance(error, PermissionError) or status in FORBIDDEN:
-        protocol = url.partition("://")[0]
-        raise MissingFileError(f"{url}: no permission; give the credentials that {protocol}:// takes") from error
+    refused = refusal(error, url)
+    if refused is not None:
+        raise refused from error
