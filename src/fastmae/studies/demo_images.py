@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from fastmae.config import DemoConfig
@@ -11,8 +12,8 @@ from fastmae.errors import InputError
 from fastmae.images.sources import open_source
 
 SIDE = 28
-TAKEN_EVERY = 2
-"""Half of the package's 5,000 digits are enough, and take half the time."""
+DIGITS_OF_EACH = 200
+"""Of the package's 500. They are enough, and take less time."""
 VAL_EVERY = 5
 """One in so many digits is classified, by the votes of the others."""
 PHOTO_OPTIONS: dict[str, Any] = {"middle_size": "96"}
@@ -54,7 +55,7 @@ def demo_images(config: DemoConfig) -> DemoImages:
 
 
 def write_digits(folder: Path) -> Path:
-    """250 digits of each kind as PNG files, every fifth one for validation. They appear whole or not at all."""
+    """200 digits of each kind as PNG files, every fifth one for validation. They appear whole or not at all."""
     if folder.exists():
         return folder
     try:
@@ -65,8 +66,9 @@ def write_digits(folder: Path) -> Path:
         ) from error
     aside = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    images, labels = (array[::TAKEN_EVERY] for array in mnist_data())
-    for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+    images, labels = mnist_data()
+    taken = np.concatenate([np.flatnonzero(labels == digit)[:DIGITS_OF_EACH] for digit in np.unique(labels)])
+    for number, (pixels, label) in enumerate(zip(images[taken], labels[taken], strict=True)):
         path = aside / ("val" if number % VAL_EVERY == 0 else "train") / str(label) / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.reshape(SIDE, SIDE).astype("uint8")).save(path)
