@@ -50,6 +50,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "detect": {**SHORT, "image_size": 64, "head_channels": 16},
     "features": ONE_PROCESS,
     "report": CPU,
+    "demo": {"steps": 4},
     "ablate": {
         **ONE_PROCESS,
         "epochs": 1,
