@@ -128,7 +128,7 @@ def test_the_smallest_codec_that_keeps_cosine_and_knn_is_recommended():
     [
         (["--jpeg-qualities", "90,0"], "--jpeg-qualities 0"),
         (["--jpeg-qualities", "high"], "--jpeg-qualities high"),
-        (["--limit", "1"], "1 images"),
+        (["--limit", "1"], "1 image"),
         (["--codecs", "fp16,"], "int8"),
         (["--codecs", "fp16,pq200"], "pq200"),
         (["--middle-size", "100"], "--middle-size 100"),
@@ -147,4 +147,4 @@ def test_an_option_that_cannot_be_used_is_named_in_one_line(args, name, photos, 
 def test_a_single_image_is_too_few(photos, options, tmp_path, capsys):
     (tmp_path / "one.jpg").symlink_to(photos / "train" / "china" / "00.jpg")
     assert run(["bench", "store", str(tmp_path), *options]) == 2
-    assert f"{tmp_path}: 1 images" in capsys.readouterr().err
+    assert f"{tmp_path}: 1 image:" in capsys.readouterr().err
