@@ -138,7 +138,7 @@ def test_a_stopped_study_saves_its_runs_and_continues_them(study, stores, photos
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait() == 130
-    assert "0 of 1 runs" in process.output().splitlines()[-1]
+    assert "0 of 1 run" in process.output().splitlines()[-1]
     assert (run_folder / "checkpoint.pt").exists()
     assert run(args) == 0
     assert printed_json()["rows"][0]["epochs"] == 60

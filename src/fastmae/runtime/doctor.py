@@ -294,7 +294,8 @@ def _as_lines(facts: dict[str, Any]) -> list[str]:
     """The facts, a line for each kind."""
     versions, cpu, ram = facts["versions"] or {}, facts["cpu"] or {}, facts["memory"] or {}
     named = [f"{name} {version or 'missing'}" for name, version in versions.items() if name != "system"]
-    abilities = [text for text, there in (("AVX-512", cpu.get("avx512")), ("bf16", cpu.get("bf16"))) if there]
+    asked = (("AVX-512", cpu.get("avx512")), ("bf16", cpu.get("bf16")))
+    abilities = [f"{'' if there else 'no '}{text}" for text, there in asked if there is not None]
     size = [counted(cpu[name], name.removesuffix("s")) for name in ("cores", "threads") if name in cpu]
     lines = [
         ("versions", ", ".join(named)),
