@@ -30,7 +30,7 @@ def test_the_demo_compares_four_kinds_of_features_on_fixed_work_and_draws_a_self
     assert result["knn"]["teacher"] == 100.0
     assert result["top1"] == result["knn"]["fastmae"] == read_evaluations(out / "fastmae")[-1]["knn_top1"]
     assert [read_metrics(out / name)[-1]["step"] for name in ("fastmae", "mae")] == [STEPS, STEPS // 4]
-    assert "demo: your images, 30 to train on" in err and " here (" in err  # said before it begins
+    assert "demo: your images, 30 to train on" in err and " here" in err  # said before it begins
     assert "FastMAE" in err  # with --json, the table is on standard error
     page = (out / "index.html").read_text()
     assert page.count("data:image/png;base64,iVBOR") == 4

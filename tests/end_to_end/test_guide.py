@@ -170,7 +170,7 @@ def _commands(block: str) -> list[str]:
 def _has_arguments(text: str) -> bool:
     """Whether the text calls a command, and does not merely name it."""
     words = shlex.split(text)[1:]
-    return words[0] != "COMMAND" and len(words) > len(_command(words).split())
+    return "COMMAND" not in words and len(words) > len(_command(words).split())
 
 
 def _command(words: list[str]) -> str:

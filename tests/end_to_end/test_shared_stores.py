@@ -149,6 +149,18 @@ def test_an_export_goes_to_a_repository_of_its_own_and_an_edited_card_stays(hub,
     assert "holds an export of the format timm, not onnx" in err
 
 
+def test_a_store_and_an_export_do_not_share_a_folder(small_store, tiny_run, tmp_path, capsys):
+    assert result_of(["export", tiny_run, tmp_path / "vit"], capsys)[0] == 0
+    for first, second, what in (
+        (tmp_path / "vit", small_store, "an exported model"),
+        (small_store, tmp_path / "vit", "a token store"),
+    ):
+        url = f"file://{tmp_path}/behind/{first.name}"
+        assert result_of(["upload", first, url], capsys)[0] == 0
+        code, _, err = result_of(["upload", second, url], capsys)
+        assert (code, err.splitlines()[-1]) == (2, f"fastmae upload: {url}: holds {what}; give another URL")
+
+
 def test_damage_behind_a_url_is_found_and_named(hub, small_store, capsys, monkeypatch):
     monkeypatch.setattr("fastmae.tokens.transfer.RETRY_AFTER", ())
     url = "hf://datasets/me/damaged"

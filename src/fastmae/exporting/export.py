@@ -20,7 +20,7 @@ from fastmae.exporting.jittor_format import JITTOR
 from fastmae.exporting.mmpretrain_format import MMPRETRAIN
 from fastmae.exporting.model_card import write_model_card
 from fastmae.exporting.onnx_format import ONNX
-from fastmae.exporting.output_folder import EXPORT_FILE, check_output_folder, complete_folder, read_export
+from fastmae.exporting.output_folder import check_output_folder, complete_folder, read_export
 from fastmae.exporting.provenance import RANDOM_WEIGHTS, Provenance, provenance_of
 from fastmae.exporting.share import share_export
 from fastmae.exporting.timm_format import TIMM
@@ -28,6 +28,7 @@ from fastmae.exporting.transformers_format import TRANSFORMERS
 from fastmae.images.value_range import range_entry
 from fastmae.offline.share import check_url
 from fastmae.runs.encoder import open_encoder
+from fastmae.runtime.cards import EXPORT_FILE
 from fastmae.runtime.ownership import owned_place
 from fastmae.runtime.progress import Progress
 from fastmae.tokens.files import url_of

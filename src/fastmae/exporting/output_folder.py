@@ -12,11 +12,9 @@ import torch
 
 from fastmae.errors import InputError
 from fastmae.outside.documents import checked, read_json
+from fastmae.runtime.cards import EXPORT_FILE
 from fastmae.runtime.durable import remove_parts, write_json
 from fastmae.runtime.ownership import check_owner
-
-EXPORT_FILE = "fastmae.json"
-"""Describes the export. It is the last file to appear in the folder."""
 
 
 def check_output_folder(out: Path, identity: dict[str, Any]) -> None:

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from fastmae.errors import InputError
-from fastmae.exporting.output_folder import EXPORT_FILE, read_export
-from fastmae.offline.share import report
+from fastmae.exporting.output_folder import read_export
+from fastmae.offline.share import refuse_beside, report
 from fastmae.outside.documents import parse_json
 from fastmae.outside.regular_file import read_bounded
-from fastmae.runtime.cards import CARD_FILE, LARGEST_CARD
+from fastmae.runtime.cards import CARD_FILE, EXPORT_FILE, LARGEST_CARD
 from fastmae.tokens import transfer
 from fastmae.tokens.access import MissingFileError
+from fastmae.tokens.format import SCALES_FILE, STORE_FILE
 from fastmae.tokens.places import Place, open_place
 from fastmae.tokens.upload import card_to_send, upload
 
@@ -31,6 +32,7 @@ def share_export(folder: Path, url: str) -> dict[str, Any]:
         raise InputError(f"{folder}: is not an export; give a folder that `fastmae export` wrote")
     place = open_place(url)
     place.begin()
+    refuse_beside(place, {STORE_FILE, SCALES_FILE}, "a token store")
     _refuse_other_format(place, description["format"])
     names = [name for name in description["files"] if name != CARD_FILE and Path(name).name == name]
     card = card_to_send(place, read_bounded(folder / CARD_FILE, LARGEST_CARD))

@@ -4,9 +4,9 @@ from typing import Any
 
 from fastmae.config import UploadConfig
 from fastmae.errors import InputError
-from fastmae.exporting.output_folder import EXPORT_FILE
 from fastmae.exporting.share import share_export
 from fastmae.offline.share import share_store
+from fastmae.runtime.cards import EXPORT_FILE
 from fastmae.tokens.format import LISTS_FOLDER, SCALES_FILE, STORE_FILE
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from fastmae.errors import InputError
 from fastmae.offline.dataset_card import dataset_card, keep_card
 from fastmae.outside.regular_file import read_bounded
-from fastmae.runtime.cards import CARD_FILE, LARGEST_CARD, is_unedited
+from fastmae.runtime.cards import CARD_FILE, EXPORT_FILE, LARGEST_CARD, is_unedited
 from fastmae.runtime.wording import counted
 from fastmae.tokens import TokenStore, transfer
 from fastmae.tokens.access import MissingFileError
@@ -58,6 +58,7 @@ def share_store(folder: Path, url: str) -> dict[str, Any]:
         _check_shards(store)
     place = open_place(url)
     place.begin()
+    refuse_beside(place, {EXPORT_FILE}, "an exported model")
     keep_card(folder, stores)
     for store in stores:
         _refuse_other_store(place, store, _prefix(store, stores))
@@ -65,6 +66,21 @@ def share_store(folder: Path, url: str) -> dict[str, Any]:
     if isinstance(place, HubRepository) and place.folder:
         _share_root_card(place, stores)
     return report(place, copied, f"`fastmae verify {place.url}` reads every byte back")
+
+
+def refuse_beside(place: Place, files: set[str], what: str) -> None:
+    """Refuse to mix a store and an export: both have a card.
+
+    Args:
+        place: where to.
+        files: that tell the other kind.
+        what: the other kind.
+
+    Raises:
+        InputError: it lies there.
+    """
+    if files & place.found().keys():
+        raise InputError(f"{place.url}: holds {what}; give another URL")
 
 
 def report(place: Place, copied: Copied, check: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ The line holds a digest of the text above it. Hidden in a comment, it does not s
 import xxhash
 
 CARD_FILE = "README.md"
+EXPORT_FILE = "fastmae.json"
+"""What an exported model is. A store has none: only one of the two may lie in a folder, as both have a card."""
 LARGEST_CARD = 4 << 20
 _MARK = "<!-- Written by fastmae, which replaces this file as long as nobody has changed it: {} -->\n"
 

@@ -205,7 +205,7 @@ def _devices(seen: Examination) -> list[dict[str, Any]]:
         found.append({"name": name, **seen.ask(name, partial(_describe, seen, device), unknown)})
     if not found:
         cuda = f"built for CUDA {built_for}" if built_for else "built without CUDA"
-        seen.information(f"torch finds no GPU (it is {cuda})", "--recipe vit_tiny_cpu is made for a CPU")
+        seen.information(f"torch finds no GPU (it is {cuda})", "--recipe visible_tiny_cpu is made for a CPU")
     return found
 
 

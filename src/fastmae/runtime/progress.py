@@ -196,7 +196,7 @@ class Progress:
         if self.is_estimated or not self.unit or not per_second:
             return ""
         if per_second < SLOW:
-            return f"{duration(1 / per_second)} per {self.rate_unit.removesuffix('s')}"
+            return f"{duration(1 / per_second)} per {_one_of(self.rate_unit)}"
         return f"{per_second:.1f} {self.rate_unit}/s"
 
     def _left(self) -> str:
@@ -233,6 +233,11 @@ class Progress:
     def inner(self) -> list[str]:
         """The lines of the work inside this one: `(knn  320/1000 images  32.0 images/s  left 18 s)`."""
         return [f"({work.line()})" for work in tuple(_entered) if work is not self and _entered[0] is self]
+
+
+def _one_of(units: str) -> str:
+    """`image` of `images`, `batch` of `batches`."""
+    return units.removesuffix("es") if units.endswith("ches") else units.removesuffix("s")
 
 
 _entered: list[Progress] = []

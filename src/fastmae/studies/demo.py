@@ -35,6 +35,7 @@ from fastmae.studies.speeds import as_json
 from fastmae.studies.study_runs import JOB_FILE
 from fastmae.studies.worker import DONE, INTERRUPTED, LOG_FILE, PRETRAIN
 from fastmae.tokens import TokenStore
+from fastmae.tokens.format import INDEX_FILE
 
 log = logging.getLogger(__name__)
 PATCH_SIZE, TEACHER_BLOCK = 8, 3
@@ -45,6 +46,7 @@ SHARES = {FASTMAE: 1.0, BASELINE: 0.25}
 blocks over all patches. So both train for about the same time, and MAE, if anything, a little longer."""
 BATCH_SIZE = 32
 WAY_OUT = "give another --out, or delete the folder"
+STORE = "demo.tokens"
 POINTS = 3
 """Measurements on the way, the end included."""
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -66,7 +68,7 @@ def _demo(config: DemoConfig) -> dict[str, Any]:
     _announce(config, images)
     options = TokenizeConfig(
         images=images.train,
-        store=config.out / "demo.tokens",
+        store=config.out / STORE,
         teacher=OFFLINE_TEACHER,
         patch_size=PATCH_SIZE,
         teacher_block=TEACHER_BLOCK,
@@ -111,11 +113,13 @@ def _announce(config: DemoConfig, images: DemoImages) -> None:
     """Say what will be done and about how long it takes, by how fast this machine multiplies matrices now."""
     number = len(list_images(images.train))
     embedded = len(list_images(images.labelled)) if images.labelled else 0
-    work = STEP_WORK * config.steps + IMAGE_WORK * number + EMBED_WORK * embedded
+    left = 1 - min(1.0, _steps_done(_runs(config)) / (config.steps * sum(SHARES.values())))
+    untokenized = 0 if (config.out / STORE / INDEX_FILE).exists() else number
+    work = left * STEP_WORK * config.steps + IMAGE_WORK * untokenized + EMBED_WORK * embedded
     seconds = START_SECONDS + work * _block_seconds() / min(2, cores())
     log.info(
         f"demo: {images.name}, {number} to train on; tokenise, train FastMAE and MAE side by side, compare: "
-        f"about {duration(round(seconds, -1))} here (less, if an earlier call has begun)"
+        f"about {duration(round(seconds, -1))} here"
     )
 
 
@@ -150,8 +154,7 @@ def _pretrain(config: DemoConfig, images: DemoImages, number: int) -> dict[str, 
         InputError: one of them can't train.
         InterruptedRunError: a signal has come; both have saved.
     """
-    folder = config.out.absolute()
-    runs = {FASTMAE: folder / "fastmae", BASELINE: folder / "mae"}
+    folder, runs = config.out.absolute(), _runs(config)
     jobs, total = [], 0
     for method, run in runs.items():
         steps = max(1, round(config.steps * SHARES[method]))
@@ -180,9 +183,14 @@ def _pretrain(config: DemoConfig, images: DemoImages, number: int) -> dict[str, 
     return runs
 
 
+def _runs(config: DemoConfig) -> dict[str, Path]:
+    folder = config.out.absolute()
+    return {FASTMAE: folder / "fastmae", BASELINE: folder / "mae"}
+
+
 def _options(config: DemoConfig, images: DemoImages, method: str, run: Path, steps: int, number: int) -> PretrainConfig:
     options = PretrainConfig(
-        stores=(str((config.out / "demo.tokens").absolute()),),
+        stores=(str((config.out / STORE).absolute()),),
         run=run,
         recipe=RECIPES[method],
         batch_size=BATCH_SIZE,
