@@ -125,10 +125,10 @@ def _announce(config: DemoConfig, images: DemoImages) -> None:
 
 START_SECONDS = 32.0
 """Imports, pictures, and what else doesn't depend on the amount of work."""
-STEP_WORK, IMAGE_WORK, EMBED_WORK = 20.5, 1.7, 5.5
+STEP_WORK, IMAGE_WORK, EMBED_WORK = 24.5, 2.0, 6.6
 """Work of one step of both methods, of tokenising an image, and of all features of an image that is compared; in units
-of `_block_seconds`, on one core. Measured on two cores of an AMD EPYC, where the unit takes 13 ms and the demo 3.5
-min."""
+of `_block_seconds`, on one core of two that are busy. Measured on an AMD EPYC, where the unit takes 10.5 ms beside an
+idle core, and the demo 3.6 min."""
 BLOCK_ROUNDS = 20
 
 
