@@ -36,7 +36,8 @@ def test_a_flipped_bit_in_any_file_is_found_named_and_repaired(small_store, veri
     files = contents(small_store)
     assert {"store.json", "manifest.json", "index.parquet", "statistics.safetensors", "lists/0.list"} <= files.keys()
     assert set(CODEBOOKS) <= files.keys()
-    for seed, name in enumerate([*files, *files]):
+    checked = [name for name in files if name != "README.md"]  # the card is for people, who may edit it
+    for seed, name in enumerate([*checked, *checked]):
         store = tmp_path / str(seed)
         shutil.copytree(small_store, store)
         flip_bit(store / name, seed=seed)
