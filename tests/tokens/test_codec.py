@@ -329,7 +329,7 @@ def test_more_bytes_than_channels_are_refused():
 
 @pytest.mark.parametrize(("name", "least"), [("int8", 2), ("pq12", 256)])
 def test_a_sample_that_is_too_small_or_not_finite_is_refused(name, least):
-    with pytest.raises(InputError, match=rf"--codec {name}: {least - 1} tokens"):
+    with pytest.raises(InputError, match=rf"--codec {name}: {least - 1} token"):
         learn_codec(name, correlated(least - 1, seed=2), seed=0)
     sample = correlated(least, seed=2)
     learn_codec(name, sample, seed=0)

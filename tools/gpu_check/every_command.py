@@ -24,6 +24,7 @@ COMMANDS = {
     "bench store": "bench store {data} ON TEACHER --middle-size 64 --codecs fp16,pq16 --codec-images 16 --rounds 1",
     "inspect": "inspect {work}/pq38.tokens",
     "verify": "verify {work}/pq38.tokens",
+    "upload": "upload {work}/pq38.tokens file://{out}/uploaded",
     "recipes": "recipes",
 }
 """What a command is called in the report -> the command. Words in capitals stand for the options in `_words`."""
