@@ -21,6 +21,7 @@ def offline():
     before = dict(os.environ)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
+    wandb.setup()  # a program may have used the package before
     os.environ["WANDB_MODE"] = "offline"
     yield
     os.environ.clear()

@@ -16,23 +16,25 @@ from fastmae.runs.logged_run import LoggedRun, decoded, keep_ids, read_ids
 log = logging.getLogger(__name__)
 
 PROJECT = "fastmae"
-DEFAULTS = {
-    # What nobody has asked to be sent: errors of the package itself, the console, the machine, the code.
-    "WANDB_ERROR_REPORTING": "false",
-    "WANDB_CONSOLE": "off",
-    "WANDB_HOST": "",
-    "WANDB_X_DISABLE_STATS": "true",
-    "WANDB_X_SAVE_REQUIREMENTS": "false",
-    "WANDB_X_DISABLE_META": "true",
-    "WANDB_X_DISABLE_MACHINE_INFO": "true",
-    "WANDB_DISABLE_GIT": "true",
-    "WANDB_DISABLE_CODE": "true",
-    "WANDB_SILENT": "true",
+ERROR_REPORTING = "WANDB_ERROR_REPORTING"
+"""Whether the package reports its own errors; it reads this variable alone."""
+SETTINGS: dict[str, Any] = {
+    # What nobody has asked to be sent: the console, the machine, the code.
+    "console": "off",
+    "host": "",
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "disable_git": True,
+    "disable_code": True,
+    "silent": True,
     # Seconds. Without limits, a run would wait for a network that is not there.
-    "WANDB_INIT_TIMEOUT": "30",
-    "WANDB_FINISH_TIMEOUT": "120",
+    "init_timeout": 30,
+    "finish_timeout": 120,
 }
-"""Variables of the package, where the user has not set them."""
+"""Settings of a run, where the user has not set their variables (WANDB_CONSOLE, say). They are given to the run itself:
+the package reads its variables once, and a program may have used it before."""
 
 
 class WandbLogger:
@@ -47,8 +49,7 @@ class WandbLogger:
     """
 
     def __init__(self, run: LoggedRun):
-        for name, value in DEFAULTS.items():
-            os.environ.setdefault(name, value)
+        os.environ.setdefault(ERROR_REPORTING, "false")
         self.package: Any = importlib.import_module("wandb")
         online = os.environ.get("WANDB_MODE", "online") in ("online", "shared")
         if online and not self.package.login(prompt=False, verify=False):
@@ -60,6 +61,8 @@ class WandbLogger:
             id=known or secrets.token_hex(4),
             resume="allow" if known else None,
             dir=os.environ.get("WANDB_DIR", str(run.folder)),
+            mode=os.environ.get("WANDB_MODE"),
+            settings={name: value for name, value in SETTINGS.items() if f"WANDB_{name.upper()}" not in os.environ},
             job_type=run.task,
             config=dict(run.options),
             reinit="create_new",  # a program that trains with fastmae may have a run of its own

@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -120,7 +121,7 @@ class Storage:
             self._put_at_once(files, on_sent)
             return
         for name, source in files.items():
-            transfer.with_retries(lambda n=name, s=source: self._put_one(n, s), f"{self.url}/{name}", "sent")  # type: ignore[misc]  # mypy knows no types of defaults
+            transfer.with_retries(partial(self._put_one, name, source), f"{self.url}/{name}", "sent")
             on_sent(size_of(source))
 
     def _put_one(self, name: str, source: Source) -> None:
