@@ -104,7 +104,7 @@ def bench_store(config: BenchStoreConfig) -> dict[str, Any]:
     Returns:
         The command's JSON.
     """
-    names, qualities = codec_names(config.codecs), list(config.qualities)
+    names, qualities = codec_names(config.codecs), list(config.qualities())
     check_precision(config.precision, resolve_device(config.device))
     source, loading = open_source(config.images), LoaderOptions(config.batch_size, config.workers)
     with tempfile.TemporaryDirectory(prefix="fastmae-") as temporary:

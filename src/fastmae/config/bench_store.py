@@ -56,9 +56,12 @@ class BenchStoreConfig(Common):
         check_sizes(self.patch_size, self.middle_size)
         codec_names(self.codecs)
         check_out(self.out)
-        self.qualities  # noqa: B018 - raises
+        self.qualities()
 
-    @property
     def qualities(self) -> tuple[int, ...]:
-        """`--jpeg-qualities` as numbers, each once."""
+        """`--jpeg-qualities` as numbers, each once.
+
+        Raises:
+            InputError: no whole numbers, or one out of its range.
+        """
         return tuple(dict.fromkeys(numbers(Annotated[int, JPEG_QUALITY], self.jpeg_qualities, "--jpeg-qualities")))
