@@ -24,7 +24,7 @@ def has_avx512() -> bool:
 
 
 def has_bf16() -> bool | None:
-    """Whether the CPU multiplies in bfloat16 by itself; None where the system doesn't say."""
+    """Whether the CPU multiplies bfloat16 natively; None where the system does not say."""
     flags = _entry("flags") or _entry("Features")
     return bool(BF16_FLAGS & {*flags.split()}) if flags else None
 

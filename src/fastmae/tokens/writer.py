@@ -184,7 +184,10 @@ class StoreWriter:
                         images, shards = [], []
             if not decoded:
                 source, first = self.info.parts[0].source, self.header(0).images[0]
-                raise InputError(f"{source}: not one image could be decoded (first: {first.path}: {first.status})")
+                raise InputError(
+                    f"{source}: not one image could be decoded (first: {first.path}: {first.status}); delete "
+                    f"{self.folder}, which is empty, before you tokenize others there"
+                )
 
         write_whole(self.folder / INDEX_FILE, write_index)
         statistics = statistics_of(self.info, sums, decoded)
