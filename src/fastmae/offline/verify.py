@@ -17,6 +17,7 @@ from fastmae.outside.regular_file import read_bounded
 from fastmae.runtime.durable import write_json
 from fastmae.runtime.ownership import owned
 from fastmae.runtime.progress import Progress
+from fastmae.runtime.wording import counted
 from fastmae.tokens.audit import Bring, Damage, audit, description_of, here
 from fastmae.tokens.files import is_url
 from fastmae.tokens.format import LARGEST_SCALES, MANIFEST_FILE, SCALES_FILE, STORE_FILE
@@ -92,7 +93,7 @@ def _verify(
         way_out = "the rest is sound" if config.repair else REPAIRABLE
         file, what = damaged[0]["file"], damaged[0]["what"]
         first = f"first: {file}: {what.removeprefix(f'{file}: ').split(';')[0]}"
-        raise FailedCheckError(f"{whole}: {len(damaged)} of its files are damaged ({first}); {way_out}", result)
+        raise FailedCheckError(f"{whole}: {counted(len(damaged), 'damaged file')} ({first}); {way_out}", result)
     try:
         open_scales(whole)  # as training does: the stores of several sizes must also belong together
     except InputError as error:
