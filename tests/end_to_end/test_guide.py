@@ -278,6 +278,7 @@ def test_the_commands_and_python_blocks_of_a_page_run(
     # torch.compile then does nothing: the C++ compiler takes a minute for each student.
     monkeypatch.setattr(torch, "compile", lambda model, *_, **__: model)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     for command in COMMANDS:
         name = command.replace(" ", "_")
         monkeypatch.setattr(fastmae, name, _small_function(command, getattr(fastmae, name), vit_weights))
@@ -314,7 +315,7 @@ def _run_command(line: str, weights: Path, made: Path, capfd: pytest.CaptureFixt
     kept = made / hashlib.sha256(repr((launcher, command, _effective(words))).encode()).hexdigest()
     if kept.exists():
         parse(command, words)
-        shutil.copytree(kept, Path.cwd(), dirs_exist_ok=True)
+        shutil.copytree(kept, Path.cwd(), symlinks=True, dirs_exist_ok=True)
         return
     capfd.readouterr()
     if launcher:
@@ -324,7 +325,7 @@ def _run_command(line: str, weights: Path, made: Path, capfd: pytest.CaptureFixt
         assert _exit_code([*command.split(), *words]) == 0, (line, capfd.readouterr())
     kept.mkdir()
     for folder in filter(os.path.isdir, _outputs(command, words)):  # none after --print-config or --help
-        shutil.copytree(folder, kept / folder)
+        shutil.copytree(folder, kept / folder, symlinks=True)
 
 
 def _effective(words: list[str]) -> list[str]:

@@ -6,12 +6,12 @@ import sys
 import time
 
 import pytest
+import wandb
 
 from fastmae.cli import run
 from fastmae.runs.logged_run import LoggedRun
 from fastmae.runs.loggers import Loggers
 
-wandb = pytest.importorskip("wandb", reason="wandb is not installed")
 BLOCK = 32768
 
 
