@@ -1,5 +1,6 @@
 """`inspect --quality`: the suspicious images of a store, counted and drawn."""
 
+import json
 import shutil
 
 import pytest
@@ -51,3 +52,12 @@ def test_a_store_without_suspicious_images_gets_no_sheet(vit_store, printed_json
     assert run(["inspect", str(vit_store), "--quality", "--json"]) == 0
     assert printed_json()["quality"]["sheet"] is None
     assert not vit_store.with_name("vit.tokens-quality.png").exists()
+
+
+def test_sizes_are_told_in_full_and_in_a_readable_unit(vit_store, capsys):
+    assert run(["inspect", str(vit_store)]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert run(["inspect", str(vit_store), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert lines["bytes"] == f"{summary['bytes']:,} ({summary['bytes'] / 1e6:.1f} MB)"
+    assert lines["bytes_per_image"] == f"{summary['bytes_per_image']:,} ({summary['bytes_per_image'] / 1e3:.1f} kB)"

@@ -53,6 +53,7 @@ def test_the_page_shows_everything_and_needs_no_other_file(page):
     charts = ("losses", "k-NN accuracy", "learning rate", "images per second", "gradient norm")
     assert html.count("<svg") == len(charts)
     assert "http" not in html
+    assert "the decoder saw the patches alone" in html  # about the class token, whose attention is drawn
 
 
 def test_the_page_escapes_a_benchmarks_text(page):

@@ -39,7 +39,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "middle_size": info.middle_size if len(stores) == 1 else [store.info.middle_size for store in stores],
         "shards": sum(store.info.shards for store in stores),
     }
-    log.info("\n".join(f"{name}: {_as_text(value)}" for name, value in summary.items() if value is not None))
+    log.info("\n".join(f"{name}: {_as_text(name, value)}" for name, value in summary.items() if value is not None))
     if config.quality:
         summary["quality"] = _inspect_quality(config, stores[0])
     return summary
@@ -105,7 +105,9 @@ def summary_over_scales(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _as_text(value: Any) -> str:
+def _as_text(name: str, value: Any) -> str:
+    if name.startswith("bytes"):
+        return f"{value:,} ({value / 1e6:.1f} MB)" if value >= 1e5 else f"{value:,} ({value / 1e3:.1f} kB)"
     if not isinstance(value, dict):
         return str(value)
     return ", ".join(f"{name} {entry}" for name, entry in value.items() if entry not in (None, ""))

@@ -145,7 +145,7 @@ def _pictures(config: ReportConfig, store: TokenStore, target: str) -> list[Sect
         progress.now("drawing predictions")
         predictions = predictions_png(config.run, store, images, config.seed)
         progress.now("drawing attention")
-        attention = _attention(opened.network, store, images)
+        attention = _attention(opened.network, store, images, read_run(config.run)["options"])
         progress.now("finding nearest neighbours")
         neighbours = nearest_neighbours_png(opened.network, opened.image_size, store, images, config.gallery)
     what_was_predicted = (
@@ -171,7 +171,7 @@ def _what_was_seen(description: Mapping[str, Any]) -> str:
     return "In training the encoder sees the visible patches alone. Here it saw the whole view. "
 
 
-def _attention(encoder: Any, store: TokenStore, images: int) -> Section:
+def _attention(encoder: Any, store: TokenStore, images: int, options: Mapping[str, Any]) -> Section:
     heading = "Attention in the last block"
     try:
         picture = attention_maps_png(encoder, store, images)
@@ -180,6 +180,11 @@ def _attention(encoder: Any, store: TokenStore, images: int) -> Section:
     text = (
         "Attention of the class token to the patches: the mean of all heads, and the heads with the sharpest attention."
     )
+    if not options["decoder_class_token"]:
+        text += (
+            " In training, no loss asked what this token collects in the last block: the decoder saw the patches alone. "
+            "It may look at little that matters. --decoder-class-token trains it."
+        )
     return Section(heading, text, picture=picture)
 
 
