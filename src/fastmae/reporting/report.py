@@ -182,8 +182,8 @@ def _attention(encoder: Any, store: TokenStore, images: int, options: Mapping[st
     )
     if not options["decoder_class_token"]:
         text += (
-            " In training, no loss asked what this token collects in the last block: the decoder saw the patches alone. "
-            "It may look at little that matters. --decoder-class-token trains it."
+            " In training, no loss asked what this token collects in the last block, as the decoder saw the patches "
+            "alone. So it may look at little that matters. --decoder-class-token trains it."
         )
     return Section(heading, text, picture=picture)
 
