@@ -89,7 +89,8 @@ def test_the_time_left_of_unequal_units_is_what_the_caller_expects_counted_down(
         clock.now += 75
         assert "1:25 min so far, 15 s more than expected" in shown.line()
         shown.advance(2)
-        assert "3/3 turns  took 1:25 min" in shown.line()
+        assert "3/3 turns  1:25 min so far" in shown.line()  # something may still follow the last unit
+    assert "3/3 turns  took 1:25 min" in shown.line()
 
 
 def test_work_that_cannot_be_counted_shows_the_time_so_far(caplog, monkeypatch):

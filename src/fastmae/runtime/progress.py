@@ -112,7 +112,7 @@ class Progress:
         self.rate = Rate()
         self.fields = self.doing = ""
         self.expected: tuple[float, float] | None = None
-        self.is_estimated = False
+        self.is_estimated = self.is_over = False
         self.started = self.last_logged = time.monotonic()
         self.bar: Bar | None = None
         self.ticker: _Ticker | None = None
@@ -136,6 +136,7 @@ class Progress:
     ) -> None:
         if self.quiet:
             return
+        self.is_over = True
         is_outermost = _entered[0] is self
         _entered.remove(self)
         if self.bar is not None:
@@ -201,9 +202,9 @@ class Progress:
 
     def _left(self) -> str:
         took = duration(time.monotonic() - self.started)
-        if self.total is not None and self.done >= self.total:
-            return f"took {took}"
         so_far = f"{took} so far"
+        if self.total is not None and self.done >= self.total:
+            return f"took {took}" if self.is_over else so_far
         if self.total is None and self.expected is None:
             return so_far
         seconds = self.seconds_left()
