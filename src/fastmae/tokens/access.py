@@ -69,7 +69,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _status(error: Any) -> int | None:
     """The HTTP status that an error of aiohttp, gcsfs or huggingface_hub carries."""
     response = getattr(error, "response", None)  # of botocore a dict
-    for value in (getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None)):
+    for holder, name in ((error, "status"), (error, "code"), (response, "status_code")):
+        value = getattr(holder, name, None)  # one after the other: aiohttp warns of its `code`
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
