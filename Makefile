@@ -5,8 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
-INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed \
-  -c constraints.txt -e
+# pip is quiet for minutes, so the first line says what it does.
+INSTALL = @echo "installing torch and the rest into $(VENV): about 7 GB, and some minutes"; \
+  $(PYTHON) -m venv $(VENV) && \
+  $(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e
 
 .PHONY: setup demo docs test test-fast test-faults gpu-check lint format clean
 
@@ -14,12 +16,12 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(INSTALL) '.[dev]'
-	touch $(DEMO_STAMP) $(STAMP)
+	@touch $(DEMO_STAMP) $(STAMP)
 
 # Half as many packages as the tests need.
 $(DEMO_STAMP): pyproject.toml constraints.txt
 	$(INSTALL) '.[demo]'
-	touch $(DEMO_STAMP)
+	@touch $(DEMO_STAMP)
 
 demo: $(DEMO_STAMP)
 	$(BIN)/fastmae demo
