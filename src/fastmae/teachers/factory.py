@@ -1,9 +1,10 @@
 """A teacher's name -> its network with weights. What is done with the network is in `teacher`."""
 
+import contextlib
 import math
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -157,9 +158,7 @@ def load_network(
         return load_python(spec), None
     if kind == "hf" and name:
         folder = Path(name)
-        if not folder.exists():
-            _stay_offline_without_a_hub()
-        with _loading(spec):
+        with contextlib.nullcontext() if folder.exists() else _hub_or_cache(), _loading(spec):
             return load_huggingface(spec, name), str(folder.absolute()) if folder.exists() else None
     if kind == "file" and name:
         return load_checkpoint_file(Path(name), **extra)
@@ -209,16 +208,16 @@ def _take_image_size(model: Any, state: Weights) -> None:
 
 
 def _load_from_hub(spec: str, name: str, **extra: Any) -> nn.Module:
-    is_reachable = _stay_offline_without_a_hub()
-    try:
-        with _loading(spec):
-            return timm.create_model(name, pretrained=True, num_classes=0, **extra)
-    except HUB_ERRORS as error:
-        cause = " ".join(str(error).split())[:160] if is_reachable else "no network, and not in the local cache"
-        raise InputError(
-            f"{spec}: its weights can't be had from the hub ({cause}); give them as a weights file, or take "
-            f"{OFFLINE_TEACHER}, which needs no network"
-        ) from error
+    with _hub_or_cache() as is_reachable:
+        try:
+            with _loading(spec):
+                return timm.create_model(name, pretrained=True, num_classes=0, **extra)
+        except HUB_ERRORS as error:
+            cause = " ".join(str(error).split())[:160] if is_reachable else "no network, and not in the local cache"
+            raise InputError(
+                f"{spec}: its weights can't be had from the hub ({cause}); give a file with them (--teacher-weights, "
+                f"--weights), or take {OFFLINE_TEACHER}, which needs no network"
+            ) from error
 
 
 def _loading(spec: str) -> Progress:
@@ -226,11 +225,16 @@ def _loading(spec: str) -> Progress:
     return Progress(f"load {spec}", minor=True, style="nothing")
 
 
-def _stay_offline_without_a_hub() -> bool:
-    """Whether the hub answers. If not, its client goes offline: it serves its cache, and fails at once on the rest."""
-    is_reachable = _hub_answers()
-    huggingface_hub.constants.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE or not is_reachable
-    return is_reachable
+@contextlib.contextmanager
+def _hub_or_cache() -> Iterator[bool]:
+    """Whether the hub answers. If not, its client is offline in here: it serves its cache, and fails at once."""
+    constants, is_reachable = huggingface_hub.constants, _hub_answers()
+    was_offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = was_offline or not is_reachable
+    try:
+        yield is_reachable
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
 
 
 def _hub_answers() -> bool:
