@@ -59,3 +59,13 @@ def test_with_seconds_the_epochs_of_a_begun_run_are_kept(runs_of):
         twice.check_begun()
     with pytest.raises(InputError, match="begun with 75 s, not no set time"):
         runs_of(f"{SMALL}arms: {{a: {{}}}}").check_begun()
+
+
+def test_arms_that_come_to_the_same_training_are_named_before_the_runs(runs_of, cnn_store, vit_store, caplog):
+    text = f"{SMALL}arms: {{a: {{}}, b: {{loss: cosine}}, c: {{options: {{loss: cosine}}, share: 0.5}}}}"
+    runs_of(text, cnn_store)
+    same = "arm b is the same training as arm a"
+    assert [same in message for message in caplog.messages] == [True]  # a CNN's `--loss auto` is cosine; c is shorter
+    caplog.clear()
+    runs_of(text, vit_store)
+    assert not caplog.messages

@@ -22,7 +22,7 @@ from fastmae.offline.timed import tokenize_timed
 from fastmae.outside.documents import read_json
 from fastmae.probes.embed import check_decodable
 from fastmae.probes.labelled import open_labelled
-from fastmae.runs.folder import RUN_FILE, read_evaluations, read_metrics
+from fastmae.runs.folder import read_evaluations, read_metrics
 from fastmae.runtime.device import cores
 from fastmae.runtime.durable import write_json
 from fastmae.runtime.ownership import owned
@@ -45,6 +45,7 @@ SHARES = {FASTMAE: 1.0, BASELINE: 0.25}
 """Steps of each method, as a share of `--steps`. A step of MAE takes 3.5 to 4 times as long: it has a decoder of eight
 blocks over all patches. So both train for about the same time, and MAE, if anything, a little longer."""
 BATCH_SIZE = 32
+OPTIONS_FILE = "demo.json"
 WAY_OUT = "give another --out, or delete the folder"
 STORE = "demo.tokens"
 POINTS = 3
@@ -64,6 +65,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
 def _demo(config: DemoConfig) -> dict[str, Any]:
     start = time.monotonic()
+    _check_begun(config)
     images = demo_images(config)
     _announce(config, images)
     options = TokenizeConfig(
@@ -107,6 +109,21 @@ def _demo(config: DemoConfig) -> dict[str, Any]:
         "rows": accuracy_rows(result),
         "seconds": round(seconds, 1),
     }
+
+
+def _check_begun(config: DemoConfig) -> None:
+    """Compare the options with those of the demo that was begun in the folder, or record them."""
+    file = config.out / OPTIONS_FILE
+    images = None if config.images is None else str(config.images.absolute())
+    asked = {"images": images, "steps": config.steps, "seed": config.seed, "device": config.device}
+    if not file.exists():
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(file, asked)
+        return
+    begun = read_json(file, dict[str, Any], way_out=WAY_OUT)
+    other = [f"--{name} {begun.get(name)}, not {value}" for name, value in asked.items() if begun.get(name) != value]
+    if other:
+        raise InputError(f"{config.out}: holds a demo with {'; '.join(other)}; give the same, or {WAY_OUT}")
 
 
 def _announce(config: DemoConfig, images: DemoImages) -> None:
@@ -162,8 +179,6 @@ def _pretrain(config: DemoConfig, images: DemoImages, number: int) -> dict[str, 
         file = folder / "jobs" / run.name / JOB_FILE
         file.parent.mkdir(parents=True, exist_ok=True)
         job = {"kind": PRETRAIN, "pretrain": as_json(_options(config, images, method, run, steps, number))}
-        if (run / RUN_FILE).exists() and file.exists() and read_json(file, dict[str, Any], way_out=WAY_OUT) != job:
-            raise InputError(f"{config.out}: holds a demo with other images, --steps, --seed or --device; {WAY_OUT}")
         write_json(file, job)
         jobs.append(Job(method, file, 0.0))
 
@@ -219,6 +234,8 @@ class _Look:
         if time.monotonic() - self.last >= SECONDS_BETWEEN_LOOKS:
             self.last = time.monotonic()
             self.progress.advance(max(0, _steps_done(self.runs) - self.progress.done))
+            if self.progress.done == self.progress.total:
+                self.progress.now("the last evaluations")
 
 
 def _steps_done(runs: dict[str, Path]) -> int:

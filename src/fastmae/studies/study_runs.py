@@ -3,6 +3,8 @@
 OUT/runs/DATA/TEACHER/ARM/[CANDIDATE/]seed0/    see `measure`; with job.json, what the run is, and log.txt, what it said
 """
 
+import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from fastmae.config.tokenize import middle_sizes
 from fastmae.errors import InputError
 from fastmae.outside.documents import read_json
 from fastmae.pretraining.plan import check_middle_sizes, hog_target, loss_weights, make_plan
-from fastmae.pretraining.pretrain import describe
+from fastmae.pretraining.pretrain import as_planned, describe
 from fastmae.runtime.durable import write_json
 from fastmae.student.student import build_student
 from fastmae.studies.jobs import loading_workers
@@ -25,6 +27,8 @@ from fastmae.studies.study_file import Study
 from fastmae.studies.study_syntax import as_file_name
 from fastmae.studies.worker import RUN
 from fastmae.tokens.reader import open_scales
+
+log = logging.getLogger(__name__)
 
 JOB_FILE = "job.json"
 SHARED_PIXELS = (
@@ -259,10 +263,20 @@ class Runs:
         Raises:
             InputError: names the file, the arm and the option.
         """
+        trainings: dict[str, Variant] = {}
         for variant in self.variants():
             options = self.options(variant, self.seeds[0])
             with self._naming(variant.arm):
-                self.read[variant] = describe(options, make_plan(options))
+                plan = make_plan(options)
+                self.read[variant] = describe(options, plan)
+            planned = as_json(as_planned(options, plan)) | {"run": "", "share": self.study.arms[variant.arm].share}
+            training = json.dumps([variant.data, variant.teacher, planned], sort_keys=True)
+            first = trainings.setdefault(training, variant)
+            if first.arm != variant.arm:
+                log.warning(
+                    f"{self.study.source}: with {variant.data} and teacher {variant.teacher}, arm {variant.arm} is the "
+                    f"same training as arm {first.arm}: what it sets is what auto comes to there"
+                )
 
     def check_begun(self) -> None:
         """Compare the runs with those that an earlier call began in their folders: their figures are read back.
