@@ -68,6 +68,14 @@ def test_an_uploaded_store_trains_to_the_losses_of_the_local_one_and_passes_veri
     assert losses[0] == losses[1]
 
 
+def test_a_folder_as_url_gets_nothing_twice(small_store, tmp_path, capsys):
+    url = f"file://{tmp_path}/up"
+    assert result_of(["upload", small_store, url], capsys)[1]["kept"] == 0
+    assert result_of(["upload", small_store, url], capsys)[1]["sent"] == 0
+    (tmp_path / "up" / "manifest.json").write_bytes(b" " * (small_store / "manifest.json").stat().st_size)
+    assert result_of(["upload", small_store, url], capsys)[1]["sent"] == 1  # of the same size, with other bytes
+
+
 @every_protocol
 def test_what_is_missing_or_differs_is_sent_again_and_nothing_else(base, small_store, tmp_path, capsys):
     url = f"{base}/again.tokens"

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 Files = Mapping[str, Source]
 """Name below the URL -> what is copied there."""
 MEGABYTE = 1_000_000
+LARGEST_COMPARED = 4 * MEGABYTE
+"""Bytes of a file that is fetched to see whether it is the same. A larger one is sent again."""
 
 
 class Copied(NamedTuple):
@@ -89,7 +91,8 @@ def _missing(place: Place, files: Files, found: Mapping[str, Found]) -> Iterator
 def _is_same(place: Place, name: str, source: Source, found: Found) -> bool:
     """Whether a file lies there as it is here, as far as that can be told without fetching it.
 
-    A server's SHA-256 is compared. Otherwise, of a shard its header is fetched, which holds a checksum of every tensor.
+    A server's digest is compared. Without one, a small file is fetched whole, and of a shard its header, which holds a
+    checksum of every tensor.
     """
     if found.size != size_of(source):
         return False
@@ -98,7 +101,12 @@ def _is_same(place: Place, name: str, source: Source, found: Found) -> bool:
     if isinstance(source, Path) and f"{SHARDS_FOLDER}/" in name:
         header = read_header(source)
         return transfer.read_head(place.url, name, len(header)) == header
-    return "md5" in found.digests and _digest(source, "md5") == found.digests["md5"]
+    if "md5" in found.digests:
+        return _digest(source, "md5") == found.digests["md5"]
+    if found.size > LARGEST_COMPARED:
+        return False
+    here = source if isinstance(source, bytes) else source.read_bytes()
+    return transfer.read(place.url, name, LARGEST_COMPARED) == here
 
 
 def _digest(source: Source, kind: str) -> str:
