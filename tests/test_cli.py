@@ -19,6 +19,7 @@ from fastmae.errors import InputError, add_note
 BAD_USAGE = [
     (["tokenise"], "did you mean 'tokenize'"),
     (["pretrain", "a.tokens", "run", "--epohcs", "3"], "did you mean --epochs"),
+    (["knn", "run", ".", "--sed", "3", "--bock=2"], "no option --sed (did you mean --seed?), --bock=2 (did you mean"),
     (["pretrain", "a.tokens"], "RUN"),
     (["inspect", "a.tokens", "extra"], "extra"),
     (["pretrain", "run"], "RUN"),
@@ -222,7 +223,7 @@ def test_muon_refuses_sharded_matrices():
         parse("pretrain", ["a", "b", "--optimizer", "muon", "--strategy", "fsdp"])
 
 
-@pytest.mark.parametrize("options", ["--fusion", "--loss-on all", "--target pixels"])
+@pytest.mark.parametrize("options", ["--fusion", "--decoder-class-token", "--loss-on all", "--target pixels"])
 def test_without_a_decoder_what_needs_one_is_refused(options):
     with pytest.raises(InputError, match=options):
         parse("pretrain", ["a", "b", "--decoder-depth", "0", *options.split()])

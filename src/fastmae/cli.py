@@ -245,8 +245,10 @@ def _typed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], list[str]
     values = {name: value for name, value in vars(typed).items() if not name.startswith("_")}
     if unknown:
         flags = [action for option in parser._actions for action in option.option_strings]
-        near = difflib.get_close_matches(unknown[0], flags, 1)
-        raise InputError(f"no option {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}; see --help")
+        wrong = [word for word in unknown if word.startswith("--")] or unknown[:1]
+        near = [difflib.get_close_matches(word, flags, 1) for word in wrong]
+        named = [f"{word} (did you mean {like[0]}?)" if like else word for word, like in zip(wrong, near, strict=True)]
+        raise InputError(f"no option {', '.join(named)}; see --help")
     words = [word for name, words in vars(typed).items() if name.startswith("_") for word in words]
     return values, words + protected
 

@@ -112,6 +112,9 @@ def test_the_predictions_of_a_student_without_a_decoder_are_described_as_what_th
     html = (folder / "report.html").read_text()
     assert "Here it saw the whole view" in html
     assert "The encoder saw only" not in html
+    assert "predictions were read from the patches alone" in html
+    assert "--decoder-class-token" not in html
+    assert "decoder_depth" in html and "decoder_width" not in html  # what has an effect
 
 
 def test_a_path_that_can_not_be_shown_is_named_in_one_line(measured_run, tmp_path, capsys):

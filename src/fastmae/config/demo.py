@@ -10,7 +10,7 @@ from fastmae.config.ranges import COUNT
 
 @options
 class DemoConfig(Common):
-    """The whole path in minutes: tokenise, pre-train FastMAE and MAE equally long, compare by k-NN, draw a page.
+    """The whole path in minutes: tokenise, train FastMAE and MAE about equally long, compare by k-NN, draw a page.
 
     The work is fixed, so a slow machine takes longer and gets the same numbers.
     """

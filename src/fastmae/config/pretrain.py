@@ -204,6 +204,7 @@ class PretrainConfig(TrainingConfig):
             "--fusion": self.fusion,
             "--loss-on all": self.loss_on == "all",
             "--target pixels": self.target == "pixels",
+            "--decoder-class-token": self.decoder_class_token,  # behind --target pixels, which sets it
         }
         asked = next((option for option, is_given in needs_decoder.items() if is_given), None)
         if asked is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from fastmae.exporting.output_folder import read_export
 from fastmae.outside.documents import checked
 from fastmae.runs.checkpoint import is_checkpoint, load_checkpoint
+from fastmae.runs.description import with_effect
 from fastmae.runs.encoder import OpenedEncoder
 from fastmae.runs.folder import CHECKPOINT_FILE, RUN_FILE, read_evaluations, read_metrics, read_run
 from fastmae.student.encoder import names_plain_vit
@@ -77,7 +78,7 @@ def _pretraining(description: dict[str, Any]) -> Provenance:
     story = f"It was pre-trained without labels. From {seen} it learnt to predict {targets[options['target']]}."
     if names_plain_vit(options["encoder"]):
         story += " The patch tokens were trained."
-        if not options["decoder_class_token"]:
+        if not (options["decoder_depth"] and options["decoder_class_token"]):
             story += " No loss reached the class token, so it describes an image less well."
     facts = {
         "Images": {
@@ -92,7 +93,7 @@ def _pretraining(description: dict[str, Any]) -> Provenance:
     }
     if options["target"] not in ("pixels", "hog"):
         facts["Teacher"] = _teachers(store["teachers"])
-    facts["Pre-training settings"] = _settings(options)
+    facts["Pre-training settings"] = _settings(with_effect(options))
     return Provenance("pretraining", story, facts)
 
 

@@ -15,6 +15,7 @@ from fastmae.reporting.charts import Curves
 from fastmae.reporting.html_page import Section, write_page
 from fastmae.reporting.nearest_neighbours import nearest_neighbours_png
 from fastmae.reporting.study_page import PAGE_FILE, STUDY_FILE, read_study, write_study_page
+from fastmae.runs.description import with_effect
 from fastmae.runs.encoder import open_encoder
 from fastmae.runs.folder import CHECKPOINT_FILE, read_evaluations, read_inputs, read_metrics, read_run
 from fastmae.runtime.durable import remove_parts
@@ -59,7 +60,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         _training_curves(entries, evaluations),
         *_pictures(config, store, description["options"]["target"]),
         *added,
-        Section("Settings", rows=_settings(description["options"])),
+        Section("Settings", rows=_settings(with_effect(description["options"]))),
         Section("Images and store", rows=_data(description["store"])),
     ]
     page = config.out or config.run / "report.html"
@@ -171,6 +172,9 @@ def _what_was_seen(description: Mapping[str, Any]) -> str:
     return "In training the encoder sees the visible patches alone. Here it saw the whole view. "
 
 
+UNTRAINED = "No loss asked in training what this token collects in the last block"
+
+
 def _attention(encoder: Any, store: TokenStore, images: int, options: Mapping[str, Any]) -> Section:
     heading = "Attention in the last block"
     try:
@@ -180,16 +184,15 @@ def _attention(encoder: Any, store: TokenStore, images: int, options: Mapping[st
     text = (
         "Attention of the class token to the patches: the mean of all heads, and the heads with the sharpest attention."
     )
-    if not options["decoder_class_token"]:
-        text += (
-            " In training, no loss asked what this token collects in the last block, as the decoder saw the patches "
-            "alone. So it may look at little that matters. --decoder-class-token trains it."
-        )
+    if not options["decoder_depth"]:
+        text += f" {UNTRAINED}, as predictions were read from the patches alone."
+    elif not options["decoder_class_token"]:
+        text += f" {UNTRAINED}, as the decoder saw the patches alone; --decoder-class-token shows it this token too."
     return Section(heading, text, picture=picture)
 
 
 def _settings(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """All options of the run. Width, depth and heads of the encoder may be left to its architecture."""
+    """Options as rows. Width, depth and heads of the encoder may be left to its architecture."""
     own = "the encoder's own"
     return [
         {"option": name, "value": own if value is None and name.startswith("encoder_") else value}

@@ -28,6 +28,14 @@ NEEDED_OPTIONS = (
     *("mask_ratio", "decoder_depth", "decoder_class_token"),
 )
 """Options without which a pre-training run's encoder can't be built, or its history told."""
+OF_THE_DECODER = ("decoder_width", "decoder_heads", "decoder_class_token", "loss_on", "fusion")
+
+
+def with_effect(options: dict[str, Any]) -> dict[str, Any]:
+    """A pre-training run's options, without those of a decoder that it does not have."""
+    if options["decoder_depth"]:
+        return options
+    return {name: value for name, value in options.items() if name not in OF_THE_DECODER}
 
 
 class DescribedEncoder(msgspec.Struct):
