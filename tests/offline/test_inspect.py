@@ -59,5 +59,6 @@ def test_sizes_are_told_in_full_and_in_a_readable_unit(vit_store, capsys):
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert run(["inspect", str(vit_store), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
+    assert f"weights_sha256 {summary['teacher']['weights_sha256'][:12]}..." in lines["teacher"]
     assert lines["bytes"] == f"{summary['bytes']:,} ({summary['bytes'] / 1e6:.1f} MB)"
     assert lines["bytes_per_image"] == f"{summary['bytes_per_image']:,} ({summary['bytes_per_image'] / 1e3:.1f} kB)"

@@ -66,7 +66,7 @@ def test_a_healthy_machine_has_nothing_to_change(findings, monkeypatch):
         (lambda p: p.setattr(packages, "SHOWN", ("no-such-package",)), None, "no-such-package"),
         (lambda p: p.setattr(packages.metadata, "version", lambda _: "0.1"), "problem", "pip install 'timm"),
         (lambda p: p.setattr(packages.metadata, "version", absent), "problem", "torch is not installed"),
-        (lambda p: p.setattr(packages.metadata, "version", absent), "information", "pip install 'fastmae[datasets,"),
+        (lambda p: p.setattr(packages.metadata, "version", absent), "information", "detect (pycocotools)"),
         (lambda p: p.setattr(packages.metadata, "metadata", absent), "information", "without having been installed"),
         (lambda p: p.setitem(sys.modules, "torchvision", None), "problem", "torchvision can't be imported"),
         (lambda p: p.setattr(doctor, "device_count", lambda kind: kind == "mps"), "problem", "mps:0 can't compute"),

@@ -110,4 +110,5 @@ def _as_text(name: str, value: Any) -> str:
         return f"{value:,} ({value / 1e6:.1f} MB)" if value >= 1e5 else f"{value:,} ({value / 1e3:.1f} kB)"
     if not isinstance(value, dict):
         return str(value)
-    return ", ".join(f"{name} {entry}" for name, entry in value.items() if entry not in (None, ""))
+    shown = {key: f"{entry[:12]}..." if key.endswith("sha256") else entry for key, entry in value.items()}
+    return ", ".join(f"{key} {entry}" for key, entry in shown.items() if entry not in (None, ""))

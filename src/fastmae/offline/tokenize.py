@@ -222,10 +222,11 @@ def _open_to_add(info: StoreInfo, folder: Path, listed: ListedImages) -> StoreWr
 
 
 def _announce(info: StoreInfo, teacher: Teacher, num_shards: int, world_size: int) -> None:
+    block = f", block {teacher.block}" if teacher.network.depth > 1 else ""
     averaged = f" and {teacher.last - 1} before it" if teacher.last > 1 else ""
     share = f"; {num_shards} of its shards here, {world_size} processes" if world_size > 1 else ""
     log.info(
-        f"teacher {teacher.spec}, block {teacher.block}{averaged}, norm {teacher.norm}, looks at "
+        f"teacher {teacher.spec}{block}{averaged}, norm {teacher.norm}, looks at "
         f"{teacher.input_size} px in {teacher.precision}; {counted(info.images, 'image')} -> {teacher.grid} x "
         f"{teacher.grid} tokens of {teacher.token_dim} ({info.codec}){share}"
     )

@@ -259,8 +259,10 @@ def _extras(seen: Examination) -> dict[str, list[str]] | None:
         return None
     missing = [name for name, without in lacking.items() if without]
     if missing:
-        several = f"pip install 'fastmae[{','.join(missing)}]'"
-        seen.information(f"extras that are not installed: {', '.join(missing)}", f"if you need them: {several}")
+        named = [name if [name] == lacking[name] else f"{name} ({', '.join(lacking[name])})" for name in missing]
+        seen.information(
+            f"extras that lack packages: {', '.join(named)}", "if you need one: pip install 'fastmae[NAME]'"
+        )
     return lacking
 
 

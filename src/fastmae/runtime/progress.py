@@ -136,7 +136,7 @@ class Progress:
     ) -> None:
         if self.quiet:
             return
-        self.is_over = True
+        self.is_over, self.doing = True, ""
         is_outermost = _entered[0] is self
         _entered.remove(self)
         if self.bar is not None:
