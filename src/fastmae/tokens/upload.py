@@ -105,8 +105,7 @@ def _is_same(place: Place, name: str, source: Source, found: Found) -> bool:
         return _digest(source, "md5") == found.digests["md5"]
     if found.size > LARGEST_COMPARED:
         return False
-    here = source if isinstance(source, bytes) else source.read_bytes()
-    return transfer.read(place.url, name, LARGEST_COMPARED) == here
+    return _digest(transfer.read(place.url, name, LARGEST_COMPARED), "sha256") == _digest(source, "sha256")
 
 
 def _digest(source: Source, kind: str) -> str:
